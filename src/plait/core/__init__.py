@@ -1,0 +1,1 @@
+"""Nouns of the toolkit: types, protocols, typed configuration, files, devices, errors. Imports nothing of ours."""

@@ -1,0 +1,86 @@
+"""Exceptions a caller may catch; each says where, what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class PlaitError(Exception):
+    """A fault with a place and a remedy.
+
+    Args:
+        cause: One line: what was expected and what came, with the numbers.
+        place: Where: ``file:line``, a sample id, a setting, a path.
+        remedy: What to do about it, as an instruction.
+
+    Attributes:
+        code: Stable name for scripts and docs, one per class.
+        exit_code: What the command line exits with.
+    """
+
+    code = "internal"
+    exit_code = 1
+
+    def __init__(self, cause: str, *, place: str = "", remedy: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.place = place
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        parts = [self.cause]
+        if self.place:
+            parts.append(f"at {self.place}")
+        if self.remedy:
+            parts.append(f"fix: {self.remedy}")
+        return " | ".join(parts)
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Flat record for ``--json`` and ``events.jsonl``."""
+        return {
+            "code": self.code,
+            "exit_code": self.exit_code,
+            "cause": self.cause,
+            "place": self.place,
+            "remedy": self.remedy,
+        }
+
+
+class UsageError(PlaitError):
+    """The command line itself is wrong (exit 2)."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class ConfigError(PlaitError):
+    """A recipe or an override is wrong (exit 3)."""
+
+    code = "config"
+    exit_code = 3
+
+
+class DataError(PlaitError):
+    """Data is missing, unreadable or refused (exit 4)."""
+
+    code = "data"
+    exit_code = 4
+
+
+class ResourceError(PlaitError):
+    """Disk, memory, a package, the network or a device is missing (exit 5)."""
+
+    code = "resource"
+    exit_code = 5
+
+
+class NumericsError(PlaitError):
+    """A loss or gradient is not finite, or an invariant of the mathematics broke (exit 6)."""
+
+    code = "numerics"
+    exit_code = 6
+
+
+class CheckpointError(PlaitError):
+    """A checkpoint or model folder is missing, damaged or of another shape (exit 7)."""
+
+    code = "checkpoint"
+    exit_code = 7

@@ -1,0 +1,270 @@
+"""Run folders and files that survive a power cut: temp → fsync → rename → fsync of the directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.core.errors import DataError, ResourceError, UsageError
+
+RUNS = Path("runs")
+"""Where runs go unless told otherwise, relative to the working directory."""
+
+_DONE = "done.json"
+_LOCK = "run.lock"
+
+
+# --- atomic writes -------------------------------------------------------------------------------------------------
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` as a whole: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        ResourceError: The disk is full or not writable; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+@contextlib.contextmanager
+def folder_atomic(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder that becomes ``path`` only if the block ends well.
+
+    An existing ``path`` is replaced only after the new one is complete on disk.
+
+    Raises:
+        ResourceError: The disk is full or not writable; the old folder is untouched.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        yield temp
+        for file in temp.rglob("*"):
+            if file.is_file():
+                fd = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            else:
+                fsync_dir(file)
+        fsync_dir(temp)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temp.rename(path)
+            shutil.rmtree(old)
+        else:
+            temp.rename(path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def disk_error(error: OSError, path: Path) -> ResourceError:
+    """Turn an OSError into one that says how much room there is and what to do."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    return ResourceError(
+        f"cannot write: {error.strerror or error} ({free / 2**20:,.0f} MiB free)",
+        place=str(path),
+        remedy="free some disk space or choose another folder, then `plait resume` the run",
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder on the way up that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+# --- JSON and JSON Lines -------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write pretty JSON atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        DataError: The file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("file not found", place=str(path), remedy="run the stage that writes it") from error
+    except ValueError as error:
+        raise DataError(f"not valid JSON: {error}", place=str(path), remedy="delete it and run the stage again") from error
+
+
+def write_jsonl(path: Path, records: Iterator[Mapping[str, Any]] | list[Mapping[str, Any]]) -> None:
+    """Write JSON Lines atomically."""
+    write_atomic(path, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON Lines.
+
+    Raises:
+        DataError: A line is not JSON; names the line.
+    """
+    records: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(f"not valid JSON: {error}", place=f"{path}:{number}", remedy="mend or remove the line") from error
+    return records
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- run and stage folders -----------------------------------------------------------------------------------------
+
+
+def new_run(name: str, root: Path = RUNS) -> Path:
+    """Create ``root/<name>-0001`` with the next free number and point ``root/latest`` at it."""
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(re.escape(name) + r"-(\d{4,})", p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = root / f"{name}-{number:04d}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    point_latest(folder)
+    return folder
+
+
+def point_latest(folder: Path) -> None:
+    """Make ``runs/latest`` a link to ``folder``, atomically."""
+    link = folder.parent / "latest"
+    temp = folder.parent / f".latest.{os.getpid()}"
+    temp.unlink(missing_ok=True)
+    temp.symlink_to(folder.name)
+    temp.replace(link)
+
+
+def find_run(name: str, root: Path = RUNS) -> Path:
+    """Resolve ``runs/latest``, ``latest``, ``quickstart-0007`` or any path to a run folder.
+
+    Raises:
+        UsageError: No such run; lists the newest ones.
+    """
+    for candidate in (Path(name), root / name):
+        if (candidate / "recipe.yaml").is_file():
+            return candidate.resolve()
+    known = sorted((p.name for p in root.glob("*-[0-9]*") if p.is_dir()), reverse=True)[:5] if root.is_dir() else []
+    raise UsageError(
+        f"no run called {name!r}",
+        place=str(root.absolute()),
+        remedy=f"choose one of: {', '.join(known)}" if known else "start one with `plait run quickstart`",
+    )
+
+
+def stage_folder(run: Path, number: int, name: str) -> Path:
+    """``run/01-data``."""
+    return run / f"{number:02d}-{name}"
+
+
+def mark_done(folder: Path, *, kind: str, previous: Path | None, summary: Mapping[str, Any]) -> None:
+    """Seal a stage folder: from now on it is complete and `resume` skips it.
+
+    ``summary`` is what the report and the closing lines show; it must be plain data.
+    """
+    back = os.path.relpath(previous, folder) if previous is not None else None
+    write_json(folder / _DONE, {"kind": kind, "previous": back, "summary": dict(summary)})
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """The seal written by :func:`mark_done`, or None while the stage is not finished."""
+    path = folder / _DONE
+    return read_json(path) if path.is_file() else None
+
+
+def find_stage(folder: Path | None, kind: str) -> Path:
+    """Walk back from a finished stage folder to the nearest one of ``kind``.
+
+    Raises:
+        DataError: There is none on the way.
+    """
+    start = folder
+    while folder is not None:
+        done = read_done(folder)
+        if done is None:
+            break
+        if done["kind"] == kind:
+            return folder
+        folder = (folder / done["previous"]).resolve() if done["previous"] else None
+    raise DataError(
+        f"no finished {kind!r} stage before this one",
+        place=str(start),
+        remedy=f"put a {kind!r} stage earlier in the recipe, or finish it with `plait resume`",
+    )
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process.
+
+    Raises:
+        UsageError: Another living process on this machine holds it.
+    """
+    import fcntl
+
+    path = run / _LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UsageError(
+                f"the run is in use by {file.read().strip() or 'another process'}",
+                place=str(run),
+                remedy="wait for it or stop that process",
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,57 @@
+"""Tensor types: ragged media and batches. Apart from :mod:`plait.core.types`, so that raw data needs no torch.
+
+Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` width, ``v`` vocabulary, ``item`` media items.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from plait.core.types import Modality
+
+IGNORE = -100
+"""Label of a position on which no loss is taken (the value Hugging Face and torch use)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """Ragged media in raster order, from raw input to connector output.
+
+    Attributes:
+        values: All items concatenated, ``n d``. Raw pixels: d = channels, one row a pixel.
+        grid: ``item 3``: frames, rows, columns; ``prod(grid[i])`` rows of ``values`` belong to item ``i``.
+    """
+
+    values: Float[Tensor, "n d"]
+    grid: Int[Tensor, "item 3"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a language model returns: ``logits`` only at the positions asked for, ``hidden`` everywhere."""
+
+    hidden: Float[Tensor, "b t d"]
+    logits: Float[Tensor, "n v"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """All that data hands to models.
+
+    Attributes:
+        token_ids: ``b t``.
+        labels: ``b t``; :data:`IGNORE` where no loss is taken.
+        segment_ids: ``b t``; 0 is padding, equal ids may attend to each other.
+        media: Ragged media of the whole batch, per modality.
+        item_row: Which row each media item belongs to, per modality.
+        sample_ids: Ids of the samples in the batch, for errors and logs.
+    """
+
+    token_ids: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
+    segment_ids: Int[Tensor, "b t"]
+    media: Mapping[Modality, Patches]
+    item_row: Mapping[Modality, Int[Tensor, " item"]]
+    sample_ids: tuple[str, ...]
