@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Modality = Literal["image", "audio", "video"]
+Modality = Literal["image", "audio", "video", "text"]
+"""What a media item is; ``text`` is used for cached features of a frozen text tower."""
 Role = Literal["system", "user", "assistant", "tool"]
 AnswerKind = Literal["reference", "chosen", "rejected", "label"]
 

@@ -1,0 +1,1 @@
+"""Folder to model and back: the only loader and saver."""

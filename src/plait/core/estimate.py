@@ -1,0 +1,58 @@
+"""What a stage expects to need, said before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this machine can do, as measured by ``plait doctor`` or assumed.
+
+    Attributes:
+        cores: Usable cores.
+        memory_bytes: RAM that is free for us.
+        disk_bytes: Free disk where the run goes.
+        gemm_fp32: Matrix rate in FLOP/s, float32.
+        gemm_bf16: Matrix rate in FLOP/s, bfloat16 (equal to or below fp32 where the CPU has no bf16 units).
+        measured: Whether the rates were measured here or are a guess.
+    """
+
+    cores: int
+    memory_bytes: int
+    disk_bytes: int
+    gemm_fp32: float
+    gemm_bf16: float
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One stage's expected needs.
+
+    Attributes:
+        stage: Name of the stage.
+        samples: Samples it hands to the next stage, per split.
+        params_trainable: Weights that get gradients.
+        params_frozen: Weights that do not.
+        tokens: Text and image positions processed in all.
+        image_tokens: Of these, how many stand for images.
+        flops: Floating-point operations in all.
+        memory: Peak memory in bytes by part: weights, gradients, optimizer, activations, caches, runtime.
+        disk_bytes: What it leaves on disk.
+        seconds: Shortest and longest expected time.
+        notes: What the estimate rests on, and warnings.
+    """
+
+    stage: str
+    samples: Mapping[str, int] = field(default_factory=dict)
+    params_trainable: int = 0
+    params_frozen: int = 0
+    tokens: int = 0
+    image_tokens: int = 0
+    flops: float = 0.0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
+    notes: tuple[str, ...] = ()

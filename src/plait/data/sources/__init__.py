@@ -1,0 +1,1 @@
+"""Raw material of every kind to samples."""

@@ -1,0 +1,1 @@
+"""Encoders, from scratch or pretrained."""

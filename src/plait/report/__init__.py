@@ -1,0 +1,1 @@
+"""Run folder to pictures; reads files, never live objects."""

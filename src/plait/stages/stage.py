@@ -1,0 +1,44 @@
+"""What every stage is: a frozen spec with ``run(previous, folder)`` and an estimate made before anything runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from plait.core.estimate import Estimate, Machine
+from plait.core.events import Events
+from plait.core.spec import Spec
+
+
+class Stage(Spec, ABC):
+    """Base of all stage specs.
+
+    A stage reads only the folder of the one before it and writes only its own; the last thing it writes is the seal
+    (:func:`plait.core.files.mark_done`). A sealed stage is not run again; running an unsealed one continues it.
+    """
+
+    kind: str
+    """Which stage this is."""
+
+    seed: int = 0
+    """Seed of everything random in the stage; taken from the recipe unless given."""
+
+    @abstractmethod
+    def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
+        """Do the work and return ``folder``.
+
+        Args:
+            previous: Sealed folder of the stage before, None for the first.
+            folder: This stage's folder, which exists; may hold the work of an interrupted attempt.
+            events: Where to say what happens.
+        """
+
+    @abstractmethod
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        """What :meth:`run` will need, from the spec alone; writes nothing and loads no weights.
+
+        Args:
+            machine: What this machine can do.
+            before: Estimates of the earlier stages by stage kind.
+        """
