@@ -24,7 +24,7 @@ class Event:
     kind: str
     time: float
     text: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Events:

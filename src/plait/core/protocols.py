@@ -31,7 +31,8 @@ class Encoder(Protocol):
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.
 
-    ``needs_global_batch`` is True for terms that do not add over rows (pairwise losses): the loop then uses cached gradients.
+    ``needs_global_batch`` is True for terms that do not add over rows (pairwise losses); these need the whole batch
+    at once, or cached gradients.
     """
 
     needs_global_batch: bool

@@ -1,6 +1,7 @@
 """Tensor types: ragged media and batches. Apart from :mod:`plait.core.types`, so that raw data needs no torch.
 
-Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` width, ``v`` vocabulary, ``item`` media items.
+Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` width, ``v`` vocabulary,
+``item`` media items.
 """
 
 from collections.abc import Mapping

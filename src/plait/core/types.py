@@ -1,6 +1,7 @@
 """Core types: what flows between packages.
 
-Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` width, ``v`` vocabulary, ``item`` media items.
+Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` width, ``v`` vocabulary,
+``item`` media items.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Sample:
     id: str
     turns: tuple[Turn, ...]
     answers: tuple[Answer, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def media(self) -> tuple[MediaRef, ...]:
         """Every media reference, in reading order."""

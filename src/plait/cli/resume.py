@@ -1,0 +1,32 @@
+"""``plait resume RUN``: go on where a run was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from plait.cli.output import Out
+
+HELP = "continue an interrupted run from its last complete state"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", nargs="?", default="latest", help="run folder or its name (default: the latest)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)"
+    )
+
+
+def main(args: argparse.Namespace, out: Out) -> int:
+    """Resume and print the closing lines."""
+    from plait.cli.panel import watch
+    from plait.cli.run import closing
+    from plait.core.files import find_run
+
+    run = find_run(args.run, args.runs)
+    with watch(quiet_stdout=out.json) as listener:
+        from plait.recipes.run import resume
+
+        resume(run, listeners=(listener,))
+    return closing(run, out)

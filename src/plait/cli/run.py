@@ -1,0 +1,46 @@
+"""``plait run RECIPE``: the whole life in one command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from plait.cli.output import Out
+
+HELP = "run a recipe: every stage in order, into one run folder"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders go (default: runs)"
+    )
+
+
+def main(args: argparse.Namespace, out: Out) -> int:
+    """Run and print the closing lines."""
+    from plait.cli.panel import watch
+
+    with watch(quiet_stdout=out.json) as listener:
+        from plait.recipes.run import start
+
+        run = start(args.recipe, args.overrides, root=args.runs, listeners=(listener,))
+    return closing(run, out)
+
+
+def closing(run: Path, out: Out) -> int:
+    """Print what a person wants to know at the end of a run."""
+    from plait.recipes.run import summary
+
+    result = summary(run)
+    out.line()
+    for stage in result["stages"]:
+        for line in stage["lines"]:
+            out.line(line)
+    out.line(f"run folder  {result['run']}")
+    out.result(result)
+    return 0
