@@ -6,26 +6,28 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import NoReturn
 
 from plait import __version__
 from plait.cli.output import Out
-from plait.core.errors import PlaitError
+from plait.core.errors import PlaitError, Stopped
 
 VERBS: dict[str, str] = {
-    "run": "plait.cli.run",
-    "plan": "plait.cli.plan",
-    "resume": "plait.cli.resume",
-    "doctor": "plait.cli.doctor",
-    "data": "plait.cli.data",
-    "runs": "plait.cli.runs",
-    "config": "plait.cli.config",
-    "rows": "plait.cli.rows",
-    "completion": "plait.cli.completion",
+    "run": "run a recipe: every stage in order, into one run folder",
+    "plan": "say what a recipe needs: weights, tokens, FLOPs, memory, disk, time; no side effects",
+    "resume": "continue an interrupted run from its last complete state",
+    "doctor": "check this machine: versions, CPU, memory, disk, speed, packages",
+    "data": "fetch data packages, show the data card or samples",
+    "runs": "list runs, or show one",
+    "config": "print the recipe schema, explain a setting, or show a resolved recipe",
+    "rows": "show which rows of the requirements checklist have tests (in a source checkout)",
+    "completion": "print a completion script for bash, zsh or fish",
 }
-"""Verb → module, in the order of a model's life; the whole command-line surface."""
+"""Verb → what it does, in the order of a model's life; the whole surface. Verb ``run`` is :mod:`plait.cli.run`."""
 
 _ABOUT = "Build your own multimodal model: one recipe, one run folder, from raw files to served tokens."
 _CODES = (
@@ -41,18 +43,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} | fix: see `{self.prog} --help`\n")
 
 
-def build_parser(verbs: tuple[str, ...] = tuple(VERBS)) -> argparse.ArgumentParser:
-    """The parser with the named verbs (all by default); imports only their modules."""
+def build_parser(verbs: Iterable[str] = VERBS) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the named verbs; of the others it knows the names only, without an import."""
     parser = _Parser(prog="plait", description=_ABOUT, epilog=_CODES, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"plait {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    for verb in verbs:
-        module = load_verb(verb)
-        command = commands.add_parser(
-            verb, help=module.HELP, description=module.HELP, epilog=_CODES, allow_abbrev=False
-        )
-        module.add(command)
-        _add_common(command, inner=False)
+    for verb, about in VERBS.items():
+        command = commands.add_parser(verb, help=about, description=about, epilog=_CODES, allow_abbrev=False)
+        if verb in verbs:
+            load_verb(verb).add(command)
+            _add_common(command, inner=False)
     return parser
 
 
@@ -69,8 +69,8 @@ def _add_common(command: argparse.ArgumentParser, *, inner: bool) -> None:
 
 
 def load_verb(verb: str) -> ModuleType:
-    """Import the module of a verb: it has ``HELP``, ``add(parser)`` and ``main(args, out) -> exit code``."""
-    return importlib.import_module(VERBS[verb])
+    """Import the module of a verb: it has ``add(parser)`` and ``main(args, out) -> exit code``."""
+    return importlib.import_module(f"plait.cli.{verb}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,11 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The words after ``plait``; the process's own by default.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    known = words[:1] if words and words[0] in VERBS else list(VERBS)
-    parser = build_parser(tuple(known))
-    args = parser.parse_args(words)
+    args = _parse(words)
     if args.verb is None:
-        parser.print_help()
+        build_parser(()).print_help()
         return 2
     try:
         return load_verb(args.verb).main(args, Out(json=args.json))
@@ -93,8 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _say_fault(fault, as_json=args.json)
         return fault.exit_code
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; finished stages are kept: continue with `plait resume`", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) went away; point stdout at nothing so that the interpreter does not complain at exit.
@@ -112,6 +113,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Stopped(number, "terminated; finished stages are kept: continue with `plait resume`")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Parse; ``key=value`` settings may stand before and after options, which argparse alone does not take."""
+    parser = build_parser(words[:1])
+    args, late = parser.parse_known_args(words)
+    if late and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
 def _say_fault(fault: PlaitError, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": fault.as_dict()}, ensure_ascii=False))
@@ -125,6 +141,7 @@ def _say_fault(fault: PlaitError, *, as_json: bool) -> None:
 
 def entry() -> NoReturn:
     """Console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
 
 if TYPE_CHECKING:
     from plait.core.events import Event
@@ -15,8 +15,21 @@ _EVERY_S = 10.0
 _SHOWN = ("loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait", "memory_mb", "mfu")
 
 
+@runtime_checkable
+class Screen(Protocol):
+    """Where lines go: stdout, stderr, or a buffer."""
+
+    def write(self, text: str, /) -> object:
+        """Take text."""
+        ...
+
+    def flush(self) -> object:
+        """Show it now."""
+        ...
+
+
 @contextlib.contextmanager
-def watch(*, quiet_stdout: bool = False) -> Iterator[Callable[[Event], None]]:
+def watch(*, quiet_stdout: bool = False) -> Generator[Callable[[Event], None]]:
     """A listener for :class:`plait.core.events.Events` that draws while the block runs.
 
     Args:
@@ -45,7 +58,7 @@ class Lines:
     """
 
     def __init__(
-        self, stream: TextIO, *, every_s: float = _EVERY_S, clock: Callable[[], float] = time.monotonic
+        self, stream: Screen, *, every_s: float = _EVERY_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.stream = stream
         self.every_s = every_s
@@ -88,7 +101,7 @@ def figures(event: Event) -> str:
 
 
 @contextlib.contextmanager
-def _live(stream: TextIO) -> Iterator[Callable[[Event], None]]:
+def _live(stream: TextIO) -> Generator[Callable[[Event], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from plait.cli.output import Out
 
-HELP = "continue an interrupted run from its last complete state"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

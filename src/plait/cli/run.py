@@ -7,8 +7,6 @@ from pathlib import Path
 
 from plait.cli.output import Out
 
-HELP = "run a recipe: every stage in order, into one run folder"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from plait.cli.output import Out
 
-HELP = "list runs, or show one"
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

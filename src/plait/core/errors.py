@@ -84,3 +84,23 @@ class CheckpointError(PlaitError):
 
     code = "checkpoint"
     exit_code = 7
+
+
+class Stopped(KeyboardInterrupt):
+    """Work ended because somebody asked: Ctrl-C (exit 130) or SIGTERM (exit 143). What was done so far is on disk.
+
+    It is no :class:`PlaitError` and no ``Exception``, so that nothing takes it for a fault and goes on; whatever cleans
+    up after Ctrl-C cleans up after it too.
+
+    Args:
+        signal: Number of the signal.
+        text: One line for a person: what was saved.
+
+    Attributes:
+        exit_code: What the command line exits with: 128 + signal.
+    """
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal
+        self.exit_code = 128 + signal

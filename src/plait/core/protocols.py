@@ -28,6 +28,7 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.
 
@@ -46,6 +47,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Generate(Protocol):
     """Answers requests: an engine, a remote client or a scripted fake."""
 
@@ -54,6 +56,7 @@ class Generate(Protocol):
         ...
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Predictions and references in, a score with its interval out."""
 

@@ -48,6 +48,7 @@ class Batch:
         media: Ragged media of the whole batch, per modality.
         item_row: Which row each media item belongs to, per modality.
         sample_ids: Ids of the samples in the batch, for errors and logs.
+        encoded: Whether media are features of the (frozen) towers already, so that towers are not run.
     """
 
     token_ids: Int[Tensor, "b t"]
@@ -56,3 +57,4 @@ class Batch:
     media: Mapping[Modality, Patches]
     item_row: Mapping[Modality, Int[Tensor, " item"]]
     sample_ids: tuple[str, ...]
+    encoded: bool = False

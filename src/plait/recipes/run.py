@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from plait import __version__
+from plait.core import device
 from plait.core.errors import PlaitError
 from plait.core.events import Event, Events
-from plait.core.files import RUNS, lock, new_run, point_latest, read_done, stage_folder, write_json
+from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, stage_folder, write_json
 from plait.recipes.recipe import Recipe, load_recipe, save_recipe
 from plait.stages.stage import Stage
+from plait.training import plan
 
 Listeners = tuple[Callable[[Event], None], ...]
 
@@ -53,9 +55,10 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
         ResourceError: The plan needs more disk than there is; nothing was created.
     """
     resolved = load_recipe(recipe, overrides)
+    _check_disk(resolved.spec, root)
     run = new_run(resolved.spec.name, root)
     save_recipe(resolved, run / "recipe.yaml")
-    write_json(run / "env.json", environment())
+    write_json(run / "env.json", environment() | {"threads": _threads()})
     _execute(resolved.spec, run, listeners)
     return run
 
@@ -64,6 +67,7 @@ def resume(run: Path, *, listeners: Listeners = ()) -> Path:
     """Go on with an interrupted run; does nothing when all stages are sealed."""
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     point_latest(run)
+    _keep_threads(read_json(run / "env.json")["threads"])
     _execute(recipe, run, listeners)
     return run
 
@@ -105,6 +109,25 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "command": sys.argv,
     }
+
+
+def _threads() -> int:
+    """Choose the thread count once for all stages; they find it where a person would set it."""
+    count = device.setup().threads
+    _keep_threads(count)
+    return count
+
+
+def _keep_threads(count: int) -> None:
+    """Bits depend on the thread count, so a resumed run takes that of its beginning unless a person sets another."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(count))
+
+
+def _check_disk(recipe: Recipe, root: Path) -> None:
+    """Refuse before anything is created if the plan does not fit."""
+    machine = plan.survey(root, probe=False)
+    named = [(name, stage) for name, stage, _ in stages(recipe, root)]
+    plan.require(plan.total(plan.estimate_all(named, machine), machine), machine, place=root)
 
 
 def _execute(recipe: Recipe, run: Path, listeners: Listeners) -> None:

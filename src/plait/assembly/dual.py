@@ -1,0 +1,210 @@
+"""Folder ⇄ dual encoder: small trained heads, and by name and digest the frozen towers under them.
+
+A folder holds ``config.json`` and ``model.safetensors`` (heads and scale) and ``plait.json``: format, composition
+(which towers, with the digest of their weights and preprocessing) and media contract. The towers' own weights are not
+copied: they are packages or folders on this machine, and loading refuses any whose digest is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower
+from plait.core.errors import CheckpointError, DataError
+from plait.core.events import Events
+from plait.core.files import read_json, write_json
+from plait.core.tensors import Patches
+from plait.models.dual import DualEncoder, rows
+from plait.models.heads import ProjectionHead
+
+FORMAT = 1
+"""Version of the folder; a newer one is refused."""
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_PLAIT = "plait.json"
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSizes:
+    """Sizes of both heads.
+
+    Attributes:
+        d_hidden: Width between a head's layers.
+        d_shared: Width of the shared space.
+        dropout: Share of hidden units dropped while training.
+    """
+
+    d_hidden: int
+    d_shared: int
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dual:
+    """A dual encoder with its towers: pictures and texts to unit vectors of one space.
+
+    Attributes:
+        model: Heads and scale.
+        image: Frozen picture tower.
+        text: Frozen text tower.
+        sizes: Of the heads.
+
+    Example:
+        >>> dual = load_dual(run / "02-pretrain/checkpoints/000090")  # doctest: +SKIP
+        >>> dual.embed_pictures([picture]) @ dual.embed_texts(["red apple", "bicycle"]).T  # doctest: +SKIP
+        tensor([[0.61, 0.08]])
+    """
+
+    model: DualEncoder
+    image: ImageTower
+    text: TextEncoder
+    sizes: HeadSizes
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors, ``picture d``.
+
+        Args:
+            pictures: RGB.
+        """
+        done = [
+            self.model.embed_image(self._encode(pictures[at : at + _BATCH])) for at in range(0, len(pictures), _BATCH)
+        ]
+        return torch.cat(done) if done else torch.zeros(0, self.sizes.d_shared)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, ``text d``.
+
+        Raises:
+            DataError: A text is longer than the text tower takes.
+        """
+        return self.model.embed_text(rows(self.text.encoder(texts).float().to(self.model.log_scale.device)))
+
+    def _encode(self, pictures: Sequence[Image.Image]) -> Patches:
+        raw = [self.image.prepare(picture) for picture in pictures]
+        joined = Patches(values=torch.cat([r.values for r in raw]), grid=torch.cat([r.grid for r in raw]))
+        found = self.image.encoder(joined)
+        device = self.model.log_scale.device
+        return Patches(values=found.values.float().to(device), grid=found.grid.to(device))
+
+
+def build_dual(image: ImageTower, text: TextEncoder, sizes: HeadSizes, *, scale: float) -> Dual:
+    """New heads on two towers, drawn from torch's generator.
+
+    Args:
+        image: Picture tower.
+        text: Text tower.
+        sizes: Of the heads.
+        scale: Where the factor on the cosine starts.
+    """
+    heads = [
+        ProjectionHead(width, sizes.d_hidden, sizes.d_shared, dropout=sizes.dropout)
+        for width in (image.encoder.d_out, text.encoder.d_out)
+    ]
+    return Dual(model=DualEncoder(heads[0], heads[1], scale=scale), image=image, text=text, sizes=sizes)
+
+
+def save_dual(dual: Dual, folder: Path) -> None:
+    """Write the three files into a folder that exists.
+
+    Raises:
+        OSError: The disk is full or not writable.
+        safetensors.SafetensorError: Likewise.
+    """
+    config = {
+        "architectures": ["DualEncoder"],
+        "model_type": "plait-dual",
+        "image_width": dual.image.encoder.d_out,
+        "text_width": dual.text.encoder.d_out,
+        **asdict(dual.sizes),
+    }
+    composition = {
+        "image": {**dual.image.settings, "key": dual.image.key},
+        "text": {**dual.text.settings, "key": dual.text.key},
+    }
+    media = {"image": dual.image.contract.as_dict(), "text": {"max_tokens": dual.text.encoder.max_tokens}}
+    weights = {name: value.detach().cpu().contiguous() for name, value in dual.model.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / _CONFIG, config)
+    write_json(folder / _PLAIT, {"format": FORMAT, "kind": "dual", "composition": composition, "media": media})
+
+
+def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
+    """Read what :func:`save_dual` wrote, in eval mode.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, of a later format or of another kind; a tower is not the one that
+            the heads were trained on.
+        ResourceError: A tower's package is not fetched.
+    """
+    record, config = _read(folder / _PLAIT), _read(folder / _CONFIG)
+    if record.get("kind") != "dual" or record.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"kind {record.get('kind')!r}, format {record.get('format')}; expected 'dual', at most {FORMAT}",
+            place=str(folder / _PLAIT),
+            remedy="give the folder of a pretrain checkpoint, or load it with the version of plait that wrote it",
+        )
+    try:
+        settings = {side: dict(record["composition"][side]) for side in ("image", "text")}
+        keys = {side: settings[side].pop("key") for side in settings}
+        sizes = HeadSizes(**{name: config[name] for name in ("d_hidden", "d_shared", "dropout")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"a field is missing: {error}", place=str(folder / _PLAIT), remedy="use an undamaged copy of the folder"
+        ) from error
+    image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
+    text = load_text_tower(settings["text"].pop("name"), **settings["text"])
+    for side, tower in (("image", image), ("text", text)):
+        if tower.key != keys[side]:
+            raise CheckpointError(
+                f"the {side} tower {tower.settings['name']!r} has digest {tower.key[:12]}, "
+                f"the heads were trained on {keys[side][:12]}",
+                place=str(folder / _PLAIT),
+                remedy="fetch the version of the tower that was used, or train the heads again",
+            )
+    dual = build_dual(image, text, sizes, scale=1.0)
+    _load_weights(dual.model, folder / _WEIGHTS)
+    dual.model.eval()
+    return dual
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing", place=str(path.parent), remedy="give a checkpoint folder")
+    try:
+        record = read_json(path)
+    except DataError as error:
+        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
+    if not isinstance(record, dict):
+        raise CheckpointError("not a JSON object", place=str(path), remedy="use an undamaged copy of the folder")
+    return record
+
+
+def _load_weights(model: DualEncoder, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{len(wrong)} of {len(wanted)} tensors do not fit, such as {wrong[0]}: "
+            f"expected {wanted.get(wrong[0])}, came {found.get(wrong[0])}",
+            place=str(path),
+            remedy="config.json and model.safetensors must come from the same checkpoint",
+        )
+    model.load_state_dict(weights)

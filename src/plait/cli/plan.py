@@ -1,0 +1,150 @@
+"""``plait plan RECIPE``: what a run will need, before anything runs. Writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.cli.output import Out
+
+if TYPE_CHECKING:
+    from plait.core.estimate import Estimate, Machine
+    from plait.training.plan import Total
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where the run would go (default: runs)"
+    )
+    parser.add_argument(
+        "--no-probe", action="store_true", help="guess the machine's speed instead of measuring it (saves some seconds)"
+    )
+
+
+def main(args: argparse.Namespace, out: Out) -> int:
+    """Print the plan; exit 5 if the run would not fit the disk."""
+    from plait.core.errors import ResourceError
+    from plait.recipes.recipe import load_recipe
+    from plait.training import plan
+
+    recipe = load_recipe(args.recipe, args.overrides).spec
+    out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
+    machine = plan.survey(args.runs, probe=not args.no_probe)
+    sums = plan.total(plan.estimate_all([("data", recipe.data), *recipe.stages.items()], machine), machine)
+    for line in describe(sums, machine):
+        out.line(line)
+    refused: ResourceError | None = None
+    try:
+        plan.require(sums, machine, place=args.runs.absolute())
+    except ResourceError as error:
+        if not out.json:
+            raise
+        refused = error
+    out.result(
+        {
+            "recipe": recipe.name,
+            "machine": asdict(machine),
+            **asdict(sums),
+            "refused": refused.as_dict() if refused else None,
+        }
+    )
+    return refused.exit_code if refused else 0
+
+
+# --- for a person --------------------------------------------------------------------------------------------------
+
+
+def describe(sums: Total, machine: Machine) -> list[str]:
+    """The plan as lines: needs by stage, memory by part, notes, warnings."""
+    from plait.training.cost import PARTS
+    from plait.training.plan import size
+
+    head = ["stage", "trained", "frozen", "samples", "tokens", "of images", "FLOP", "peak memory", "disk", "time"]
+    needs = [head, *(_row(e) for e in sums.stages)]
+    flops = si(sums.flops) if sums.flops else "-"
+    summed = [flops, size(sums.peak_bytes), size(sums.disk_bytes), duration(sums.seconds)]
+    needs.append(["total", *[""] * (len(head) - len(summed) - 1), *summed])
+    columns = [*PARTS, *sorted({part for e in sums.stages for part in e.memory} - set(PARTS))]
+    parts = [["peak memory of", *columns]]
+    for e in sums.stages:
+        parts.append([e.stage, *(size(e.memory[part]) if e.memory.get(part) else "-" for part in columns)])
+    lines = ["", *_aligned(needs, rule_before_last=True), "", *_aligned(parts), "", *_limits(sums, machine)]
+    notes = [f"note     {e.stage}: {note}" for e in sums.stages for note in e.notes]
+    return [*lines, *notes, *(f"warning  {warning}" for warning in sums.warnings)]
+
+
+def _row(e: Estimate) -> list[str]:
+    from plait.training.plan import size
+
+    samples = f"{sum(e.samples.values()):,}" if e.samples else "-"
+    tokens, images = (f"{n:,}" if n else "-" for n in (e.tokens, e.image_tokens))
+    weights = [si(n) if n else "-" for n in (e.params_trainable, e.params_frozen)]
+    flops = si(e.flops) if e.flops else "-"
+    return [
+        e.stage,
+        *weights,
+        samples,
+        tokens,
+        images,
+        flops,
+        size(sum(e.memory.values())),
+        size(e.disk_bytes),
+        duration(e.seconds),
+    ]
+
+
+def _limits(sums: Total, machine: Machine) -> list[str]:
+    from plait.training.plan import size
+
+    rate = machine.gemm_bf16 if machine.dtype == "bfloat16" else machine.gemm_fp32
+    how = "measured" if machine.measured else "guessed"
+    threads = f"{machine.threads} of {machine.cores} cores" if machine.device == "cpu" else machine.device
+    memory, disk = (
+        f"{size(need)} of {size(free)} free, {need / max(free, 1):.0%}"
+        for need, free in ((sums.peak_bytes, machine.memory_bytes), (sums.disk_bytes, machine.disk_bytes))
+    )
+    return [
+        f"memory   {memory}, in {sums.peak_stage}",
+        f"disk     {disk}",
+        f"speed    {machine.dtype} matrix products at {si(rate)}FLOP/s ({how}) on {threads}",
+        f"time     {duration(sums.seconds)}",
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, rule_before_last: bool = False) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    if rule_before_last:
+        lines.insert(-1, "-" * len(lines[0]))
+    return [line.rstrip() for line in lines]
+
+
+def si(amount: float | int) -> str:
+    """Three digits, a decimal prefix and room for a unit: ``1.35 T``, ``135 M``, ``27 ``."""
+    value, prefix = float(amount), ""
+    for prefix in ("", "K", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5 or prefix == "E":
+            break
+        value /= 1000
+    digits = f"{value:#.3g}".rstrip(".") if prefix else f"{value:.0f}"
+    return f"{digits} {prefix}"
+
+
+def duration(seconds: tuple[float, float]) -> str:
+    """A range of time in the unit of its longer end: ``20-40 s``, ``2.1-5.0 min``, ``1.0-2.5 h``."""
+    low, high = seconds
+    if high < 90:
+        return f"{low:.0f}-{high:.0f} s"
+    unit, name = (60.0, "min") if high < 5400 else (3600.0, "h")
+    return f"{low / unit:.1f}-{high / unit:.1f} {name}"

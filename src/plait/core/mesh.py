@@ -1,0 +1,83 @@
+"""The processes that train together: rank, world, sum over ranks, barrier. All no-ops in a single process.
+
+Launch with ``torchrun`` (or anything that sets its environment); without it ``torch.distributed`` is never initialized.
+
+Example:
+    >>> import torch
+    >>> with joined():
+    ...     world(), all_reduce_sum(torch.tensor([3.0])).item()
+    (1, 3.0)
+"""
+
+# torch's annotations are partial: its members count as partially unknown.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from plait.core.errors import ConfigError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def active() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if active() else 1
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum ``value`` over ranks, in place, and return it; counts as integers or float64, for float32 stops at 2**24."""
+    if active():
+        dist.all_reduce(value, op=dist.ReduceOp.SUM)
+    return value
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if active():
+        dist.barrier()
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Generator[None]:
+    """Join the processes that ``torchrun`` started, for the length of the block; does nothing in a single process.
+
+    Args:
+        device: ``cuda`` talks over NCCL and takes the GPU of this process's local rank; all else talks over gloo.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
+    """
+    if active() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield
+        return
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set",
+            place="environment",
+            remedy="start with `torchrun`, or unset WORLD_SIZE to use one process",
+        )
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

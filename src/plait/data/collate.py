@@ -1,0 +1,94 @@
+"""Rendered samples and their pictures' features to a batch; the token account is checked here, before any forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from plait.core.errors import DataError
+from plait.core.tensors import IGNORE, Batch, Patches
+from plait.core.types import Modality
+from plait.data.packing import pack
+from plait.data.template import Rendered
+
+
+def collate(
+    samples: Sequence[tuple[str, Rendered]],
+    features: Mapping[str, Patches],
+    *,
+    row: int,
+    pad: int,
+    rows: int | None = None,
+) -> Batch:
+    """Pack samples into rows of one fixed length.
+
+    Media are concatenated in the order in which their placeholders stand in the batch, row by row, so that a model
+    fills placeholders from left to right.
+
+    Args:
+        samples: Id and rendering.
+        features: One item's patches by the sha256 of the picture: pixels, or features of a frozen tower.
+        row: Tokens a row holds.
+        pad: Id of padding.
+        rows: Rows of the batch, filled up with padding (fixed shapes are planned once); None for as many as needed.
+
+    Raises:
+        DataError: A sample is longer than a row, there are more rows than ``rows``, or a picture has no features.
+    """
+    for sample_id, rendered in samples:
+        if len(rendered) > row:
+            raise DataError(
+                f"{len(rendered)} tokens ({sum(rendered.slots)} of them pictures), a row holds {row}",
+                place=f"sample {sample_id}",
+                remedy=f"set the row length to {len(rendered)} or more",
+            )
+    packed = pack([len(rendered) for _, rendered in samples], row=row)
+    if rows is not None and len(packed) > rows:
+        raise DataError(
+            f"the samples fill {len(packed)} rows of {row} tokens, the batch has {rows}",
+            place=f"samples {samples[0][0]} …",
+            remedy="take fewer samples a step, or more or longer rows",
+        )
+    height = rows if rows is not None else len(packed)
+    token_ids = torch.full((height, row), pad, dtype=torch.long)
+    labels = torch.full((height, row), IGNORE, dtype=torch.long)
+    segments = torch.zeros((height, row), dtype=torch.long)
+    items: list[Patches] = []
+    item_row: list[int] = []
+    for number, members in enumerate(packed):
+        at = 0
+        for segment, index in enumerate(members, 1):
+            sample_id, rendered = samples[index]
+            end = at + len(rendered)
+            ids = torch.tensor(rendered.token_ids)
+            token_ids[number, at:end] = ids
+            labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
+            segments[number, at:end] = segment
+            items += [_features(features, ref.sha256, sample_id) for ref in rendered.media]
+            item_row += [number] * len(rendered.media)
+            at = end
+    media: dict[Modality, Patches] = {"image": joined(items)} if items else {}
+    return Batch(
+        token_ids=token_ids,
+        labels=labels,
+        segment_ids=segments,
+        media=media,
+        item_row={"image": torch.tensor(item_row)} if items else {},
+        sample_ids=tuple(samples[index][0] for members in packed for index in members),
+    )
+
+
+def joined(items: Sequence[Patches]) -> Patches:
+    """Several items' patches as one."""
+    return Patches(values=torch.cat([i.values for i in items]), grid=torch.cat([i.grid for i in items]))
+
+
+def _features(features: Mapping[str, Patches], sha256: str, sample_id: str) -> Patches:
+    if sha256 not in features:
+        raise DataError(
+            f"picture {sha256[:12]}… has no features",
+            place=f"sample {sample_id}",
+            remedy="compute the features of all pictures of the split first",
+        )
+    return features[sha256]

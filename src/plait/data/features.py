@@ -1,0 +1,322 @@
+"""Cache of a frozen encoder's outputs: each picture is encoded once, whatever the number of epochs, runs and splits.
+
+A cache is a folder under the encoder's key, which stands for weights, preprocessing and number format; inside, features
+are found by the sha256 of the encoded picture. Features are kept in 16 bits: as they are if the encoder puts out 16,
+else in float16 (relative error at most 2^-11; beyond its range an error, never a quiet infinity).
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+
+from plait.core.errors import DataError, NumericsError, PlaitError
+from plait.core.events import Events
+from plait.core.files import lock, read_json, sha256_file, write_atomic
+from plait.core.protocols import Encoder
+from plait.core.tensors import Patches
+from plait.core.types import MediaRef
+from plait.data.media import decode_image
+
+_INDEX = "index.json"
+_FORMAT = 1
+_BATCH = 16
+_PROBE = 256  # items read back to measure how long an epoch's reading takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fill:
+    """What filling the cache took.
+
+    Attributes:
+        computed: Items encoded now.
+        reused: Items found in the cache.
+        duplicates: Items whose bytes another item of the same request has, too.
+        seconds: Time spent encoding, now and when the reused items were made.
+        read_seconds: Time to read all items back once, measured on a part of them.
+        bytes: Size of the features on disk.
+    """
+
+    computed: int
+    reused: int
+    duplicates: int
+    seconds: float
+    read_seconds: float
+    bytes: int
+
+    @property
+    def items_per_s(self) -> float:
+        """Items encoded a second."""
+        return (self.computed + self.reused) / max(self.seconds, 1e-9)
+
+    @property
+    def break_even_epochs(self) -> float:
+        """Epochs after which the cache took less time than encoding in every epoch: fill / (fill - read)."""
+        saved = self.seconds - self.read_seconds
+        return self.seconds / saved if saved > 0 else float("inf")
+
+    def __str__(self) -> str:
+        text = f"features: {self.computed:,} computed, {self.reused:,} reused, {self.duplicates:,} duplicates; "
+        text += f"{self.items_per_s:,.0f} items/s, {self.bytes / 2**20:,.0f} MiB"
+        saved = self.seconds - self.read_seconds
+        if saved <= 0:
+            return f"{text}; reading takes as long as encoding: the cache does not pay"
+        return f"{text}; saves {saved:,.1f} s an epoch, pays off after {self.break_even_epochs:.2f} epochs"
+
+
+class FeatureStore:
+    """Cached features by the sha256 of their picture, memory-mapped.
+
+    Attributes:
+        d_out: Width of a feature.
+        dtype: Of the features.
+        fill: How the cache was filled for this request.
+    """
+
+    fill: Fill
+
+    def __init__(self, d_out: int, dtype: torch.dtype) -> None:
+        self.d_out = d_out
+        self.dtype = dtype
+        self._items: dict[str, tuple[Tensor, tuple[int, int, int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._items
+
+    def __call__(self, sha256s: Sequence[str]) -> Patches:
+        """Features of the pictures, in this order; one may be named more than once.
+
+        Raises:
+            DataError: A picture is not in the cache.
+        """
+        missing = [s for s in sha256s if s not in self._items]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(sha256s)} pictures have no cached features; the first is {missing[0][:12]}",
+                place="feature cache",
+                remedy="hand all media of the run to cached_features",
+            )
+        parts = [self._items[s] for s in sha256s]
+        values = torch.cat([p[0] for p in parts]) if parts else torch.zeros(0, self.d_out, dtype=self.dtype)
+        return Patches(values=values, grid=torch.tensor([p[1] for p in parts], dtype=torch.long).view(-1, 3))
+
+    def add(self, values: Float[Tensor, "n d"], items: Sequence[Sequence[Any]]) -> None:
+        """Take in one chunk: its rows, and ``(sha256, frames, rows, columns)`` of each item in order."""
+        start = 0
+        for sha256, *grid in items:
+            frames, rows, columns = map(int, grid)
+            stop = start + frames * rows * columns
+            self._items[sha256] = (values[start:stop], (frames, rows, columns))
+            start = stop
+
+
+def cached_features(
+    media: Sequence[MediaRef],
+    *,
+    read: Callable[[MediaRef], bytes],
+    prepare: Callable[[Image.Image], Patches],
+    encoder: Encoder,
+    key: str,
+    folder: Path,
+    events: Events,
+    chunk_items: int = 128,
+) -> FeatureStore:
+    """Features of all media, from the cache where they are, else computed and kept.
+
+    Work is kept chunk by chunk: what a killed process had finished is not computed again. A damaged chunk is removed,
+    an event says so, and its items are computed anew.
+
+    Args:
+        media: Pictures; equal bytes are encoded once.
+        read: Gives the encoded bytes of one.
+        prepare: RGB picture to raw pixels, as the encoder wants them.
+        encoder: Raw pixels to features.
+        key: Digest of the encoder's weights, preprocessing and number format.
+        folder: Where caches lie; this one becomes a folder in it.
+        events: Told progress, damage, and at the end what it took.
+        chunk_items: Items a file.
+
+    Raises:
+        DataError: A picture cannot be read or decoded, or its bytes are not those its sha256 names.
+        NumericsError: A feature is not finite in 16 bits.
+        UsageError: Another process fills this cache now.
+        ResourceError: The disk is full; finished chunks are kept.
+    """
+    place = folder / key[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    unique: dict[str, MediaRef] = {}
+    for ref in media:
+        unique.setdefault(ref.sha256, ref)
+    with lock(place):
+        cache = _Cache(place, key, events)
+        missing = [ref for sha256, ref in unique.items() if sha256 not in cache.known]
+        begun = time.perf_counter()
+        for start in range(0, len(missing), chunk_items):
+            refs = missing[start : start + chunk_items]
+            at = time.perf_counter()
+            values, grid = _encode(refs, read=read, prepare=prepare, encoder=encoder)
+            cache.append(values, [(r.sha256, *g) for r, g in zip(refs, grid, strict=True)], time.perf_counter() - at)
+            done = start + len(refs)
+            speed = done / (time.perf_counter() - begun)
+            events.progress("features", done, len(missing), items_per_s=round(speed, 1))
+        store = cache.open(encoder.d_out)
+    counts = {"computed": len(missing), "reused": len(unique) - len(missing), "duplicates": len(media) - len(unique)}
+    seconds, size = cache.cost(unique.keys())
+    fill = Fill(**counts, seconds=seconds, bytes=size, read_seconds=_read_time(store, list(unique)))
+    store.fill = fill
+    events.note(str(fill), **counts, seconds=round(seconds, 2), items_per_s=round(fill.items_per_s, 1), bytes=size)
+    return store
+
+
+def _encode(
+    refs: Sequence[MediaRef],
+    *,
+    read: Callable[[MediaRef], bytes],
+    prepare: Callable[[Image.Image], Patches],
+    encoder: Encoder,
+) -> tuple[Tensor, list[list[int]]]:
+    values: list[Tensor] = []
+    grids: list[list[int]] = []
+    for start in range(0, len(refs), _BATCH):
+        batch = refs[start : start + _BATCH]
+        prepared = [prepare(decode_image(_bytes(ref, read), place=ref.uri)) for ref in batch]
+        raw = Patches(values=torch.cat([p.values for p in prepared]), grid=torch.cat([p.grid for p in prepared]))
+        with torch.inference_mode():
+            features = encoder(raw)
+        expected = encoder.grid_out(raw.grid)
+        if not features.grid.equal(expected) or len(features.values) != int(expected.prod(1).sum()):
+            raise DataError(
+                f"the encoder put out {len(features.values)} rows for a grid of {expected.prod(1).sum()}",
+                place=f"{batch[0].uri} and {len(batch) - 1} more",
+                remedy="mend the encoder's grid_out",
+            )
+        kept = _in_16_bits(features.values)
+        if not kept.isfinite().all():
+            bad = kept.isfinite().all(1).logical_not().nonzero()[0, 0]
+            item = int((expected.prod(1).cumsum(0) <= bad).sum())
+            raise NumericsError(
+                f"features are not finite in {kept.dtype}; the encoder's largest is {features.values.abs().max():.3g}",
+                place=batch[item].uri,
+                remedy="run the encoder in bfloat16 if they are merely large; else look at the picture and the weights",
+            )
+        values.append(kept)
+        grids += expected.tolist()
+    return torch.cat(values), grids
+
+
+def _bytes(ref: MediaRef, read: Callable[[MediaRef], bytes]) -> bytes:
+    data = read(ref)
+    found = hashlib.sha256(data).hexdigest()
+    if found != ref.sha256:
+        raise DataError(
+            f"{len(data):,} bytes with sha256 {found[:12]}, expected {ref.sha256[:12]}: not the picture it was",
+            place=ref.uri,
+            remedy="make the data stage again",
+        )
+    return data
+
+
+def _in_16_bits(values: Tensor) -> Tensor:
+    return values if values.dtype in (torch.bfloat16, torch.float16) else values.to(torch.float16)
+
+
+def _read_time(store: FeatureStore, sha256s: list[str]) -> float:
+    """Seconds to gather all items once, from a part of them."""
+    part = sha256s[:_PROBE]
+    begun = time.perf_counter()
+    for start in range(0, len(part), _BATCH):
+        store(part[start : start + _BATCH])
+    return (time.perf_counter() - begun) * len(sha256s) / max(len(part), 1)
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
+
+
+class _Cache:
+    """Chunks of one key: safetensors files, and an index that names only whole ones."""
+
+    def __init__(self, folder: Path, key: str, events: Events) -> None:
+        self.folder = folder
+        self._head = {"format": _FORMAT, "key": key}
+        self._chunks: list[dict[str, Any]] = []
+        for chunk in self._read_index(events):
+            path = folder / chunk["file"]
+            if path.is_file() and sha256_file(path) == chunk["sha256"]:
+                self._chunks.append(chunk)
+            else:
+                state = "damaged" if path.is_file() else "missing"
+                text = f"feature cache: {chunk['file']} is {state}; its {len(chunk['items'])} items are computed again"
+                events.warning(text, place=str(path))
+        self.known = {item[0] for chunk in self._chunks for item in chunk["items"]}
+        whole = {chunk["file"] for chunk in self._chunks}
+        for path in folder.glob("*.safetensors"):
+            if path.name not in whole:
+                path.unlink()
+
+    def append(self, values: Tensor, items: list[tuple[Any, ...]], seconds: float) -> None:
+        """Keep one chunk: first the file, then its line in the index."""
+        number = max((int(c["file"][6:11]) for c in self._chunks), default=-1) + 1
+        data = save({"values": values.contiguous()})
+        name = f"chunk-{number:05d}.safetensors"
+        write_atomic(self.folder / name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        chunk = {"file": name, "sha256": digest, "bytes": len(data), "seconds": round(seconds, 4), "items": items}
+        self._chunks.append(chunk)
+        self.known |= {item[0] for item in items}
+        write_atomic(self.folder / _INDEX, json.dumps(self._head | {"chunks": self._chunks}))
+
+    def open(self, d_out: int) -> FeatureStore:
+        """All chunks, memory-mapped."""
+        mapped = [_map(self.folder / chunk["file"]) for chunk in self._chunks]
+        store = FeatureStore(d_out, mapped[0].dtype if mapped else torch.float16)
+        for values, chunk in zip(mapped, self._chunks, strict=True):
+            store.add(values, chunk["items"])
+        return store
+
+    def cost(self, wanted: Container[str]) -> tuple[float, int]:
+        """Seconds it took to compute the wanted items, and their bytes; parts of chunks by their share."""
+        seconds = size = 0.0
+        for chunk in self._chunks:
+            share = sum(item[0] in wanted for item in chunk["items"]) / len(chunk["items"])
+            seconds += share * chunk["seconds"]
+            size += share * chunk["bytes"]
+        return seconds, round(size)
+
+    def _read_index(self, events: Events) -> list[dict[str, Any]]:
+        path = self.folder / _INDEX
+        if not path.is_file():
+            return []
+        try:
+            index = read_json(path)
+            if isinstance(index, dict) and {k: index.get(k) for k in self._head} == self._head:
+                return index["chunks"]
+            cause = f"its index is of another key or format than {self._head}"
+        except PlaitError as error:
+            cause = str(error)
+        events.warning(f"feature cache: everything is computed again, because {cause}", place=str(path))
+        return []
+
+
+def _map(path: Path) -> Tensor:
+    """The tensor ``values`` of a safetensors file, read from disk only where it is touched."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))["values"]
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
+    rows, width = entry["shape"]
+    # Copy on write: torch wants writable memory, and the file stays as it is.
+    raw = np.memmap(path, dtype=np.int16, mode="c", offset=8 + length + entry["data_offsets"][0], shape=(rows, width))
+    return torch.from_numpy(raw).view(dtype)

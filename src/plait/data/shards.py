@@ -1,0 +1,343 @@
+"""Shards: plain tar files that any WebDataset reader streams, each with an index for verified random access.
+
+``train-000.tar`` holds, sample after sample, ``<key>.json`` (:meth:`plait.core.types.Sample.to_json`) and the pictures
+that belong to it (``<key>.png``; ``<key>.0.png``, ``<key>.1.png`` if several). ``train-000.tar.idx`` is JSON Lines: a
+header with the size and sha256 of the whole shard, then name, offset, size and sha256 of each member. A picture that
+several samples show is stored once; ``uri`` in each says where. The same samples give the same bytes: no times, no
+owners, samples in the order given.
+
+A shard is checked whole against its index before the first sample is read from it. Nothing is unpacked to disk, no
+member is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plait.core.errors import DataError
+from plait.core.files import write_atomic
+from plait.core.types import MediaRef, Sample, Text, Turn
+from plait.data.media import FORMATS, sniff
+
+MAX_SHARD_BYTES = 128 * 2**20
+"""A new shard is begun beyond this; a shard is made in memory."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,90}")
+_SHARD = re.compile(r"(?P<split>[A-Za-z0-9][A-Za-z0-9_-]*)-(?P<number>\d{3,})\.tar")
+_FORMAT = 1
+_RECORD = ".json"
+
+Entry = tuple[Sample, Mapping[str, bytes]]
+"""A sample and the encoded pictures stored with it, by sha256; one that is not given must have a ``uri`` already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One file inside a shard: where its bytes lie and what they must hash to."""
+
+    name: str
+    offset: int
+    size: int
+    sha256: str
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    folder: Path, name: str, entries: Iterable[Entry], *, max_bytes: int = MAX_SHARD_BYTES
+) -> list[Sample]:
+    """Write samples as ``<name>-000.tar``, ``<name>-001.tar``, ... with their indexes.
+
+    Args:
+        folder: Where; exists.
+        name: Split, such as ``train``.
+        entries: Samples with the pictures to store, consumed one by one.
+        max_bytes: A shard is closed when it is at least this large.
+
+    Returns:
+        The samples with the ``uri`` of every picture filled in.
+
+    Raises:
+        DataError: Two samples have one id, an id is not usable as a file name, or a picture is missing or has another
+            hash.
+        ResourceError: The disk is full; no part of a shard is left under a final name.
+    """
+    written: list[Sample] = []
+    seen: set[str] = set()
+    stored: dict[str, str] = {}
+    shard: _Shard | None = None
+    number = 0
+    for sample, media in entries:
+        if sample.id in seen:
+            raise DataError(
+                "two samples have the same id", place=f"{name}/{sample.id}", remedy="give each its own content"
+            )
+        seen.add(sample.id)
+        shard = shard or _Shard(f"{name}-{number:03d}.tar")
+        written.append(shard.add(sample, media, stored))
+        if shard.size >= max_bytes:
+            shard.write(folder)
+            shard, number = None, number + 1
+    if shard:
+        shard.write(folder)
+    return written
+
+
+class _Shard:
+    """A shard being made."""
+
+    def __init__(self, name: str) -> None:
+        if not _SHARD.fullmatch(name):
+            raise DataError(f"{name!r} cannot be a shard's name", remedy="use letters, digits, - and _")
+        self._name = name
+        self._file = io.BytesIO()
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._members: list[Member] = []
+        self._samples = 0
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def add(self, sample: Sample, media: Mapping[str, bytes], stored: dict[str, str]) -> Sample:
+        """Append one sample; ``stored`` maps the sha256 of pictures already in this split to their uri."""
+        new = list(
+            dict.fromkeys(ref.sha256 for ref in sample.media() if ref.sha256 in media and ref.sha256 not in stored)
+        )
+        files: list[tuple[str, bytes]] = []
+        for position, sha256 in enumerate(new):
+            data = media[sha256]
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise DataError(
+                    "a picture has another sha256 than its reference",
+                    place=sample.id,
+                    remedy="hash the bytes you hand over",
+                )
+            ending = FORMATS[sniff(data, place=sample.id)]
+            member = f"{sample.id}.{ending}" if len(new) == 1 else f"{sample.id}.{position}.{ending}"
+            files.append((member, data))
+            stored[sha256] = f"{self._name}#{member}"
+        placed = _place(sample, stored)
+        record = json.dumps(placed.to_json(), ensure_ascii=False, separators=(",", ":"))
+        self._append(f"{sample.id}{_RECORD}", record.encode())
+        for member, data in files:
+            self._append(member, data)
+        self._samples += 1
+        return placed
+
+    def write(self, folder: Path) -> None:
+        """Write the tar, then its index: a tar without an index is unfinished and never read."""
+        self._tar.close()
+        content = self._file.getvalue()
+        header = {
+            "format": _FORMAT,
+            "shard": self._name,
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "samples": self._samples,
+            "members": len(self._members),
+        }
+        lines = [
+            header,
+            *({"name": m.name, "offset": m.offset, "size": m.size, "sha256": m.sha256} for m in self._members),
+        ]
+        write_atomic(folder / self._name, content)
+        write_atomic(folder / f"{self._name}.idx", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _append(self, name: str, data: bytes) -> None:
+        if not _NAME.fullmatch(name):
+            raise DataError(
+                f"{name!r} cannot be a member's name", place=self._name, remedy="make ids of letters, digits, - and _"
+            )
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self._tar.addfile(info, io.BytesIO(data))
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        offset = self._file.tell() - padded
+        self._members.append(Member(name=name, offset=offset, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+
+
+def _place(sample: Sample, stored: Mapping[str, str]) -> Sample:
+    turns = [
+        Turn(
+            role=turn.role,
+            parts=tuple(_place_part(part, stored, sample.id) for part in turn.parts),
+            trained=turn.trained,
+        )
+        for turn in sample.turns
+    ]
+    return replace(sample, turns=tuple(turns))
+
+
+def _place_part(part: Text | MediaRef, stored: Mapping[str, str], sample: str) -> Text | MediaRef:
+    if isinstance(part, Text):
+        return part
+    uri = stored.get(part.sha256, part.uri)
+    if not uri:
+        raise DataError("the sample shows a picture that was not handed over", place=sample, remedy="pass its bytes")
+    return replace(part, uri=uri)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def split_names(folder: Path) -> list[str]:
+    """The splits that have shards in a folder, sorted."""
+    return sorted({match["split"] for path in folder.glob("*.tar") if (match := _SHARD.fullmatch(path.name))})
+
+
+class ShardReader:
+    """Random access to one split; pictures of its samples may lie in any shard of the folder.
+
+    Files are mapped, not read: memory is the system's page cache. Each shard is verified when it is first touched.
+
+    Example::
+
+        with ShardReader(run / "01-data/shards", "test-concept") as reader:
+            sample = reader[0]
+            picture = decode_image(reader.media(sample.media()[0]), place=sample.id)
+
+    Raises:
+        DataError: There is no such split; a shard or an index is missing, cut off, changed or exchanged (names it).
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self._shards: dict[str, _Mapped] = {}
+        numbers = sorted(
+            int(m["number"])
+            for p in folder.glob(f"{name}-*.tar*")
+            if (m := _SHARD.match(p.name)) and m["split"] == name
+        )
+        if not numbers:
+            known = ", ".join(split_names(folder)) or "none"
+            raise DataError(f"no split called {name!r}", place=str(folder), remedy=f"choose one of: {known}")
+        self._samples: list[tuple[str, str]] = []
+        for number in range(numbers[-1] + 1):
+            shard = f"{name}-{number:03d}.tar"
+            self._samples += [(shard, member) for member in self._open(shard).members if member.endswith(_RECORD)]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, member = self._samples[index]
+        return Sample.from_json(json.loads(self._open(shard).read(member)))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def media(self, ref: MediaRef) -> bytes:
+        """Encoded bytes of a picture, checked against the reference.
+
+        Raises:
+            DataError: The reference points outside the folder, to nothing, or to other bytes.
+        """
+        shard, _, member = ref.uri.partition("#")
+        if not _SHARD.fullmatch(shard) or not _NAME.fullmatch(member):
+            raise DataError(
+                f"the reference {ref.uri!r} does not name a member of a shard", place=str(self.folder), remedy=_REBUILD
+            )
+        data = self._open(shard).read(member)
+        if hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise DataError(
+                "the picture is not the one the sample was made with", place=f"{self.folder}/{ref.uri}", remedy=_REBUILD
+            )
+        return data
+
+    def close(self) -> None:
+        """Give the files back."""
+        for shard in self._shards.values():
+            shard.close()
+        self._shards.clear()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, shard: str) -> _Mapped:
+        if shard not in self._shards:
+            self._shards[shard] = _Mapped(self.folder / shard)
+        return self._shards[shard]
+
+
+_REBUILD = "run the data stage again (remove its folder first); do not edit shards by hand"
+
+
+class _Mapped:
+    """One shard, mapped and verified."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        header, self.members = _read_index(path)
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, io.SEEK_END)
+                if size != header["size"]:
+                    raise self._refused(f"it has {size:,} bytes, its index says {header['size']:,}")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise self._refused(f"it cannot be read: {error.strerror}") from error
+        found = hashlib.sha256(self._map).hexdigest()
+        if found != header["sha256"]:
+            self.close()
+            raise self._refused(f"its sha256 is {found[:12]}…, its index says {str(header['sha256'])[:12]}…")
+
+    def read(self, name: str) -> bytes:
+        member = self.members.get(name)
+        if member is None:
+            raise self._refused(f"it has no member {name!r}")
+        data = self._map[member.offset : member.offset + member.size]
+        if hashlib.sha256(data).hexdigest() != member.sha256:
+            raise self._refused(f"{name} changed after the shard was opened")
+        return data
+
+    def close(self) -> None:
+        self._map.close()
+
+    def _refused(self, cause: str) -> DataError:
+        return DataError(f"shard {self._path.name} is refused: {cause}", place=str(self._path), remedy=_REBUILD)
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Member]]:
+    index = path.with_name(f"{path.name}.idx")
+    try:
+        header, *lines = (json.loads(line) for line in index.read_text(encoding="utf-8").splitlines())
+        members = {line["name"]: Member(**line) for line in lines}
+        samples = sum(name.endswith(_RECORD) for name in members)
+        stated = (header["format"], header["shard"], header["members"], header["members"], header["samples"])
+        sound = stated == (_FORMAT, path.name, len(lines), len(members), samples)
+        sound = sound and all(_inside(member, header["size"]) for member in members.values())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"shard {path.name} has no index: it was not finished", place=str(index), remedy=_REBUILD
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the index of {path.name} is damaged: {error}", place=str(index), remedy=_REBUILD) from error
+    if not sound:
+        raise DataError(
+            f"the index of {path.name} does not belong to it or is incomplete", place=str(index), remedy=_REBUILD
+        )
+    return header, members
+
+
+def _inside(member: Member, size: int) -> bool:
+    placed = min(member.offset, member.size) >= 0 and member.offset + member.size <= size
+    return placed and bool(_NAME.fullmatch(member.name))

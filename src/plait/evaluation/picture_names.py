@@ -1,0 +1,118 @@
+"""A dual encoder on one split: every picture against every name of the split, both ways, and what it answered."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from plait.assembly.pairs import Pairs
+from plait.core.types import Score
+from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
+from plait.evaluation.statistics import paired_difference
+from plait.models.dual import DualEncoder, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a model made of a split at one moment."""
+
+    similarity: Float[np.ndarray, "picture text"]
+    directions: dict[str, Direction]
+
+    def recall_at_1(self) -> float:
+        """Share of pictures whose name came first."""
+        return float((self.directions["image-to-text"].ranks <= 1).mean())
+
+
+class Exam:
+    """One test split, ready to be asked again and again.
+
+    Args:
+        pairs: The split.
+        name: What it is called in score names.
+        seed: Seed of the bootstrap.
+    """
+
+    def __init__(self, pairs: Pairs, *, name: str, seed: int = 0) -> None:
+        self.pairs = pairs
+        self.name = name
+        self.seed = seed
+        self.gallery = Gallery(pairs.names, pairs.concepts)
+        row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
+        self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
+
+    @torch.no_grad()
+    def look(self, model: DualEncoder) -> Look:
+        """Compare all pictures with all names, without dropout; the model's mode is put back.
+
+        Raises:
+            NumericsError: A similarity is NaN.
+        """
+        training = model.training
+        model.eval()
+        image, text = (
+            model.embed_image(rows(self.pairs.image)),
+            model.embed_text(rows(self.pairs.text[self._candidates])),
+        )
+        model.train(training)
+        similarity = (image @ text.T).double().cpu().numpy()
+        return Look(similarity, self.gallery.directions(similarity))
+
+    def answers(self, look: Look, *, limit: int | None = None) -> list[dict[str, Any]]:
+        """The five nearest names of each picture, or of the first few, as records of ``predictions.jsonl``."""
+        pairs, ranks = self.pairs, look.directions["image-to-text"].ranks
+        return [
+            {
+                "id": pairs.ids[i],
+                "split": self.name,
+                "uri": pairs.uris[i],
+                "concept": pairs.concepts[i],
+                "truth": pairs.names[i],
+                "rank": int(ranks[i]),
+                "top": [
+                    {"text": text, "score": round(score, 4)}
+                    for text, score in self.gallery.nearest(look.similarity[i], 5)
+                ],
+            }
+            for i in range(min(len(pairs.ids), limit or len(pairs.ids)))
+        ]
+
+
+def compare(exam: Exam, trained: Look, untrained: Look) -> list[Score]:
+    """Scores of a trained model beside chance and its own untrained heads.
+
+    Names are ``retrieval/<split>/<direction>/<metric>`` for the model, with ``/chance``, ``/untrained`` and (of R@1, as
+    a paired difference) ``/gain-over-untrained`` behind for the rest.
+    """
+    scores: list[Score] = []
+    for way, found in trained.directions.items():
+        name, raw = f"retrieval/{exam.name}/{way}", untrained.directions[way]
+        scores += rank_scores(found.ranks, name=name, groups=found.groups, seed=exam.seed)
+        scores += [_renamed(s, "chance") for s in chance_scores(found.correct, name=name)]
+        bare = rank_scores(raw.ranks, name=name, groups=raw.groups, seed=exam.seed)
+        scores += [_renamed(s, "untrained") for s in bare]
+        scores.append(
+            paired_difference(
+                (found.ranks <= 1).astype(np.float64),
+                (raw.ranks <= 1).astype(np.float64),
+                name=f"{name}/R@1/gain-over-untrained",
+                rule="hit@1/any-correct/ties-worst",
+                groups=found.groups,
+                seed=exam.seed,
+            )
+        )
+    return scores
+
+
+def _renamed(score: Score, suffix: str) -> Score:
+    return Score(
+        name=f"{score.name}/{suffix}",
+        value=score.value,
+        low=score.low,
+        high=score.high,
+        n=score.n,
+        rule=score.rule,
+        failures=score.failures,
+    )

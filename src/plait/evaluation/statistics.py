@@ -1,0 +1,201 @@
+"""How sure a score is: percentile bootstrap (plain, paired, clustered) and the Wilson interval.
+
+Every statistic here is a function of column sums over items: a mean is sum(value) / sum(1), F1 is 2 tp / (2 tp + fp +
+fn). Resampling items then means reweighting a small table, and resampling whole clusters (all pictures of one concept)
+means summing the rows of a cluster first. Items that share a concept are not independent: an interval that ignores this
+is too narrow.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from plait.core.errors import DataError
+from plait.core.types import Score
+
+RESAMPLES = 2000
+"""Bootstrap resamples. At 2,000 the ends of a 95 % interval move by about 0.06 standard errors from seed to seed."""
+
+_Z95 = 1.959963984540054
+_CHUNK_DRAWS = 2**21
+
+Table = Float[np.ndarray, "item column"]
+Statistic = Callable[[Float[np.ndarray, "row column"]], Float[np.ndarray, " row"]]
+"""Column sums of many resamples in, one value each out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A point estimate and its 95 % interval; ``rule`` names how the interval was made."""
+
+    value: float
+    low: float
+    high: float
+    rule: str
+
+
+def bootstrap(
+    table: Table,
+    statistic: Statistic,
+    *,
+    groups: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a statistic of column sums (Efron 1979).
+
+    Args:
+        table: One row an item, one column a summand.
+        statistic: Maps column sums, ``row column``, to values, ``row``; must be defined for every resample.
+        groups: Cluster of each item; whole clusters are then resampled instead of items.
+        resamples: How many resamples.
+        seed: Seed of the resampling; equal seeds give equal intervals.
+
+    Raises:
+        DataError: No items, a value that is not finite, or another number of groups than of items.
+
+    Example:
+        >>> table = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+        >>> bootstrap(table, lambda sums: sums[:, 0] / sums[:, 1]).value
+        0.75
+    """
+    _check(table, groups)
+    value = float(statistic(table.sum(0, keepdims=True))[0])
+    if groups is not None:
+        table = _sum_by_group(table, groups)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_DRAWS // len(table))
+    values = [
+        statistic(_weights(rng, min(chunk, resamples - done), len(table)) @ table)
+        for done in range(0, resamples, chunk)
+    ]
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    kind = "bootstrap" if groups is None else "cluster-bootstrap"
+    return Interval(value=value, low=float(low), high=float(high), rule=f"ci={kind}-percentile-{resamples}")
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson 95 % score interval of a proportion (Wilson 1927); has a width even at 0 of n and n of n.
+
+    Raises:
+        DataError: ``n`` is 0 or ``successes`` is not within 0 to n.
+
+    Example:
+        >>> [round(end, 3) for end in wilson(0, 10)]
+        [0.0, 0.278]
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise DataError(
+            f"a proportion needs 0 <= successes <= n and n >= 1; came {successes} of {n}",
+            remedy="score at least one item",
+        )
+    share, z2 = successes / n, _Z95**2
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At the ends the formula gives 0 and 1 up to rounding.
+    return (0.0 if successes == 0 else center - half), (1.0 if successes == n else center + half)
+
+
+def mean_score(
+    values: Sequence[float] | Float[np.ndarray, " item"],
+    *,
+    name: str,
+    rule: str,
+    groups: Sequence[str] | None = None,
+    failures: int = 0,
+    seed: int = 0,
+) -> Score:
+    """Mean of per-item values with a bootstrap interval.
+
+    Where all values are 0 or all are 1 every resample is the same and the bootstrap would claim certainty; the Wilson
+    interval, with as many trials as there are clusters, is given instead and the rule says so.
+
+    Raises:
+        DataError: See :func:`bootstrap`.
+    """
+    table = _with_ones(values)
+    interval = bootstrap(table, _mean, groups=groups, seed=seed)
+    if interval.value in {0.0, 1.0} and np.all(table[:, 0] == interval.value):
+        trials = len(table) if groups is None else len(set(groups))
+        low, high = wilson(int(interval.value) * trials, trials)
+        interval = Interval(value=interval.value, low=low, high=high, rule="ci=wilson")
+    return to_score(interval, name=name, rule=rule, n=len(table), failures=failures)
+
+
+def paired_difference(
+    ours: Sequence[float] | Float[np.ndarray, " item"],
+    theirs: Sequence[float] | Float[np.ndarray, " item"],
+    *,
+    name: str,
+    rule: str,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Score:
+    """Mean of ``ours - theirs`` over the same items, with a bootstrap interval that keeps the pairs together.
+
+    Raises:
+        DataError: The two have different lengths; see also :func:`bootstrap`.
+    """
+    if len(ours) != len(theirs):
+        raise DataError(
+            f"a paired difference needs the same items; came {len(ours)} and {len(theirs)}",
+            remedy="score both on one list of items",
+        )
+    table = _with_ones(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
+    interval = bootstrap(table, _mean, groups=groups, seed=seed)
+    return to_score(interval, name=name, rule=f"{rule}; paired", n=len(table))
+
+
+def exact_score(value: float, *, name: str, rule: str, n: int) -> Score:
+    """A number that was derived, not sampled (a chance level): its interval is the point."""
+    return Score(name=name, value=value, low=value, high=value, n=n, rule=rule)
+
+
+def to_score(interval: Interval, *, name: str, rule: str, n: int, failures: int = 0) -> Score:
+    """An interval with its name and the item count; the rule of the interval is appended to the rule of the metric."""
+    return Score(
+        name=name,
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        n=n,
+        rule=f"{rule}; {interval.rule}",
+        failures=failures,
+    )
+
+
+def _mean(sums: Float[np.ndarray, "row column"]) -> Float[np.ndarray, " row"]:
+    return sums[:, 0] / sums[:, 1]
+
+
+def _with_ones(values: Sequence[float] | Float[np.ndarray, " item"]) -> Table:
+    column = np.asarray(values, dtype=np.float64)
+    return np.stack([column, np.ones_like(column)], axis=1)
+
+
+def _sum_by_group(table: Table, groups: Sequence[str]) -> Float[np.ndarray, "group column"]:
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.stack([np.bincount(index, weights=column, minlength=len(names)) for column in table.T], axis=1)
+
+
+def _weights(rng: np.random.Generator, resamples: int, n: int) -> Float[np.ndarray, "row item"]:
+    """How often each of n items is drawn in each resample of n with replacement."""
+    drawn: Int[np.ndarray, "row item"] = rng.integers(n, size=(resamples, n))
+    flat = (drawn + n * np.arange(resamples)[:, None]).ravel()
+    return np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+
+
+def _check(table: Table, groups: Sequence[str] | None) -> None:
+    if not len(table):
+        raise DataError("no items to score", remedy="check that the split is not empty")
+    bad = np.flatnonzero(~np.isfinite(table).all(1))
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} of {len(table)} values are not finite, the first is item {bad[0]}",
+            remedy="find out what made it",
+        )
+    if groups is not None and len(groups) != len(table):
+        raise DataError(f"{len(table)} items but {len(groups)} groups", remedy="give one group an item")

@@ -1,0 +1,53 @@
+"""Next-token prediction: the loss as a sum over trained tokens, never a mean."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from plait.core.tensors import IGNORE, Batch
+
+
+def next_token_loss(logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """``-sum_i log softmax(logits_i)[target_i]``, in float32 whatever the logits' dtype.
+
+    Example:
+        Two positions with equal scores over 4 words: 2 ln 4 = 2.7726.
+    """
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+class NextToken:
+    """Autoregressive language modeling on the trained tokens of a batch.
+
+    The model gives logits only where the next token is trained (:class:`plait.models.multimodal.MultimodalLM`), so no
+    full ``b t v`` tensor exists.
+    """
+
+    needs_global_batch = False
+
+    def count(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Trained tokens."""
+        return {"next_token": (batch.labels[:, 1:] != IGNORE).sum()}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Sum of the negative log-likelihood, in nats."""
+        shifted = batch.labels[:, 1:]
+        logits = model(batch).logits
+        return {"next_token": next_token_loss(logits, shifted[shifted != IGNORE])}
+
+
+def sequence_logprobs(
+    logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"], *, owner: Int[Tensor, " n"], count: int
+) -> Float[Tensor, " s"]:
+    """Log-probability of each sequence: the sum over its tokens.
+
+    Args:
+        logits: Scores at the positions that predict.
+        targets: The token that came.
+        owner: Which sequence each position belongs to, from 0.
+        count: Number of sequences.
+    """
+    each = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.zeros(count, dtype=each.dtype, device=each.device).index_add(0, owner, each)

@@ -1,0 +1,138 @@
+"""A recipe: one YAML file that says how raw files become a model, from data to evaluation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+from plait.core.catalogue import file_schema
+from plait.core.errors import ConfigError
+from plait.core.files import write_atomic
+from plait.core.spec import Derived, Resolved, Spec, catalogue, load
+from plait.core.yamltext import Keys
+from plait.stages.data import Data
+from plait.stages.pretrain import Pretrain
+
+AnyStage: TypeAlias = Annotated[Pretrain, Field(discriminator="kind")]
+"""Every stage kind that may follow the data: ``Pretrain | Tune | …``. This union is the catalogue."""
+
+_FOLDER = Path(__file__).parent
+_NAME = r"^[a-z0-9][a-z0-9._-]*$"
+
+
+class _Named:
+    """Schema of the stages: one called after a kind is of that kind and need not say so; any other says its kind."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        entry = schema["additionalProperties"]
+        kinds: dict[str, str] = entry["discriminator"]["mapping"]
+        schema["properties"] = {
+            kind: {"oneOf": [{"$ref": ref}], "discriminator": {"mapping": {kind: ref}, "propertyName": "kind"}}
+            for kind, ref in kinds.items()
+        }
+        schema["additionalProperties"] = {**entry, "required": ["kind"]}
+        return schema
+
+
+class Recipe(Spec):
+    """All settings of one run."""
+
+    name: str = Field(pattern=_NAME)
+    """What the run folder is called: `runs/<name>-0001`."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of every stage that gives none of its own."""
+
+    data: Data = Data()
+    """The first stage: where the samples come from and how they are split."""
+
+    stages: Annotated[Mapping[Annotated[str, Field(pattern=_NAME)], AnyStage], _Named()] = Field(default_factory=dict)
+    """The stages after the data, in order; a name that is a kind needs no `kind`."""
+
+    @classmethod
+    def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:
+        """The kind of a stage follows from its name, its seed from the recipe's."""
+        seed = Derived(given.get("seed", cls.model_fields["seed"].default), "seed")
+        found: dict[Keys, Derived] = {("data", "seed"): seed}
+        stages = given.get("stages")
+        for name in stages if isinstance(stages, Mapping) else ():
+            if name in stage_kinds():
+                found["stages", name, "kind"] = Derived(name, "the stage's name")
+            found["stages", name, "seed"] = seed
+        return found
+
+
+def stage_kinds() -> tuple[str, ...]:
+    """Names of all stage kinds a recipe may list after its data."""
+    return tuple(catalogue(Recipe).schema["properties"]["stages"]["properties"])
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of recipe files, for editors; committed as ``docs/recipe.schema.json``."""
+    extends = "The one parent: name of a shipped recipe, or a path relative to this file. Mappings join key by key."
+    return {**file_schema(catalogue(Recipe).schema, extends=extends), "title": "Plait recipe"}
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with Plait, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def find_recipe(name: str, folder: Path = Path()) -> Path:
+    """Path of a recipe.
+
+    Args:
+        name: Name of a shipped recipe, path of a YAML file, or a run folder.
+        folder: What paths are relative to.
+
+    Raises:
+        ConfigError: There is none; lists the shipped ones and the nearest name.
+    """
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = folder / name
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            "no such recipe file", place=str(path), remedy=f"check the path, or use one of: {_list(known)}"
+        )
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    remedy = f"{hint}shipped recipes: {_list(known)}; or give the path of a YAML file"
+    raise ConfigError(f"no recipe called {name!r}", place="the command line", remedy=remedy)
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
+    """Find, read and check a recipe; see :func:`plait.core.spec.load`.
+
+    Args:
+        name: As for :func:`find_recipe`.
+        overrides: Dotted settings, such as ``data.source=./pairs.csv``.
+
+    Raises:
+        ConfigError: Anything about it is wrong.
+    """
+    return load(Recipe, find_recipe(name), overrides, find=find_recipe)
+
+
+def save_recipe(recipe: Resolved[Recipe], path: Path) -> None:
+    """Write the resolved recipe, complete and without a parent; each line notes where its value came from.
+
+    Raises:
+        ResourceError: The disk is full or not writable.
+    """
+    write_atomic(path, recipe.to_yaml())
+
+
+def _list(known: Iterable[str]) -> str:
+    return ", ".join(known)

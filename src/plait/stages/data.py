@@ -1,0 +1,283 @@
+"""The data stage: raw pictures and names to verified shards, questions about them, a ledger and a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from plait.core.estimate import Estimate, Machine
+from plait.core.events import Events
+from plait.core.spec import Spec
+from plait.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from plait.core.types import Sample
+    from plait.data.ledger import Ledger
+    from plait.data.sources import Gathered
+    from plait.data.sources.emoji import EmojiChoice
+    from plait.data.sources.pairs import PairsChoice
+
+
+class EmojiSource(Spec):
+    """Twemoji for training and OpenMoji as the unseen style, with English and Chinese names."""
+
+    kind: Literal["emoji"] = "emoji"
+    """Which source this is."""
+    held_out: int = Field(default=300, ge=1, le=1000)
+    """Concepts that are never trained on."""
+    size: int = Field(default=72, ge=16, le=512)
+    """Pixels to which OpenMoji is rendered; Twemoji has 72."""
+    variants: Literal["one", "all"] = "one"
+    """One default picture a concept, or all skin tones and genders; they always stay in one split."""
+    flags: bool = False
+    """Take the flags of countries and regions too."""
+    max_train: int | None = Field(default=None, ge=2)
+    """Train on at most this many pictures; the rest is counted in the ledger."""
+    max_test: int | None = Field(default=200, ge=1)
+    """At most this many pictures in each test split; the rest is counted in the ledger."""
+
+
+class PairsSource(Spec):
+    """Your own pictures with texts: a CSV file (image,text) or a folder of pictures with captions."""
+
+    kind: Literal["pairs"] = "pairs"
+    """Which source this is."""
+    path: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+    """CSV file with the columns image and text, or a folder: captions.jsonl, metadata.csv, or one .txt file a
+    picture."""
+    root: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None = None
+    """Pictures must lie inside this folder; by default the folder of the CSV file, or the folder itself."""
+    licence: str = Field(default="unknown", min_length=1)
+    """Licence of the pictures and texts, for the card."""
+    test_fraction: float = Field(default=0.1, ge=0.0, le=0.5)
+    """Share of the rows that is held out; rows with a common picture or text stay together."""
+    min_rows: int = Field(default=16, ge=1)
+    """Fewer usable rows than this are an error."""
+    max_megapixels: float = Field(default=50.0, gt=0.0, le=89.0)
+    """Pictures with more pixels are refused before they are decoded."""
+    max_train: int | None = Field(default=None, ge=2)
+    """Train on at most this many rows; the rest is counted in the ledger."""
+    max_test: int | None = Field(default=200, ge=1)
+    """Test on at most this many rows; the rest is counted in the ledger."""
+
+
+class Questions(Spec):
+    """Which questions are made from the pictures."""
+
+    chinese: bool = True
+    """Ask for the Chinese name too, where it is known."""
+    yes_no: int = Field(default=1, ge=0, le=8)
+    """Rounds of yes/no questions; each asks of each picture once with its name and once with a wrong one."""
+    groups: bool = True
+    """Ask for the group, where it is known."""
+    canvases: int = Field(default=300, ge=0)
+    """Canvases of one to three training pictures, to ask what is left, right, above, and how many; not made from own
+    data."""
+    test_canvases: int = Field(default=40, ge=0)
+    """The same for each test split."""
+
+
+AnySource: TypeAlias = Annotated[EmojiSource | PairsSource, Field(discriminator="kind")]
+"""Every source there is."""
+
+
+def _named_source(value: Any) -> Any:
+    """A plain text names a source: ``emoji``, or the path of your own data."""
+    if isinstance(value, (str, Path)):
+        return {"kind": "emoji"} if str(value) == "emoji" else {"kind": "pairs", "path": value}
+    return value
+
+
+class Data(Stage):
+    """Make shards, questions, ledger and data card.
+
+    Writes ``ledger.jsonl``, ``card.md`` and ``shards/``: ``train``, ``test-concept``, ``test-style``, ``test-both`` as
+    far as the source has them, and ``instruct-<split>`` with the questions about each. The same settings give the same
+    bytes.
+
+    Example:
+        >>> Data(source="emoji").source.held_out
+        300
+    """
+
+    # The checker cannot know that specs are frozen, so that narrowing a field is safe.
+    kind: Literal["data"] = "data"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Which stage this is."""
+    source: Annotated[AnySource, BeforeValidator(_named_source, json_schema_input_type=AnySource | str)] = EmojiSource()
+    """Where pictures and texts come from: `emoji`, or the path of a CSV file or folder of your own."""
+    questions: Questions = Questions()
+    """Which questions are made from the pictures."""
+    max_fault_rate: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Stop if a larger share of the wanted rows is damaged, missing or without text."""
+
+    def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
+        """Do the work; see :meth:`plait.stages.stage.Stage.run`.
+
+        Raises:
+            DataError: The source has too many faults, too few rows, or is not there.
+            ResourceError: A package is not fetched, or the disk is full.
+        """
+        from plait.core.files import folder_atomic, mark_done, write_atomic
+        from plait.data.card import make_card
+        from plait.data.ledger import Ledger
+
+        _sweep(folder)
+        ledger = Ledger()
+        gathered = self._gather(ledger, events)
+        ledger.write(folder / "ledger.jsonl")
+        ledger.check_faults(self.max_fault_rate)
+        with folder_atomic(folder / "shards") as shards:
+            pictures = _write_pictures(shards, gathered, events)
+            questions = self._write_questions(shards, pictures, events)
+            size = sum(path.stat().st_size for path in shards.iterdir())
+        settings = self.model_dump(mode="json")
+        card = make_card(settings=settings, gathered=gathered, ledger=ledger, pictures=pictures, questions=questions)
+        write_atomic(folder / "card.md", card)
+        summary = _summary(gathered, ledger, pictures=pictures, questions=questions) | {"shard_bytes": size}
+        events.note(_sentence(summary), **summary)
+        mark_done(folder, kind=self.kind, previous=previous, summary=summary)
+        return folder
+
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
+        from plait.data.expect import expect_emoji, expect_pairs
+
+        if isinstance(self.source, EmojiSource):
+            expected = expect_emoji(self._emoji_choice(self.source))
+            canvases = self.questions.canvases, self.questions.test_canvases
+        else:
+            expected = expect_pairs(self._pairs_choice(self.source))
+            canvases = 0, 0
+        asked = 1 + 2 * self.questions.yes_no
+        asked += (self.questions.chinese + self.questions.groups) if isinstance(self.source, EmojiSource) else 0
+        tile = self.source.size if isinstance(self.source, EmojiSource) else 0
+        return expected.estimate(asked=asked, canvases=canvases, tile=tile, runtime_bytes=machine.runtime_bytes)
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _gather(self, ledger: Ledger, events: Events) -> Gathered:
+        def listener(done: int, total: int) -> None:
+            events.progress("pictures", done, total)
+
+        if isinstance(self.source, EmojiSource):
+            from plait.data.sources.emoji import gather_emoji
+
+            return gather_emoji(self._emoji_choice(self.source), ledger, listener)
+        from plait.data.sources.pairs import gather_pairs
+
+        return gather_pairs(self._pairs_choice(self.source), ledger, listener)
+
+    def _emoji_choice(self, source: EmojiSource) -> EmojiChoice:
+        from plait.data.sources.emoji import EmojiChoice
+
+        return EmojiChoice(**source.model_dump(exclude={"kind"}), seed=self.seed)
+
+    def _pairs_choice(self, source: PairsSource) -> PairsChoice:
+        from plait.data.media import Limits
+        from plait.data.sources.pairs import PairsChoice
+
+        return PairsChoice(
+            path=source.path,
+            root=source.root or (source.path if source.path.is_dir() else source.path.parent),
+            licence=source.licence,
+            test_fraction=source.test_fraction,
+            min_rows=source.min_rows,
+            limits=Limits(max_pixels=round(source.max_megapixels * 1e6)),
+            max_train=source.max_train,
+            max_test=source.max_test,
+            seed=self.seed,
+        )
+
+    def _write_questions(
+        self, shards: Path, pictures: Mapping[str, list[Sample]], events: Events
+    ) -> dict[str, list[Sample]]:
+        """Ask about each split with pictures and names of that split only."""
+        from plait.data.instructions import ask_canvases, ask_groups, ask_names, ask_yes_no
+        from plait.data.media import decode_image
+        from plait.data.shards import Entry, ShardReader, write_shards
+
+        written: dict[str, list[Sample]] = {}
+        groups = sorted({group for samples in pictures.values() for s in samples if (group := s.answer("group"))})
+        for done, (split, samples) in enumerate(pictures.items()):
+            events.progress("questions", done, len(pictures))
+            asked = ask_names(samples, chinese=self.questions.chinese, seed=self.seed)
+            asked += ask_yes_no(samples, rounds=self.questions.yes_no, seed=self.seed)
+            asked += ask_groups(samples, groups, seed=self.seed) if self.questions.groups else []
+            entries: list[Entry] = [(sample, {}) for sample in asked]
+            if isinstance(self.source, EmojiSource):
+                with ShardReader(shards, split) as reader:
+                    entries += ask_canvases(
+                        samples,
+                        self.questions.canvases if split == "train" else self.questions.test_canvases,
+                        tile=self.source.size,
+                        seed=self.seed,
+                        open_picture=lambda ref, reader=reader: decode_image(reader.media(ref), place=ref.uri),
+                    )
+            entries.sort(key=lambda entry: entry[0].id)
+            written[split] = write_shards(shards, f"instruct-{split}", entries)
+        events.progress("questions", len(pictures), len(pictures))
+        return written
+
+
+def _write_pictures(shards: Path, gathered: Gathered, events: Events) -> dict[str, list[Sample]]:
+    from plait.data.card import SPLITS
+    from plait.data.shards import Entry, write_shards
+
+    written: dict[str, list[Sample]] = {}
+    done = 0
+
+    def entries(split: str) -> Iterable[Entry]:
+        nonlocal done
+        for picture in gathered.pictures:
+            if picture.sample.meta["split"] == split:
+                done += 1
+                if done % 100 == 0 or done == len(gathered.pictures):
+                    events.progress("shards", done, len(gathered.pictures))
+                yield picture.sample, {picture.sample.media()[0].sha256: picture.read()}
+
+    for split in SPLITS:
+        if samples := write_shards(shards, split, entries(split)):
+            written[split] = samples
+    return written
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an attempt that was killed left behind; finished shards are replaced as a whole later."""
+    import shutil
+
+    for rest in (*folder.glob(".shards.*.tmp"), *folder.glob(".shards.*.old")):
+        shutil.rmtree(rest)
+    for rest in folder.glob(".*.tmp"):
+        rest.unlink()
+
+
+def _summary(
+    gathered: Gathered,
+    ledger: Ledger,
+    *,
+    pictures: Mapping[str, Sequence[Sample]],
+    questions: Mapping[str, Sequence[Sample]],
+) -> dict[str, Any]:
+    from collections import Counter
+
+    from plait.data.instructions import TASKS
+
+    tasks = {split: Counter(q.meta["task"] for q in asked) for split, asked in questions.items()}
+    return {
+        "splits": {split: len(samples) for split, samples in pictures.items()},
+        "instruct": {split: {task: counts[task] for task in TASKS if counts[task]} for split, counts in tasks.items()},
+        "ledger": ledger.totals(),
+        "licences": {origin.name: origin.licence for origin in gathered.origins},
+        "facts": dict(gathered.facts),
+    }
+
+
+def _sentence(summary: Mapping[str, Any]) -> str:
+    splits = ", ".join(f"{count:,} {split}" for split, count in summary["splits"].items())
+    asked = sum(sum(tasks.values()) for tasks in summary["instruct"].values())
+    ledger = summary["ledger"]
+    fates = ", ".join(f"{ledger[fate]:,} {fate}" for fate in ("kept", "changed", "dropped"))
+    return f"pictures: {splits}; {asked:,} questions; {ledger['rows']:,} source rows: {fates}"

@@ -1,0 +1,310 @@
+"""The pretrain stage: a dual encoder (CLIP objective), small trained heads on frozen towers, scored by retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from plait.core.estimate import Estimate, Machine
+from plait.core.events import Events
+from plait.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from plait.assembly.dual import Dual
+    from plait.assembly.pairs import Pairs
+    from plait.core.device import Compute
+    from plait.core.types import Score
+    from plait.data.pair_batches import PairBatches
+    from plait.evaluation.picture_names import Exam, Look
+    from plait.training.settings import Fitted, Settings
+
+TESTS = ("test-concept", "test-style", "test-both")
+"""Splits that are scored, as far as the data stage made them."""
+
+_MILESTONES = 5  # how often answers for a few test pictures are shown while training
+
+# Sizes of the default towers, for the estimate; tests compare them with the weights.
+_IMAGE_WEIGHTS, _TEXT_WEIGHTS = 4_652_008, 22_565_376
+_IMAGE_WIDTH, _TEXT_WIDTH = 1280, 384
+_IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
+_TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
+_TEXT_TOKENS = 8
+# Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
+_SECONDS_PER_PICTURE_160 = (0.010, 0.025)
+_SECONDS_PER_TEXT = (0.002, 0.006)
+_SECONDS_START = (3.0, 15.0)  # imports and loading the towers
+_HEAD_EFFICIENCY = (0.15, 0.7)
+
+
+class Pretrain(Stage):
+    """Train a dual encoder on the pictures and names of the data stage.
+
+    Both towers stay frozen and run once over each picture and text; two heads and a temperature learn from the features
+    by symmetric InfoNCE, in which pictures of one concept are never negatives of each other. Writes ``metrics.jsonl``,
+    ``results.csv``, ``samples/<step>.json`` (answers for a few test pictures), ``checkpoints/<step>/``,
+    ``scores.json`` and ``predictions.jsonl``.
+
+    Example:
+        >>> Pretrain(epochs=20).batch_size
+        512
+    """
+
+    # The checker cannot know that specs are frozen, so that narrowing a field is safe.
+    kind: Literal["pretrain"] = "pretrain"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Which stage this is."""
+    image_tower: str = "efficientnet-lite0"
+    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a vision transformer."""
+    resolution: int = Field(default=160, ge=0)
+    """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
+    text_tower: str = "minilm"
+    """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
+    max_tokens: int = Field(default=128, ge=8)
+    """Longest text; a longer one is an error, never cut."""
+    tower_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the towers; the heads are always float32."""
+    keywords: bool = True
+    """In training, put other English words for the concept in place of its name now and then."""
+    d_hidden: int = Field(default=1024, ge=1)
+    """Width between the two layers of a head."""
+    d_shared: int = Field(default=512, ge=1)
+    """Width of the space that pictures and texts share."""
+    dropout: float = Field(default=0.3, ge=0.0, lt=1.0)
+    """Share of hidden units dropped while training."""
+    scale: float = Field(default=14.3, gt=0.0, le=100.0)
+    """Factor on the cosine (1 / temperature) at the start; it is learned."""
+    epochs: float = Field(default=30.0, gt=0.0)
+    """How often each pair is seen; not used when `steps` is given."""
+    steps: int | None = Field(default=None, ge=1)
+    """Updates in all, instead of `epochs`."""
+    batch_size: int = Field(default=512, ge=2)
+    """Pairs that are told apart from each other in a step; with fewer pairs than this, all of them."""
+    lr: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decay of the heads' matrices."""
+    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the steps in which the rate rises."""
+    save_every: int = Field(default=25, ge=0)
+    """Steps between checkpoints; 0 saves only the last step."""
+    device: str = "auto"
+    """Where the heads are trained: `auto`, `cpu`, `cuda` or `mps`."""
+
+    def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
+        """Do the work; see :meth:`plait.stages.stage.Stage.run`.
+
+        Raises:
+            DataError: There is no data stage before this one, its shards are damaged, or it has too few pairs.
+            ResourceError: A tower's package is not fetched, or the disk is full.
+            NumericsError: Training went wrong.
+        """
+        from plait.assembly.pairs import read_pairs
+        from plait.core.device import setup
+        from plait.core.files import find_stage, mark_done, write_json, write_jsonl
+        from plait.evaluation.picture_names import Exam, compare
+
+        shards = find_stage(previous, "data") / "shards"
+        compute = setup(device=self.device, dtype="float32")
+        for why in compute.why:
+            events.note(why)
+        dual = self._build(compute, events)
+        pairs = read_pairs(shards, ("train", *TESTS), dual, keywords=self.keywords, events=events)
+        exams = [Exam(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
+        before = [exam.look(dual.model) for exam in exams]
+        _show(folder, 0, exams, looks=before, events=events)
+        fitted = self._fit(dual, pairs["train"], exams, compute=compute, folder=folder, events=events)
+        after = [exam.look(dual.model) for exam in exams]
+        scores = [
+            s for exam, trained, raw in zip(exams, after, before, strict=True) for s in compare(exam, trained, raw)
+        ]
+        write_json(folder / "scores.json", [_plain(score) for score in scores])
+        write_jsonl(
+            folder / "predictions.jsonl", [r for e, look in zip(exams, after, strict=True) for r in e.answers(look)]
+        )
+        counts = {split: len(found.ids) for split, found in pairs.items()}
+        summary = _summary(fitted, scores, pairs=counts, folder=folder)
+        for line in summary["lines"]:
+            events.note(line)
+        mark_done(folder, kind=self.kind, previous=previous, summary=summary)
+        return folder
+
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
+        from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
+
+        known = before["data"].samples if "data" in before else {}
+        samples = {split: known[split] for split in ("train", *TESTS) if split in known}
+        pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
+        texts = pictures + 2 * train * self.keywords
+        batch, steps = min(self.batch_size, train), self._steps(train)
+        side = (self.resolution or 224) / 224
+        heads = (
+            (_IMAGE_WIDTH + _TEXT_WIDTH + 2 * self.d_shared) * self.d_hidden + 2 * (self.d_hidden + self.d_shared) + 1
+        )
+        head_flops = linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * self.d_shared * steps
+        low, high = time_range(head_flops, machine, dtype="float32", efficiency=_HEAD_EFFICIENCY)
+        area = side**2 / (160 / 224) ** 2
+        seconds = [
+            _SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i]
+            for i in (0, 1)
+        ]
+        cells = math.ceil((self.resolution or 224) / 32) ** 2
+        widths = _IMAGE_WIDTH + _TEXT_WIDTH
+        kept = 4 * batch * (widths + 4 * self.d_hidden + 3 * self.d_shared) + 20 * batch * batch
+        memory = peak_memory(
+            machine,
+            frozen=_IMAGE_WEIGHTS + _TEXT_WEIGHTS,
+            frozen_dtype=machine.dtype if self.tower_dtype == "auto" else self.tower_dtype,
+            trainable=heads,
+            activations=kept,
+            caches=pictures * (2 * cells + 4) * _IMAGE_WIDTH + 4 * texts * _TEXT_WIDTH,
+        )
+        return Estimate(
+            stage=self.kind,
+            samples=samples,
+            params_trainable=heads,
+            params_frozen=_IMAGE_WEIGHTS + _TEXT_WEIGHTS,
+            tokens=pictures * cells + texts * _TEXT_TOKENS,
+            image_tokens=pictures * cells,
+            flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
+            memory=memory,
+            disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2) + pictures * 600,
+            seconds=(low + seconds[0], high + seconds[1]),
+            notes=(
+                f"{steps:,} steps of {batch:,} pairs; picture features are made once and kept in the cache "
+                f"({pictures * cells * _IMAGE_WIDTH * 2 / 2**20:,.0f} MiB outside the run folder)",
+                "sizes and speeds are those of efficientnet-lite0 and minilm",
+            ),
+        )
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _build(self, compute: Compute, events: Events) -> Dual:
+        from plait.assembly.dual import HeadSizes, build_dual
+        from plait.assembly.towers import load_image_tower, load_text_tower
+        from plait.core.device import seed_everything
+
+        image = load_image_tower(self.image_tower, size=self.resolution, dtype=self.tower_dtype, events=events)
+        text = load_text_tower(self.text_tower, max_tokens=self.max_tokens, dtype=self.tower_dtype)
+        seed_everything(self.seed)
+        sizes = HeadSizes(d_hidden=self.d_hidden, d_shared=self.d_shared, dropout=self.dropout)
+        dual = build_dual(image, text, sizes, scale=self.scale)
+        dual.model.to(compute.device)
+        return dual
+
+    def _fit(
+        self, dual: Dual, pairs: Pairs, exams: Sequence[Exam], *, compute: Compute, folder: Path, events: Events
+    ) -> Fitted:
+        from plait.assembly.dual import save_dual
+        from plait.core.errors import DataError
+        from plait.objectives.contrastive import Contrastive
+        from plait.training.loop import fit
+        from plait.training.settings import Hooks
+
+        if len(pairs.ids) < 2:
+            raise DataError(
+                f"{len(pairs.ids)} training pairs: there is nothing to tell a picture's text from",
+                place=str(folder),
+                remedy="give the data stage at least two pairs",
+            )
+        steps = self._steps(len(pairs.ids))
+        shown = {max(1, round(steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+
+        def on_step(step: int, _: Mapping[str, Any]) -> None:
+            if step in shown:
+                _show(folder, step, exams, looks=[exam.look(dual.model) for exam in exams], events=events)
+
+        hooks = Hooks(save_model=lambda target: save_dual(dual, target), on_step=on_step, task=self.kind)
+        dual.model.train()
+        return fit(
+            dual.model,
+            Contrastive(),
+            self._batches(pairs),
+            settings=self._settings(compute, steps, dual),
+            folder=folder,
+            events=events,
+            hooks=hooks,
+        )
+
+    def _steps(self, pairs: int) -> int:
+        return self.steps or max(1, math.ceil(self.epochs * pairs / min(self.batch_size, pairs)))
+
+    def _batches(self, pairs: Pairs) -> PairBatches:
+        from plait.data.pair_batches import PairBatches
+
+        return PairBatches(
+            image=pairs.image,
+            text=pairs.text,
+            texts_of=pairs.texts_of,
+            classes=pairs.classes,
+            ids=pairs.ids,
+            batch_size=min(self.batch_size, len(pairs.ids)),
+            seed=self.seed,
+        )
+
+    def _settings(self, compute: Compute, steps: int, dual: Dual) -> Settings:
+        from plait.training.optim import AdamW
+        from plait.training.schedule import Cosine
+        from plait.training.settings import Settings
+
+        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
+        context = self.model_dump(mode="json", exclude={"steps", "epochs", "save_every", "device"})
+        return Settings(
+            steps=steps,
+            compute=compute,
+            seed=self.seed,
+            optimizer=AdamW(lr=self.lr, weight_decay=self.weight_decay),
+            schedule=Cosine(warmup=self.warmup),
+            save_every=self.save_every,
+            context=context | {"towers": [dual.image.key, dual.text.key]},
+        )
+
+
+def _show(folder: Path, step: int, exams: Sequence[Exam], *, looks: Sequence[Look], events: Events) -> None:
+    """Keep answers for a few pictures of each split, and say one; written as a whole, so a repeated step repeats it."""
+    from plait.core.files import write_json
+
+    (folder / "samples").mkdir(exist_ok=True)
+    recall = {exam.name: look.recall_at_1() for exam, look in zip(exams, looks, strict=True)}
+    samples = [answer for exam, look in zip(exams, looks, strict=True) for answer in exam.answers(look, limit=3)]
+    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "recall_at_1": recall, "samples": samples})
+    if samples:
+        first = samples[0]
+        said = ", ".join(f"{split} {value:.1%}" for split, value in recall.items())
+        text = f"step {step}: a picture of {first['truth']!r} is read as {first['top'][0]['text']!r}; R@1: {said}"
+        events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(score)
+
+
+def _summary(fitted: Fitted, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
+    named = {score.name: score for score in scores}
+    lines: list[str] = []
+    for split in pairs:
+        key = f"retrieval/{split}/image-to-text/R@1"
+        if key in named:
+            one, chance, gain = named[key], named[f"{key}/chance"], named[f"{key}/gain-over-untrained"]
+            lines.append(
+                f"{split}: the right name is found first for {one.value:.1%} of {one.n:,} pictures "
+                f"(95 % {one.low:.1%} to {one.high:.1%}; chance {chance.value:.2%}; "
+                f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%})"
+            )
+    return {
+        "lines": lines or ["there is no test split: nothing was scored"],
+        "checkpoint": str(fitted.checkpoint.relative_to(folder)),
+        "steps": fitted.step,
+        "skipped_steps": fitted.skipped,
+        "pairs": dict(pairs),
+        "recall_at_1": {
+            split: named[f"retrieval/{split}/image-to-text/R@1"].value
+            for split in pairs
+            if f"retrieval/{split}/image-to-text/R@1" in named
+        },
+    }

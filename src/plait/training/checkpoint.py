@@ -1,0 +1,261 @@
+"""Checkpoint folders that are whole or not there: written apart, sealed with a manifest, renamed, verified, rotated.
+
+``checkpoints/000200/`` holds the model's files as the caller saves them, ``resume/`` (:mod:`plait.training.state`) and
+``manifest.json`` with size and sha256 of every file. What is found partial or damaged is moved to
+``checkpoints/quarantine/`` and said; only finished checkpoints that rotation replaced are ever deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from plait.core.device import differences
+from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.events import Events
+from plait.core.files import disk_error, folder_atomic, fsync_dir, read_json, sha256_file, write_json
+from plait.training.state import Origin, read_state
+
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine"
+_DELETED = re.compile(r"\.\d+\.deleted")
+_PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
+
+FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "max_skipped_in_row"})
+"""Settings that may differ when a run is resumed: they do not change what a step computes.
+
+``steps`` may bend the schedule; then that is said.
+"""
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        folder: ``<stage>/checkpoints``; created.
+        keep_last: How many finished ones to keep.
+        events: Where to say what was saved, moved or deleted.
+
+    Raises:
+        ResourceError: The folder cannot be created.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, events: Events) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.events = events
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fsync_dir(folder.parent)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+
+    def path(self, step: int) -> Path:
+        """Folder of one step, with zeros in front so that names sort."""
+        return self.folder / f"{step:06d}"
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` fill a new checkpoint, seal and verify it, then delete what rotation no longer keeps.
+
+        Raises:
+            ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
+            CheckpointError: What was written does not read back; earlier checkpoints are untouched.
+        """
+        target = self.path(step)
+        with folder_atomic(target) as temp:
+            try:
+                write(temp)
+            except SafetensorError as error:  # its Rust writer reports a full disk as its own type
+                raise OSError(str(error)) from error
+            write_manifest(temp, step=step)
+        verify(target)
+        self._rotate()
+        return target
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, or None where none was ever finished.
+
+        Whatever is newer and partial or damaged is moved to quarantine and named in a warning.
+
+        Raises:
+            CheckpointError: There were finished checkpoints and none verifies.
+        """
+        for leftover in sorted(self.folder.iterdir()):
+            if _DELETED.fullmatch(leftover.name):
+                shutil.rmtree(leftover)  # rotation had decided; the process died on the way
+            elif _PARTIAL.fullmatch(leftover.name):
+                self._quarantine(leftover, "partial: the process ended while it was written")
+        damaged: list[str] = []
+        for folder in reversed(list_checkpoints(self.folder)):
+            try:
+                verify(folder)
+            except CheckpointError as error:
+                self._quarantine(folder, error.cause)
+                damaged.append(f"{folder.name} ({error.cause})")
+            else:
+                return folder
+        if damaged:
+            raise CheckpointError(
+                f"none of {len(damaged)} checkpoints is whole: {'; '.join(damaged)}",
+                place=str(self.folder / QUARANTINE),
+                remedy="put a good copy back into checkpoints/, or resume again to start this stage over",
+            )
+        return None
+
+    def _rotate(self) -> None:
+        for folder in list_checkpoints(self.folder)[: -self.keep_last]:
+            doomed = folder.with_name(f".{folder.name}.deleted")
+            try:
+                # First out of sight in one stroke: half a deletion must not look like a damaged checkpoint.
+                folder.rename(doomed)
+                fsync_dir(self.folder)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                raise disk_error(error, folder) from error
+
+    def _quarantine(self, folder: Path, reason: str) -> None:
+        base = self.folder / QUARANTINE / folder.name.lstrip(".")
+        target, number = base, 1
+        while target.exists():
+            number += 1
+            target = base.with_name(f"{base.name}-{number}")
+        try:
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+            fsync_dir(target.parent)
+            fsync_dir(self.folder)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        self.events.warning(
+            f"checkpoint {folder.name} is {reason}; moved to {target}", checkpoint=folder.name, moved_to=str(target)
+        )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first, unverified; names that are no step number are somebody else's."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def write_manifest(folder: Path, *, step: int) -> None:
+    """Seal a checkpoint: size and sha256 of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
+    write_json(folder / MANIFEST, {"step": step, "files": listed})
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint with its manifest: all sizes first, then all digests.
+
+    Files that the manifest does not list are ignored.
+
+    Raises:
+        CheckpointError: A file is missing, cut or changed, or the manifest is; the cause names it.
+    """
+
+    def fail(cause: str) -> CheckpointError:
+        return CheckpointError(
+            cause, place=str(folder), remedy="resume the run: it falls back to the newest whole checkpoint"
+        )
+
+    try:
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        step = int(manifest["step"])
+        files = {str(n): (int(f["size"]), str(f["sha256"])) for n, f in manifest["files"].items()}
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise fail(f"damaged: {MANIFEST} is missing or not readable") from error
+    if folder.name.isdigit() and step != int(folder.name):
+        raise fail(f"damaged: its manifest is that of step {step}")
+    for name, (size, _) in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise fail(f"damaged: {name} " + ("is missing" if found is None else f"has {found:,} bytes of {size:,}"))
+    for name, (_, sha256) in files.items():
+        if (found := sha256_file(folder / name)) != sha256:
+            raise fail(f"damaged: sha256 of {name} is {found[:12]}…, was {sha256[:12]}… when saved")
+
+
+def last_fingerprint(folder: Path) -> dict[str, str | int] | None:
+    """Fingerprint in the newest finished checkpoint, so that a resumed run can take its thread count.
+
+    Args:
+        folder: ``<stage>/checkpoints``.
+
+    Returns:
+        None if there is none that can be read.
+    """
+    found = list_checkpoints(folder)
+    try:
+        return dict(read_state(found[-1])["fingerprint"]) if found else None
+    except (CheckpointError, DataError, KeyError):
+        return None  # resuming verifies it, and says what is wrong
+
+
+# --- may this checkpoint be continued? -----------------------------------------------------------------------------
+
+
+def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
+    """Compare the run that wrote a checkpoint with the one that wants to continue it.
+
+    Says which free settings changed, and warns when the machine or the libraries differ.
+
+    Raises:
+        ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed; lists each with both values.
+        CheckpointError: The weights that do not train are others.
+    """
+    record = read_state(checkpoint)
+    changed = changed_settings(record["settings"], now.settings)
+    refused = [line for key, line in changed.items() if not _free(key)]
+    if refused:
+        raise ConfigError(
+            f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused)}",
+            place=str(checkpoint),
+            remedy=f"put them back, or start a new run (free to change: {', '.join(sorted(FREE_TO_CHANGE))})",
+        )
+    for line in changed.values():
+        events.note(f"setting changed since the checkpoint: {line}")
+    if record["frozen_sha256"] != now.frozen:
+        raise CheckpointError(
+            f"the frozen weights are others: sha256 {now.frozen[:12]}…, {record['frozen_sha256'][:12]}… when saved",
+            place=str(checkpoint),
+            remedy="give the run the same base model and stage before it, or start a new run",
+        )
+    lines = differences(record["fingerprint"], now.fingerprint)
+    if lines:
+        events.warning(
+            f"resumed elsewhere, so the result will not be bit-identical: {'; '.join(lines)}", differences=list(lines)
+        )
+
+
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key → ``key: old -> new`` for every leaf that differs."""
+    old, new = _leaves(then), _leaves(now)
+    keys = [*old, *(k for k in new if k not in old)]
+    return {k: f"{k}: {_shown(old, k)} -> {_shown(new, k)}" for k in keys if _shown(old, k) != _shown(new, k)}
+
+
+def _free(key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return (rest if head == "context" else key) in FREE_TO_CHANGE
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {
+            k: leaf
+            for key, inner in value.items()
+            for k, leaf in _leaves(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: value}
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    return json.dumps(leaves[key], ensure_ascii=False, default=str) if key in leaves else "not set"

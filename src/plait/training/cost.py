@@ -1,0 +1,353 @@
+"""What a decoder costs, from its shape alone: FLOPs, memory by part, disk, time. Stages make their estimates from this.
+
+Letters: N weights in matrix products, D tokens, ``b`` rows, ``t`` positions, ``h`` heads, ``d`` width, ``f`` width of
+the feed-forward, ``s`` bytes a number.
+
+A product of N weights with D tokens is 2ND operations forward, 2ND for the gradient of its input and 2ND for the
+gradient of its weights. So a trained part costs 6ND (Kaplan et al. 2020, section 2.1), a frozen part that gradients
+only flow *through* 4ND, and a frozen part before the first trained weight 2ND. Attention adds QKᵀ and AV,
+4·b·t²·h·d_head a layer forward, and twice that backward whether or not weights are trained.
+``tests/parity/test_cost_flops.py`` holds this to torch's own counter.
+
+Example:
+    >>> work = decoder_flops(SMOLLM2_135M, rows=64, length=20, head_positions=0, gradients="through")
+    >>> f"{work / 1e12:.2f} TFLOP a step"
+    '0.55 TFLOP a step'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plait.core.estimate import Machine
+
+Gradients = Literal["none", "through", "full"]
+"""What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime")
+"""Keys of ``Estimate.memory``."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Bytes a number."""
+
+HEAP = 1.4
+"""RSS over live bytes, for activations: glibc's heap keeps freed blocks that it cannot hand back.
+
+Measured over SmolLM2's 30 layers and 640 tokens: 1.42 (float32, eager) and 1.39 (bfloat16, SDPA); with
+``MALLOC_MMAP_THRESHOLD_=65536`` 1.05 and 1.01, but a step took a third longer.
+"""
+
+RUNTIME_BYTES = 405 * 2**20
+"""Interpreter with torch, transformers and peft imported and their kernels once used, where nobody measured it.
+
+Linux x86-64, Python 3.11, torch 2.13, transformers 5.23, peft 0.21.
+"""
+
+EFFICIENCY: dict[str, tuple[float, float]] = {"float32": (0.40, 0.85), "bfloat16": (0.10, 0.40)}
+"""Share of the measured matrix rate that a step of a small decoder reaches, low and high.
+
+SmolLM2's shape, 16 to 64 rows of 20 tokens, seen here: 0.45 to 0.86 in float32; 0.08 to 0.56 in bfloat16, where AMX
+makes products so fast that everything else dominates (0.22 to 0.30 on a quiet machine).
+"""
+
+_UNMEASURED = 3.0
+_FACTOR: dict[Gradients, int] = {"none": 2, "through": 4, "full": 6}
+_INPUT_OF = {
+    "q_proj": "norm1",
+    "k_proj": "norm1",
+    "v_proj": "norm1",
+    "o_proj": "attention",
+    "gate_proj": "norm2",
+    "up_proj": "norm2",
+    "down_proj": "product",
+}
+"""Which tensor a linear layer reads; layers that read the same one keep it once."""
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """Sizes of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, no biases.
+
+    ``d_head`` 0 means ``d_model // heads``; ``tied`` means that the head is the embedding.
+    """
+
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    d_head: int = 0
+    tied: bool = True
+
+    @classmethod
+    def from_config(cls, config: Any) -> DecoderShape:
+        """From a Hugging Face configuration with Llama's names (or its ``text_config``)."""
+        config = getattr(config, "text_config", config)
+        return cls(
+            layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_ff=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            vocab=config.vocab_size,
+            d_head=getattr(config, "head_dim", None) or 0,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def d_attention(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * (self.d_head or self.d_model // self.heads)
+
+    @property
+    def d_kv(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * (self.d_head or self.d_model // self.heads)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: name → (inputs, outputs)."""
+        return {
+            "q_proj": (self.d_model, self.d_attention),
+            "k_proj": (self.d_model, self.d_kv),
+            "v_proj": (self.d_model, self.d_kv),
+            "o_proj": (self.d_attention, self.d_model),
+            "gate_proj": (self.d_model, self.d_ff),
+            "up_proj": (self.d_model, self.d_ff),
+            "down_proj": (self.d_ff, self.d_model),
+        }
+
+    @property
+    def linear_params(self) -> int:
+        """Weights of all blocks that take part in matrix products; without embedding and head."""
+        return self.layers * sum(a * b for a, b in self.matrices().values())
+
+    @property
+    def params(self) -> int:
+        """All weights; a tied head counts once."""
+        norms = (2 * self.layers + 1) * self.d_model
+        return self.linear_params + norms + self.vocab * self.d_model * (1 if self.tied else 2)
+
+
+SMOLLM2_135M = DecoderShape(layers=30, d_model=576, d_ff=1536, heads=9, kv_heads=3, vocab=49_152)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on linear layers of every block.
+
+    Attributes:
+        rank: Inner width.
+        targets: Names of :meth:`DecoderShape.matrices`.
+    """
+
+    rank: int
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def params(self, shape: DecoderShape) -> int:
+        """Weights of all adapters on ``shape``."""
+        sizes = shape.matrices()
+        return shape.layers * sum(self.rank * sum(sizes[name]) for name in self.targets)
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+def linear_flops(params: int, tokens: int, gradients: Gradients) -> float:
+    """Operations of matrix products: 2ND, 4ND or 6ND."""
+    return float(_FACTOR[gradients]) * params * tokens
+
+
+def attention_flops(shape: DecoderShape, *, rows: int, queries: int, keys: int, gradients: Gradients) -> float:
+    """QKᵀ and AV of all layers: full squares, since the causal half is computed too and masked."""
+    forward = 4.0 * shape.layers * rows * queries * keys * shape.d_attention
+    return forward * (1 if gradients == "none" else 3)
+
+
+def decoder_flops(
+    shape: DecoderShape,
+    *,
+    rows: int,
+    length: int,
+    gradients: Gradients,
+    head_positions: int | None = None,
+    lora: Lora | None = None,
+) -> float:
+    """One pass over ``rows`` × ``length`` positions: forward, and whatever ``gradients`` asks of backward.
+
+    Args:
+        shape: The decoder.
+        rows: Rows of the batch.
+        length: Positions a row, padding included.
+        gradients: For the decoder's own weights.
+        head_positions: Positions at which logits are computed, over all rows; None means all.
+        lora: Adapters, always trained.
+    """
+    tokens = rows * length
+    head = tokens if head_positions is None else head_positions
+    return (
+        linear_flops(shape.linear_params, tokens, gradients)
+        + linear_flops(shape.vocab * shape.d_model, head, gradients)
+        + attention_flops(shape, rows=rows, queries=length, keys=length, gradients=gradients)
+        + (linear_flops(lora.params(shape), tokens, "full") if lora else 0.0)
+    )
+
+
+def generate_flops(shape: DecoderShape, *, rows: int, prompt: int, new: int) -> float:
+    """Decoding with a cache: the prompt gives the first token, each further one is a pass over a context longer by one.
+
+    Args:
+        shape: The decoder.
+        rows: Answers made.
+        prompt: Positions of a prompt, image positions included.
+        new: Tokens of an answer.
+    """
+    steps = max(new - 1, 0)
+    context = steps * prompt + steps * (steps + 1) // 2
+    return (
+        decoder_flops(shape, rows=rows, length=prompt, gradients="none", head_positions=rows)
+        + linear_flops(shape.linear_params + shape.vocab * shape.d_model, rows * steps, "none")
+        + attention_flops(shape, rows=rows, queries=1, keys=context, gradients="none")
+    )
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def decoder_activations(
+    shape: DecoderShape,
+    *,
+    rows: int,
+    length: int,
+    dtype: str,
+    gradients: Gradients,
+    attention: Literal["eager", "sdpa"] = "sdpa",
+    lora: Lora | None = None,
+) -> int:
+    """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
+
+    Counted tensor by tensor; ``tests/parity/test_cost_memory.py`` holds it to what autograd really saves. A block
+    keeps, a token:
+
+    - both norms: their input in float32 (8d) and 1/rms (8);
+    - attention: q, k, v as wide as the queries (3s·h·d_head); then with SDPA the output (s·h·d_head), the log-sum (4h)
+      and the mask (s·t), with eager the float32 probabilities (4ht) and a copy in the working format;
+    - feed-forward: gate, SiLU of it, up (3sf).
+
+    Trained weights also keep their inputs. In bfloat16 they are float32 masters under autocast, so each layer keeps a
+    converted input of its own and a converted copy of its weights. With nothing to differentiate, only one block's
+    worth of temporaries is alive.
+
+    Args:
+        shape: The decoder.
+        rows: Rows of a micro-batch.
+        length: Positions a row.
+        dtype: Format of the mathematics.
+        gradients: For the decoder's own weights.
+        attention: Which implementation runs.
+        lora: Adapters, always trained.
+    """
+    s, f, d, a = BYTES[dtype], shape.d_ff, shape.d_model, shape.d_attention
+    token, copies = 8 * d + 8 + 3 * s * f, 0
+    if attention == "sdpa":
+        token += 4 * s * a + 4 * shape.heads + s * length
+    else:
+        token += 3 * s * a + shape.heads * length * (4 if dtype == "float32" else 4 + s)
+    if gradients == "full":
+        inputs = _inputs_kept(shape, tuple(shape.matrices()), dtype=dtype, attention=attention)
+        if dtype != "float32" and attention == "sdpa":
+            inputs -= a  # nothing to convert: the output of attention is in the working format and kept anyway
+        token += 8 * d + s * inputs
+        copies += shape.linear_params * s if dtype != "float32" else 0
+    if lora is not None:
+        inputs = 0 if gradients == "full" else _inputs_kept(shape, lora.targets, dtype=dtype, attention=attention)
+        token += s * (inputs + lora.rank * len(lora.targets))
+        copies += lora.params(shape) * s if dtype != "float32" else 0
+    return rows * length * token * (1 if gradients == "none" else shape.layers) + copies
+
+
+def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: str) -> int:
+    """Width of all inputs that trained linear layers of a block keep."""
+    widths = {name: inputs for name, (inputs, _) in shape.matrices().items() if name in names}
+    if dtype != "float32":
+        return sum(widths.values())  # each keeps its own converted copy
+    shared = {_INPUT_OF[name]: width for name, width in widths.items()}
+    if attention == "sdpa":
+        shared.pop("attention", None)  # its output is kept anyway
+    return sum(shared.values())
+
+
+def logits_bytes(shape: DecoderShape, positions: int, *, dtype: str, gradients: Gradients = "through") -> int:
+    """Peak bytes around the head: logits and a float32 copy; for a loss also log-probabilities and two gradients."""
+    s = BYTES[dtype]
+    return positions * shape.vocab * (s + 4 if gradients == "none" else 2 * s + 12)
+
+
+def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:
+    """Keys and values of all layers."""
+    return 2 * shape.layers * rows * length * shape.d_kv * BYTES[dtype]
+
+
+def peak_memory(
+    machine: Machine,
+    *,
+    frozen: int = 0,
+    frozen_dtype: str = "float32",
+    trainable: int = 0,
+    activations: int = 0,
+    caches: int = 0,
+) -> dict[str, int]:
+    """Peak memory in bytes by part (:data:`PARTS`) of a step with AdamW, or of inference when nothing is trainable.
+
+    Args:
+        machine: Tells the runtime baseline.
+        frozen: Number of weights without gradients.
+        frozen_dtype: Their format.
+        trainable: Number of trained weights: float32 masters, gradients and two moments.
+        activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
+        caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
+    """
+    return {
+        "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "activations": int(HEAP * activations),
+        "caches": caches,
+        "runtime": machine.runtime_bytes or RUNTIME_BYTES,
+    }
+
+
+def checkpoint_bytes(*, weights: int, trainable: int, keep: int = 1) -> int:
+    """Disk for a stage's checkpoints: ``keep`` that stay and one being written, each with AdamW's two float32 moments.
+
+    Args:
+        weights: Bytes of the weights in one checkpoint.
+        trainable: Number of trained weights.
+        keep: Checkpoints that stay.
+    """
+    return (keep + 1) * (weights + 8 * trainable)
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+
+def time_range(
+    flops: float | int, machine: Machine, *, dtype: str = "", efficiency: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """Shortest and longest expected seconds: FLOPs over the machine's matrix rate at the bounds of :data:`EFFICIENCY`.
+
+    Args:
+        flops: Operations.
+        machine: Measured or guessed rates; a guess widens the range threefold on either side.
+        dtype: Format the work is done in; the machine's own by default.
+        efficiency: Other bounds, for work that is not a decoder.
+    """
+    dtype = dtype or machine.dtype
+    low, high = efficiency or EFFICIENCY[dtype]
+    rate = machine.gemm_bf16 if dtype == "bfloat16" else machine.gemm_fp32
+    doubt = 1.0 if machine.measured else _UNMEASURED
+    return flops / (rate * high) / doubt, flops / (rate * low) * doubt

@@ -1,0 +1,161 @@
+"""The gradient of one step, exact however the batch is split: over micro-batches and over ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plait.core import mesh
+from plait.core.errors import ConfigError, DataError
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What :func:`accumulate` found; the gradients are in the weights' ``.grad``.
+
+    Attributes:
+        loss: Weighted sum of the terms.
+        terms: Each term over its global count; a term without units in this step is left out.
+        counts: Global count of each term.
+        not_finite: Sample ids of the micro-batch whose loss was not finite, at which the step was broken off.
+    """
+
+    loss: float
+    terms: Mapping[str, float]
+    counts: Mapping[str, float]
+    not_finite: tuple[str, ...] = ()
+
+
+def accumulate(
+    model: nn.Module,
+    objective: Objective,
+    micro: Sequence[Batch],
+    *,
+    weights: Mapping[str, float],
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Sums:
+    """Add ``d loss / d w`` of a step to the weights' ``.grad``, for ``loss = sum_t weight_t * sum_t / count_t``.
+
+    Sums and counts run over all micro-batches of all ranks, so the result is the gradient of the whole batch in one
+    piece: 8 trained tokens in one micro-batch and 500 in the next weigh as 508 equal tokens. (A mean of micro-batch
+    means weighs them 250 to 4 instead.)
+
+    Args:
+        model: What the objective runs.
+        objective: Gives counts and sums.
+        micro: Micro-batches of this rank.
+        weights: Weight of each term; 1 where none is given, 0 only reports.
+        around: Entered around each forward, such as autocast.
+
+    Raises:
+        ConfigError: A weight names no term, a counted term has no sum, or the loss reaches no trainable weight.
+        DataError: No term has any unit in this step.
+    """
+    counts = _counts(objective, micro)
+    if unknown := weights.keys() - counts.keys():
+        raise ConfigError(
+            f"weight for {min(unknown)!r}, but the objective has {', '.join(sorted(counts))}",
+            place="weights",
+            remedy="name one of its terms",
+        )
+    used = {name: count for name, count in counts.items() if count > 0}
+    if not used:
+        raise DataError(
+            f"nothing to train on: {', '.join(f'{n} counts {c:g}' for n, c in counts.items())}",
+            place=f"samples {named(tuple(i for b in micro for i in b.sample_ids))}",
+            remedy="check that these samples have trained turns that fit the context",
+        )
+    totals: dict[str, Tensor] = {}
+    reached, broken = False, ()
+    for batch in micro:
+        with around():
+            sums = objective(model, batch)
+        loss = _weighted(sums, used, weights, place=type(objective).__name__)
+        for name in used:
+            term = sums[name].detach()
+            totals[name] = totals[name] + term if name in totals else term
+        if not loss.isfinite():
+            broken = tuple(batch.sample_ids)
+            break
+        if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
+            reached = True
+            loss.backward()
+    if not reached and not broken:
+        raise ConfigError(
+            "the loss reaches no trainable weight",
+            place=type(objective).__name__,
+            remedy="unfreeze a part that the objective uses",
+        )
+    if mesh.world() > 1:
+        _sum_gradients(model, objective)
+    terms = {name: float(mesh.all_reduce_sum(total.clone())) / used[name] for name, total in totals.items()}
+    loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
+    return Sums(loss=loss_value, terms=terms, counts=counts, not_finite=broken)
+
+
+def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) -> None:
+    """Refuse what cannot be added up.
+
+    Raises:
+        DataError: There is no batch at all.
+        ConfigError: The objective compares rows of the whole batch, and the batch comes in several pieces.
+    """
+    if not micro:
+        raise DataError(
+            "no batch",
+            place=f"step {step}",
+            remedy="check that the data set is not empty and the batch not larger than it",
+        )
+    if objective.needs_global_batch and len(micro) > 1:
+        rows = [len(batch.sample_ids) for batch in micro]
+        raise ConfigError(
+            f"{type(objective).__name__} compares all rows of a batch with each other, but the batch comes in "
+            f"{len(micro)} micro-batches of {rows[0]} rows: their sums are not the loss of {sum(rows)} rows",
+            place="micro_batch",
+            remedy=f"set the micro-batch to the whole batch ({sum(rows)}), or the batch to {rows[0]}",
+        )
+
+
+def named(ids: Sequence[str], *, limit: int = 8) -> str:
+    """Sample ids for a message; how many more there are beyond ``limit``."""
+    return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
+
+
+def _counts(objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
+    counts: dict[str, Tensor] = {}
+    for batch in micro:
+        for name, count in objective.count(batch).items():
+            exact = count.double() if count.is_floating_point() else count  # float32 stops counting at 2**24
+            counts[name] = counts[name] + exact if name in counts else exact.clone()
+    return {name: float(mesh.all_reduce_sum(count)) for name, count in counts.items()}
+
+
+def _weighted(
+    sums: Mapping[str, Tensor], used: Mapping[str, float], weights: Mapping[str, float], *, place: str
+) -> Tensor:
+    """This micro-batch's share of the step's loss."""
+    if missing := used.keys() - sums.keys():
+        raise ConfigError(
+            f"the objective counts {min(missing)!r} but gives no sum of it",
+            place=place,
+            remedy="return a sum for each count",
+        )
+    shares = [weights.get(name, 1.0) * (sums[name] / count) for name, count in used.items() if weights.get(name, 1.0)]
+    if not shares:
+        raise ConfigError("every term has weight 0", place="weights", remedy="give at least one term a weight")
+    return functools.reduce(operator.add, shares)
+
+
+def _sum_gradients(model: nn.Module, objective: Objective) -> None:
+    """Add the gradients of all ranks; a rank on which a weight got none still takes part in the sum."""
+    modules = [model, objective] if isinstance(objective, nn.Module) else [model]
+    for weight in (w for module in modules for w in module.parameters() if w.requires_grad):
+        weight.grad = mesh.all_reduce_sum(weight.grad if weight.grad is not None else torch.zeros_like(weight))

@@ -1,0 +1,289 @@
+"""The one training loop: count, micro-batches, sum over global count, clip, step. Every objective runs through it.
+
+The loss of a step is ``sum over terms of weight * (sum over micro-batches and ranks) / (count over micro-batches and
+ranks)``: the gradient is that of one big batch whatever the split, because nothing is averaged before everything is
+counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.core import mesh
+from plait.core.device import fingerprint, seed_everything
+from plait.core.errors import ConfigError, NumericsError, Stopped
+from plait.core.events import Events
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.gradient import Sums, accumulate, check_batches, named
+from plait.training.interrupt import StopRequest, Woken, stop_requests
+from plait.training.monitor import Cost, Monitor, Plan
+from plait.training.precision import autocast, hold_masters
+from plait.training.settings import Batches, Fitted, Hooks, Settings
+from plait.training.state import Origin, Progress, Trainee, digest_json, read_state, restore_state, rng_kept, save_state
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    *,
+    settings: Settings,
+    folder: Path,
+    events: Events,
+    hooks: Hooks | None = None,
+) -> Fitted:
+    """Train ``model`` in place, or continue where an earlier call in the same folder was stopped or killed.
+
+    Set ``requires_grad`` and train/eval modes before: the loop changes neither. Trainable half-precision weights are
+    turned into float32. On a CPU a resumed run ends with the very bits of one that ran through, if the fingerprint is
+    the same.
+
+    Args:
+        model: Its trainable weights learn; frozen ones must be those of the first call when continuing.
+        objective: What to minimize; a stateful one (``nn.Module``) trains and is saved too.
+        batches: Where data come from.
+        settings: How to train.
+        folder: The stage's folder: ``metrics.jsonl``, ``results.csv``, ``checkpoints/``.
+        events: Where to say what happens.
+        hooks: What the caller adds.
+
+    Raises:
+        ConfigError: Several processes have joined, nothing is trainable, settings are not those of the checkpoint, or
+            a term has to see the whole batch at once.
+        DataError: A step has no batch, or nothing to train on.
+        NumericsError: Too many steps in a row were not finite; the last checkpoint stays.
+        CheckpointError: A checkpoint does not fit this model, or none of several is whole.
+        ResourceError: The disk is full; the last checkpoint stays.
+        Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
+    """
+    run = _Run(model, objective, settings, folder=folder, events=events, hooks=hooks or Hooks())
+    with stop_requests() as stop:
+        return run.all(batches, stop)
+
+
+class _Run:
+    """One call of :func:`fit`: what it holds from step to step."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, settings: Settings, *, folder: Path, events: Events, hooks: Hooks
+    ) -> None:
+        if mesh.world() > 1:
+            raise ConfigError(
+                f"{mesh.world()} processes have joined, but this loop saves and stops for one",
+                place="fit",
+                remedy="start it without torchrun",
+            )
+        self.model, self.objective, self.settings = model, objective, settings
+        self.events, self.hooks = events, hooks
+        self.trainee = Trainee(model, objective)
+        if not self.trainee.trains:
+            raise ConfigError(
+                "every module is in eval mode", place="model", remedy="call .train() on the parts that learn"
+            )
+        if turned := hold_masters(self.trainee.weights.values()):
+            events.note(f"{turned} trainable tensors are held in float32 while training")
+        self.optimizer = settings.optimizer.build(self.trainee.weights, self.trainee.norms)
+        self.origin = Origin(
+            settings=settings.plain(),
+            fingerprint=fingerprint(settings.compute),
+            frozen=self.trainee.frozen_digest(),
+        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
+        self.saved: Path | None = None
+        self.progress = Progress()
+        seed_everything(settings.seed)
+        self._resume()
+        self.resumed_from = self.progress.step
+        plan = Plan(
+            task=hooks.task,
+            total=settings.steps,
+            log_every=settings.log_every,
+            flops_per_token=hooks.flops_per_token,
+            peak_flops=hooks.peak_flops,
+        )
+        self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
+
+    def all(self, batches: Batches, stop: StopRequest) -> Fitted:
+        """Every step that is left."""
+        values: dict[str, Any] = {}
+        while self.progress.step < self.settings.steps:
+            micro, waited = self._fetch(batches, stop)
+            if stop:
+                self._stop(stop)
+            values = self._step(micro, waited)
+            step = self.progress.step
+            if step == self.settings.steps or self._save_due(step):
+                self._save()
+            if stop:
+                self._stop(stop)
+        self.monitor.results()
+        return Fitted(
+            checkpoint=self.saved or self._save(),
+            step=self.progress.step,
+            skipped=self.progress.skipped,
+            resumed_from=self.resumed_from,
+            values=values,
+        )
+
+    def _fetch(self, batches: Batches, stop: StopRequest) -> tuple[Sequence[Batch], float]:
+        """The next step's batches and the seconds they took; a signal ends the wait, since nothing is half done."""
+        began = time.perf_counter()
+        try:
+            with stop.wake():
+                micro = batches.step_batches(self.progress.step)
+        except Woken:
+            micro = ()
+        return micro, time.perf_counter() - began
+
+    def _step(self, micro: Sequence[Batch], waited: float) -> dict[str, Any]:
+        began = time.perf_counter()
+        settings, step = self.settings, self.progress.step
+        factor = settings.schedule.factor(step, settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        ids = tuple(i for batch in micro for i in batch.sample_ids)
+        check_batches(micro, self.objective, step=step)
+        kept = {name: buffer.clone() for name, buffer in self.trainee.buffers().items()}
+        sums = accumulate(
+            self.model,
+            self.objective,
+            micro,
+            weights=settings.weights,
+            around=lambda: autocast(settings.compute.device, settings.compute.dtype),
+        )
+        norm = self._clip()
+        self.progress.step += 1
+        if math.isfinite(sums.loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.progress.skipped_in_row = 0
+        else:
+            self._skip(kept, sums, norm=norm, ids=ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(int((batch.segment_ids != 0).sum()) for batch in micro)
+        cost = Cost(samples=len(ids), tokens=tokens, wait_s=waited, work_s=time.perf_counter() - began)
+        values = self.monitor.step(self.progress.step, self._values(sums, norm=norm, factor=factor), cost)
+        if self.progress.skipped_in_row >= settings.max_skipped_in_row:
+            raise NumericsError(
+                f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
+                place=f"step {self.progress.step}, samples {named(ids)}",
+                remedy=f"lower the rate or look at these samples; the last good state is {self.saved or 'the start'}",
+            )
+        if self.hooks.on_step is not None:
+            with rng_kept():
+                self.hooks.on_step(self.progress.step, values)
+            self.trainee.reset_modes()
+        return values
+
+    def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
+        values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
+        values |= {"grad_norm": norm, "lr": self.settings.optimizer.lr * factor}
+        values |= {f"lr/{part}": rate * factor for part, rate in self.settings.optimizer.parts.items()}
+        values |= {f"units/{term}": count for term, count in sums.counts.items()}
+        return values | {"skipped": self.progress.skipped}
+
+    def _clip(self) -> float:
+        """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before."""
+        weights = [w for w in self.trainee.weights.values() if w.grad is not None]
+        norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        if self.settings.clip_norm is not None and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
+        return float(norm)
+
+    def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
+        """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""
+        for name, buffer in self.trainee.buffers().items():
+            buffer.copy_(kept[name])
+        self.progress.skipped += 1
+        self.progress.skipped_in_row += 1
+        culprits = sums.not_finite or tuple(ids)
+        self.events.warning(
+            f"step {self.progress.step}: loss {sums.loss}, gradient norm {norm}: update left out "
+            f"({self.progress.skipped_in_row} in a row, {self.progress.skipped} in all); samples {named(culprits)}",
+            step=self.progress.step,
+            loss=str(sums.loss),
+            grad_norm=str(norm),
+            samples=list(culprits),
+        )
+
+    def _save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due; none is while updates are left out, as bad weights may be the reason."""
+        return (
+            bool(self.settings.save_every) and step % self.settings.save_every == 0 and not self.progress.skipped_in_row
+        )
+
+    def _save(self) -> Path:
+        def write(folder: Path) -> None:
+            save_state(folder, self.trainee, self.optimizer, progress=self.progress, origin=self.origin)
+            with rng_kept():
+                self.hooks.save_model(folder)
+
+        began = time.perf_counter()
+        broken = [name for name, weight in self.trainee.weights.items() if not bool(weight.isfinite().all())]
+        if broken:
+            raise NumericsError(
+                f"{len(broken)} weights are not finite after step {self.progress.step}: {named(broken)}",
+                place=f"step {self.progress.step}",
+                remedy=f"lower the learning rate; the last good state is {self.saved or 'the start'}",
+            )
+        self.monitor.sync()
+        self.saved = self.checkpoints.save(self.progress.step, write)
+        size = sum(p.stat().st_size for p in self.saved.rglob("*") if p.is_file())
+        self.events.note(
+            f"checkpoint {self.saved.name} saved: {size / 2**20:,.1f} MiB in {time.perf_counter() - began:.1f} s",
+            checkpoint=str(self.saved),
+        )
+        return self.saved
+
+    def _stop(self, stop: StopRequest) -> None:
+        step = self.progress.step
+        if step and (self.saved is None or self.saved != self.checkpoints.path(step)):
+            self._save()
+        text = (
+            f"stopped after step {step} of {self.settings.steps}, which is saved" if step else "stopped before step 1"
+        )
+        self.events.note(text, step=step, signal=stop.signal)
+        raise Stopped(stop.signal, text)
+
+    def _resume(self) -> None:
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        check_origin(found, self.origin, events=self.events)
+        self.progress = restore_state(found, self.trainee, self.optimizer)
+        self.saved = found
+        step, total = self.progress.step, self.settings.steps
+        if step > total:
+            raise ConfigError(
+                f"steps is {total}, but {step} are done", place=str(found), remedy=f"set steps to {step} or more"
+            )
+        schedule = self.settings.schedule
+        before = read_state(found)["settings"]["steps"]
+        rates = [self.settings.optimizer.lr * schedule.factor(step, count) for count in (before, total)]
+        if rates[0] != rates[1]:
+            self.events.warning(
+                f"{total} steps, not {before}, bend the schedule: the next rate is {rates[1]:.3g}, not {rates[0]:.3g}"
+            )
+        weights = sum(w.numel() for w in self.trainee.weights.values())
+        restored = {
+            "model": f"{weights:,} weights, {len(self.trainee.buffers())} buffers",
+            "optimizer": f"{self.settings.optimizer.kind}, {len(self.optimizer.state)} states",
+            "schedule": f"next rate {rates[1]:.3g}",
+            "random numbers": "Python, NumPy, torch",
+            "data cursor": f"step {step}",
+        }
+        self.events.note(
+            f"resumed at step {step} of {total}: " + ", ".join(f"{part} ({what})" for part, what in restored.items()),
+            step=step,
+            checkpoint=str(found),
+            restored=restored,
+            settings_sha256=digest_json(self.origin.settings),
+        )

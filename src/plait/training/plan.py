@@ -1,0 +1,189 @@
+"""What a whole recipe will need on this machine, and where its limits stand; formulas in :mod:`plait.training.cost`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from plait.core import device
+from plait.core.errors import ResourceError
+from plait.core.estimate import Estimate, Machine
+from plait.training.cost import RUNTIME_BYTES
+
+DISK_LIMIT = 0.9
+"""Share of the free disk that a run may ask for."""
+
+
+@runtime_checkable
+class Plannable(Protocol):
+    """What is asked of a stage: :class:`plait.stages.stage.Stage` has it."""
+
+    @property
+    def kind(self) -> str:
+        """Which stage it is."""
+        ...
+
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        """What it will need."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Total:
+    """A recipe's needs. Stages run one after another in one process: memory is the highest stage's, the rest adds up.
+
+    Attributes:
+        stages: The estimates, in order.
+        peak_stage: Name of the stage with the highest memory.
+        peak_bytes: Its memory.
+        disk_bytes: What the run leaves on disk.
+        flops: Operations in all.
+        seconds: Shortest and longest expected time.
+        warnings: What a person should know before starting, one line each.
+    """
+
+    stages: tuple[Estimate, ...]
+    peak_stage: str
+    peak_bytes: int
+    disk_bytes: int
+    flops: float
+    seconds: tuple[float, float]
+    warnings: tuple[str, ...]
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+_SURVEY = """
+import dataclasses, json, sys
+from pathlib import Path
+import torch, peft, transformers.models.llama.modeling_llama
+from plait.core.device import machine, rss
+torch.set_num_threads(1)
+for kind in (torch.float32, torch.bfloat16):
+    layer = torch.nn.Linear(64, 64, dtype=kind)
+    layer(torch.ones(64, 64, dtype=kind)).sum().backward()
+runtime = rss()
+print(json.dumps(dataclasses.asdict(machine(Path(sys.argv[1]))) | {"runtime_bytes": runtime}))
+"""
+
+
+def survey(folder: Path, *, probe: bool = True) -> Machine:
+    """The machine as :func:`plait.core.device.machine` sees it, with the runtime baseline.
+
+    Measured in a fresh process, about 5 s: its RSS with torch, transformers and peft imported and their kernels once
+    used is the baseline, and this process stays as it was.
+
+    Args:
+        folder: Where runs go; need not exist.
+        probe: Measure; otherwise guess rates and baseline, at once and without torch.
+
+    Raises:
+        ResourceError: The libraries cannot be imported; says what they said last.
+    """
+    guessed = device.machine(folder, probe=False)
+    if not probe:
+        return dataclasses.replace(guessed, runtime_bytes=RUNTIME_BYTES)
+    command = [sys.executable, "-c", _SURVEY, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        said = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise ResourceError(
+            f"torch, transformers and peft cannot be imported: {said}",
+            place=sys.executable,
+            remedy="see `plait doctor`, or plan with --no-probe",
+        )
+    measured = Machine(**json.loads(result.stdout.splitlines()[-1]))
+    # What is free is asked from here: the other process took some itself.
+    return dataclasses.replace(measured, memory_bytes=guessed.memory_bytes, disk_bytes=guessed.disk_bytes)
+
+
+# --- the recipe ----------------------------------------------------------------------------------------------------
+
+
+def estimate_all(stages: Iterable[tuple[str, Plannable]], machine: Machine) -> tuple[Estimate, ...]:
+    """Ask every stage in order, giving each the estimates of those before it by kind.
+
+    Args:
+        stages: Name and spec of each stage.
+        machine: What the machine can do.
+    """
+    before: dict[str, Estimate] = {}
+    estimates: list[Estimate] = []
+    for name, stage in stages:
+        estimate = dataclasses.replace(stage.estimate(machine, before), stage=name)
+        before[stage.kind] = estimate
+        estimates.append(estimate)
+    return tuple(estimates)
+
+
+def total(estimates: Iterable[Estimate], machine: Machine) -> Total:
+    """Add up, and say where the machine's limits are near."""
+    stages = tuple(estimates)
+    peaks = {e.stage: sum(e.memory.values()) for e in stages}
+    peak_stage = max(peaks, key=lambda name: peaks[name], default="")
+    sums = Total(
+        stages=stages,
+        peak_stage=peak_stage,
+        peak_bytes=peaks.get(peak_stage, 0),
+        disk_bytes=sum(e.disk_bytes for e in stages),
+        flops=float(sum(e.flops for e in stages)),
+        seconds=(float(sum(e.seconds[0] for e in stages)), float(sum(e.seconds[1] for e in stages))),
+        warnings=(),
+    )
+    return dataclasses.replace(sums, warnings=tuple(_warnings(sums, machine)))
+
+
+def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
+    disk = f"disk: {size(sums.disk_bytes)} needed, {size(machine.disk_bytes)} free"
+    if sums.disk_bytes > DISK_LIMIT * machine.disk_bytes:
+        yield f"{disk}: the run is refused"
+    elif sums.disk_bytes > 0.5 * machine.disk_bytes:
+        yield disk
+    memory = f"memory: {sums.peak_stage} peaks at {size(sums.peak_bytes)}, {size(machine.memory_bytes)} free"
+    if sums.peak_bytes > machine.memory_bytes:
+        yield f"{memory}: lower its micro-batch, or close other programs"
+    elif sums.peak_bytes > 0.8 * machine.memory_bytes:
+        yield memory
+    if machine.device == "cpu" and machine.dtype == "float32":
+        yield "no AMX or AVX-512 BF16: float32 is used, at about a third of the speed and twice the activation memory"
+    if not machine.measured:
+        yield "the machine's speed is guessed from its CPU flags: the range of time is three times wider either way"
+
+
+def require(sums: Total, machine: Machine, *, place: Path) -> None:
+    """Refuse a run that would fill the disk.
+
+    Args:
+        sums: The recipe's needs.
+        machine: What is free.
+        place: Where the run would go, for the message.
+
+    Raises:
+        ResourceError: More than :data:`DISK_LIMIT` of the free disk is needed; says the numbers and the largest stage.
+    """
+    if sums.disk_bytes <= DISK_LIMIT * machine.disk_bytes:
+        return
+    most = max(sums.stages, key=lambda e: e.disk_bytes)
+    raise ResourceError(
+        f"the run needs {size(sums.disk_bytes)} of disk ({most.stage} alone {size(most.disk_bytes)}), but "
+        f"{size(machine.disk_bytes)} is free and only {DISK_LIMIT:.0%} of that may be used",
+        place=str(place),
+        remedy="free some disk space, run in another folder, or use fewer samples",
+    )
+
+
+def size(amount: int) -> str:
+    """Bytes for a person: ``1.4 GiB``."""
+    value = float(amount)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

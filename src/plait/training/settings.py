@@ -1,0 +1,122 @@
+"""What a caller hands to the training loop: batches, settings, hooks; and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from plait.core.device import Compute
+from plait.core.errors import ConfigError
+from plait.core.tensors import Batch
+from plait.training.optim import AdamW, Optimizer
+from plait.training.schedule import Cosine, Schedule
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where batches come from: a pure function of the step, so that the step alone is the data cursor."""
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        """Micro-batches of the update after ``step`` finished steps, on the model's device; always the same ones."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: Updates in all.
+        compute: Device, dtype and threads, from :func:`plait.core.device.setup`.
+        seed: Seeds Python, NumPy and torch before the first step.
+        optimizer: Which, with its rates.
+        schedule: How the rates move.
+        weights: Weight of each loss term; 1 where none is given, 0 only reports the term.
+        clip_norm: Largest norm of the whole gradient; None never clips.
+        log_every: Steps between records in ``metrics.jsonl``.
+        save_every: Steps between checkpoints; 0 saves only the last step.
+        keep_last: Checkpoints kept.
+        max_skipped_in_row: So many steps in a row without a finite number end the run.
+        context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
+    """
+
+    steps: int
+    compute: Compute
+    seed: int = 0
+    optimizer: Optimizer = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Cosine)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    clip_norm: float | None = 1.0
+    log_every: int = 1
+    save_every: int = 0
+    keep_last: int = 2
+    max_skipped_in_row: int = 10
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "log_every": 1, "save_every": 0, "keep_last": 1, "max_skipped_in_row": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name} is {getattr(self, name)}", place=name, remedy=f"set it to {bound} or more")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(
+                f"clip_norm is {self.clip_norm}", place="clip_norm", remedy="set it above 0, or to null for no clipping"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for the checkpoint. Device and threads are in the fingerprint instead."""
+        skip = {"compute", "optimizer", "schedule", "weights", "context"}
+        return {
+            **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
+            "dtype": self.compute.dtype,
+            "optimizer": self.optimizer.model_dump(mode="json"),
+            "schedule": self.schedule.model_dump(mode="json"),
+            "weights": dict(self.weights),
+            "context": dict(self.context),
+        }
+
+
+def _nothing(_: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What a caller adds to the loop.
+
+    Attributes:
+        save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
+            them.
+        on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
+            tells it again rather than never. It may sample from the model: generators and train/eval modes are put back
+            afterwards.
+        task: What progress is called.
+        flops_per_token: See :class:`plait.training.monitor.Plan`.
+        peak_flops: See :class:`plait.training.monitor.Plan`.
+    """
+
+    save_model: Callable[[Path], None] = _nothing
+    on_step: Callable[[int, Mapping[str, Any]], None] | None = None
+    task: str = "train"
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """What came out.
+
+    Attributes:
+        checkpoint: The last checkpoint.
+        step: Finished steps.
+        skipped: Steps whose update was left out because a number was not finite.
+        resumed_from: Step it went on from; 0 for a new run.
+        values: Values of the last step done now; empty if there was nothing left to do.
+    """
+
+    checkpoint: Path
+    step: int
+    skipped: int
+    resumed_from: int
+    values: Mapping[str, Any]

@@ -1,0 +1,305 @@
+"""Everything that training changes, as named tensors and plain scalars: what a checkpoint's ``resume/`` folder holds.
+
+Three safetensors files (weights, optimizer, random-number generators) and one JSON file. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from plait.core.errors import CheckpointError, ConfigError
+from plait.core.files import read_json, write_json
+from plait.training.optim import norm_weights
+
+FORMAT = 1
+"""Version of the ``resume/`` folder; a newer one is refused."""
+
+STATE = "resume/state.json"
+WEIGHTS = "resume/weights.safetensors"
+OPTIMIZER = "resume/optimizer.safetensors"
+RNG = "resume/rng.safetensors"
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far training is.
+
+    Attributes:
+        step: Finished steps; also the data cursor, since the order of the data is a pure function of the step.
+        skipped: Steps whose update was left out because a number was not finite.
+        skipped_in_row: How many of these were the last ones.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a checkpoint must agree with to be continued.
+
+    Attributes:
+        settings: The settings of the run as plain data.
+        fingerprint: See :func:`plait.core.device.fingerprint`.
+        frozen: Digest of the weights that do not train.
+    """
+
+    settings: Mapping[str, Any]
+    fingerprint: Mapping[str, str | int] = field(default_factory=dict)
+    frozen: str = ""
+
+
+class Trainee:
+    """The tensors of a model and of a stateful objective: those that training changes and those that it does not.
+
+    Buffers belong to what changes where their module is in training mode (running means of batch norm, a queue of
+    negatives), and to what is frozen elsewhere. Set the modes before you build this.
+
+    Attributes:
+        weights: Trainable weights by name; an objective's begin with ``objective.``.
+        norms: Names of those that belong to normalization layers.
+
+    Raises:
+        ConfigError: Two tensors have one name.
+    """
+
+    def __init__(self, model: nn.Module, objective: object = None) -> None:
+        self._roots = [("", model)]
+        if isinstance(objective, nn.Module):
+            self._roots.append(("objective.", objective))
+        self.weights: dict[str, nn.Parameter] = {}
+        self.norms: frozenset[str] = frozenset()
+        self._live: list[tuple[str, nn.Module, str]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        for prefix, root in self._roots:
+            known = {id(w) for w in self.weights.values()}  # an objective may hold a weight of the model, or all of it
+            named = ((prefix + n, w) for n, w in root.named_parameters())
+            trainable = {n: w for n, w in named if w.requires_grad and id(w) not in known}
+            if clash := trainable.keys() & self.weights.keys():
+                raise ConfigError(
+                    f"two weights are called {min(clash)!r}",
+                    place="objective",
+                    remedy="rename the model's part 'objective'",
+                )
+            self.weights |= trainable
+            self.norms |= {prefix + n for n in norm_weights(root)}
+            self._modes += [(m, m.training) for m in root.modules()]
+            for path, owner, name in _buffers(root):
+                if owner.training:
+                    self._live.append((prefix + path, owner, name))
+
+    @property
+    def trains(self) -> bool:
+        """Whether any module is in training mode."""
+        return any(training for _, training in self._modes)
+
+    def reset_modes(self) -> None:
+        """Put every module back into the mode it had; a hook that samples from the model switches them."""
+        for module, training in self._modes:
+            module.training = training
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers that training changes, by name. Looked up anew: a module may put another tensor in its place."""
+        return {path: owner.get_buffer(name) for path, owner, name in self._live}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes."""
+        return {name: weight.detach() for name, weight in self.weights.items()} | self.buffers()
+
+    def frozen_digest(self) -> str:
+        """sha256 of all that training does not change; about half a second a gigabyte."""
+        live = {path for path, _, _ in self._live}
+        digest = hashlib.sha256()
+        for prefix, root in self._roots:
+            still = {prefix + n: w.detach() for n, w in root.named_parameters() if not w.requires_grad}
+            still |= {
+                prefix + path: owner.get_buffer(name)
+                for path, owner, name in _buffers(root)
+                if prefix + path not in live
+            }
+            for name, tensor in still.items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _buffers(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Persistent buffers: full name, owner, own name. Others can be computed again and are no state."""
+    persistent = root.state_dict(keep_vars=True).keys()
+    for path, _ in root.named_buffers():
+        if path in persistent:
+            parent, _, name = path.rpartition(".")
+            yield path, root.get_submodule(parent), name
+
+
+# --- saving and restoring ------------------------------------------------------------------------------------------
+
+
+def save_state(
+    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, *, progress: Progress, origin: Origin
+) -> None:
+    """Write ``folder/resume/``.
+
+    Raises:
+        OSError: The disk is full or not writable.
+        safetensors.SafetensorError: Likewise.
+    """
+    (folder / "resume").mkdir()
+    states, scalars = _optimizer_state(optimizer)
+    rng, rng_scalars = rng_state()
+    for name, tensors in ((WEIGHTS, trainee.tensors()), (OPTIMIZER, states), (RNG, rng)):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+    record = {
+        "format": FORMAT,
+        "step": progress.step,
+        "skipped": progress.skipped,
+        "skipped_in_row": progress.skipped_in_row,
+        "settings": origin.settings,
+        "settings_sha256": digest_json(origin.settings),
+        "fingerprint": origin.fingerprint,
+        "frozen_sha256": origin.frozen,
+        "optimizer": scalars,
+        "rng": rng_scalars,
+    }
+    write_json(folder / STATE, record)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of ``folder/resume/``.
+
+    Raises:
+        CheckpointError: Written by a later version in another format.
+    """
+    record: dict[str, Any] = read_json(folder / STATE)
+    if record["format"] > FORMAT:
+        raise CheckpointError(
+            f"resume format {record['format']}, this version reads up to {FORMAT}",
+            place=str(folder),
+            remedy="resume with the version of plait that wrote it (env.json of the run names it), or a later one",
+        )
+    return record
+
+
+def restore_state(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put back, bit for bit, what :func:`save_state` wrote.
+
+    Raises:
+        CheckpointError: Names, shapes or dtypes are not those of this model or optimizer; nothing was changed then.
+    """
+    record = read_state(folder)
+    saved, present = load_file(folder / WEIGHTS), trainee.tensors()
+    _same_tensors(saved, present, folder / WEIGHTS)
+    state = _optimizer_dict(optimizer, load_file(folder / OPTIMIZER), record["optimizer"])
+    for name, tensor in saved.items():
+        present[name].copy_(tensor)
+    optimizer.load_state_dict(state)
+    set_rng_state(load_file(folder / RNG), record["rng"])
+    return Progress(step=record["step"], skipped=record["skipped"], skipped_in_row=record["skipped_in_row"])
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def _same_tensors(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], place: Path) -> None:
+    def form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
+
+    then, now = form(saved), form(present)
+    wrong = [
+        f"{n}: saved {then.get(n, 'nothing')}, model has {now.get(n, 'nothing')}"
+        for n in sorted(then | now)
+        if then.get(n) != now.get(n)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{len(wrong)} of {len(then | now)} tensors do not fit: {'; '.join(wrong[:3])}{more}",
+            place=str(place),
+            remedy="resume with the recipe that wrote it, or start a new run",
+        )
+
+
+# --- optimizer -----------------------------------------------------------------------------------------------------
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """Names and weights in the order in which torch numbers them."""
+    return [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, weight in _members(optimizer):
+        for key, value in optimizer.state.get(weight, {}).items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{name}/{key}"] = value
+    return tensors, scalars
+
+
+def _optimizer_dict(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The saved state in the form torch's ``load_state_dict`` takes; rates come from the present settings."""
+    index = {name: number for number, (name, _) in enumerate(_members(optimizer))}
+    states: dict[int, dict[str, Any]] = {}
+    for full, value in (*tensors.items(), *scalars.items()):
+        name, _, key = full.rpartition("/")
+        # A loaded tensor is mapped from the file: an optimizer that writes into it must own its memory.
+        states.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
+    return optimizer.state_dict() | {"state": states}
+
+
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of Python's, NumPy's and torch's global generators, as tensors and plain scalars."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():  # a run on the CPU must not wake the GPUs
+        tensors |= {f"torch.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"python": [version, gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+
+
+def set_rng_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned; generators of GPUs that are not here are left out."""
+    version, gauss = scalars["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, position, has_gauss, cached = scalars["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch.cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"torch.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"torch.cuda.{i}"], i)
+
+
+@contextlib.contextmanager
+def rng_kept() -> Iterator[None]:
+    """Leave the generators as they were, whatever the block draws."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(*before)

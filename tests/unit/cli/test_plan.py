@@ -1,0 +1,142 @@
+"""``plait plan``: the table holds the estimates, nothing is written, nothing is measured unless wanted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from plait.cli import plan
+from plait.cli.output import Out
+from plait.core import device
+from plait.core.errors import ResourceError
+from plait.core.estimate import Estimate, Machine
+
+pytestmark = pytest.mark.light
+
+GIB = 2**30
+
+
+class Step:
+    """A stage with a known estimate."""
+
+    def __init__(self, kind: str, estimate: Estimate) -> None:
+        self.kind = kind
+        self.known = estimate
+
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        return self.known
+
+
+DATA = Estimate(
+    stage="data",
+    samples={"train": 3200, "test": 600},
+    disk_bytes=60 * 2**20,
+    memory={"runtime": GIB, "pictures": 7 * 2**20},
+    seconds=(20.0, 40.0),
+)
+TUNE = Estimate(
+    stage="tune",
+    params_trainable=1_200_000,
+    params_frozen=134_515_008,
+    tokens=256_000,
+    image_tokens=51_200,
+    flops=1.35e14,
+    memory={"weights": GIB // 4, "activations": GIB, "runtime": GIB},
+    disk_bytes=GIB,
+    seconds=(60.0, 300.0),
+    notes=("256 rows a step",),
+)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Sequence[str]]]:
+    """A recipe of two stages stands in for the shipped ones; returns what was asked for."""
+    calls: list[tuple[str, Sequence[str]]] = []
+
+    def load_recipe(name: str, overrides: Sequence[str] = ()) -> SimpleNamespace:
+        calls.append((name, overrides))
+        spec = SimpleNamespace(name="demo", data=Step("data", DATA), stages={"tune": Step("tune", TUNE)})
+        return SimpleNamespace(spec=spec)
+
+    module = ModuleType("plait.recipes.recipe")
+    module.load_recipe = load_recipe  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "plait.recipes.recipe", module)
+    monkeypatch.setenv("PLAIT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def arguments(*overrides: str) -> argparse.Namespace:
+    return argparse.Namespace(recipe="demo", overrides=list(overrides), runs=Path("runs"), no_probe=True)
+
+
+def test_the_table_holds_every_number(
+    asked: list[tuple[str, Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(arguments("stages.tune.steps=50"), Out()) == 0
+    assert asked == [("demo", ["stages.tune.steps=50"])]
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if line}
+    for part in ("1.20 M", "135 M", "256,000", "51,200", "135 T", "2.2 GiB", "1.0 GiB", "1.0-5.0 min"):
+        assert part in next(line for line in said.splitlines() if line.startswith("tune ") and "min" in line)
+    assert "3,800" in said
+    assert "60 MiB" in said
+    assert "256 MiB" in said  # weights, by part
+    assert "7 MiB" in said  # a part of a stage's own naming has a column too
+    assert "2.2 GiB" in rows["total"]
+    assert "1.3-5.7 min" in rows["total"]
+    assert "256 rows a step" in said
+    assert "guessed" in said
+    assert list(tmp_path.iterdir()) == []  # no run folder, no cache, nothing
+
+
+def test_columns_are_aligned(asked: list[tuple[str, Sequence[str]]], capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(arguments(), Out())
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("stage"))
+    table = lines[head : head + 5]
+    assert {len(line) for line in table} == {len(lines[head])}
+
+
+def test_json_has_the_same_and_the_machine(
+    asked: list[tuple[str, Sequence[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(arguments(), Out(json=True)) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["recipe"] == "demo"
+    assert said["peak_bytes"] == 2 * GIB + GIB // 4
+    assert said["stages"][1]["flops"] == 1.35e14
+    assert said["machine"]["measured"] is False
+    assert said["refused"] is None
+
+
+def test_too_little_disk_is_refused_after_the_table(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "free_disk", lambda path: GIB)
+    with pytest.raises(ResourceError, match=r"needs 1\.1 GiB of disk \(tune alone 1\.0 GiB\), but 1\.0 GiB is free"):
+        plan.main(arguments(), Out())
+    assert "the run is refused" in capsys.readouterr().out
+    assert plan.main(arguments(), Out(json=True)) == 5
+    assert json.loads(capsys.readouterr().out)["refused"]["exit_code"] == 5
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0 "), (27, "27 "), (1234, "1.23 K"), (99_950, "100 K"), (134_515_008, "135 M"), (5e17, "500 P")],
+)
+def test_numbers_for_people(amount: float, text: str) -> None:
+    assert plan.si(float(amount)) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [((0.0, 3.0), "0-3 s"), ((20.0, 240.0), "0.3-4.0 min"), ((3600.0, 9000.0), "1.0-2.5 h")]
+)
+def test_durations_for_people(seconds: tuple[float, float], text: str) -> None:
+    assert plan.duration(seconds) == text

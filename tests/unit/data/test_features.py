@@ -1,0 +1,275 @@
+"""The feature cache: computed once, kept exactly, mended when damaged, resumed when killed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from plait.core.errors import DataError, NumericsError, UsageError
+from plait.core.events import Events
+from plait.core.files import lock
+from plait.core.tensors import Patches
+from plait.core.types import MediaRef
+from plait.data.features import Fill, cached_features
+from plait.data.media import encode_png
+
+
+class Halver:
+    """Means over 2 x 2 pixels, times ``scale``; counts what it was given."""
+
+    d_out = 3
+
+    def __init__(self, dtype=torch.bfloat16, scale: float = 1.0) -> None:
+        self.dtype, self.scale, self.seen = dtype, scale, 0
+
+    def __call__(self, media: Patches) -> Patches:
+        self.seen += len(media.grid)
+        start, parts = 0, []
+        for f, h, w in media.grid.tolist():
+            picture = media.values[start : start + f * h * w].view(f, h // 2, 2, w // 2, 2, 3)
+            parts.append(picture.mean((2, 4)).view(-1, 3))
+            start += f * h * w
+        return Patches(values=(torch.cat(parts) * self.scale).to(self.dtype), grid=self.grid_out(media.grid))
+
+    def grid_out(self, grid):
+        return grid // torch.tensor([1, 2, 2])
+
+
+class Album:
+    """Pictures of many sizes in memory."""
+
+    def __init__(self, count: int, *, repeat: int = 0) -> None:
+        self.data = {}
+        self.refs = []
+        for i in range(count):
+            rng = np.random.default_rng(i)
+            size = (2 * (1 + i % 3), 2 * (1 + i % 2))
+            data = encode_png(Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)))
+            sha256 = hashlib.sha256(data).hexdigest()
+            self.data[sha256] = data
+            self.refs.append(MediaRef(modality="image", sha256=sha256, uri=f"train-000.tar#{i}.png"))
+        self.refs += self.refs[:repeat]
+
+    def read(self, ref: MediaRef) -> bytes:
+        return self.data[ref.sha256]
+
+    def pixels(self, ref: MediaRef) -> Patches:
+        return prepare(Image.open(io.BytesIO(self.read(ref))))
+
+
+def prepare(picture: Image.Image) -> Patches:
+    values = torch.from_numpy(np.array(picture)).float().view(-1, 3) / 255
+    return Patches(values=values, grid=torch.tensor([[1, picture.height, picture.width]]))
+
+
+def fill(album: Album, folder, encoder, *, events=None, key="k" * 64, chunk_items=4):
+    return cached_features(
+        album.refs,
+        read=album.read,
+        prepare=prepare,
+        encoder=encoder,
+        key=key,
+        folder=folder,
+        events=events or Events(),
+        chunk_items=chunk_items,
+    )
+
+
+def chunks(folder, key="k" * 64):
+    return sorted((folder / key[:16]).glob("*.safetensors"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 11), chunk_items=st.integers(1, 5), order=st.lists(st.integers(0, 10), max_size=8))
+def test_what_comes_out_is_what_the_encoder_gives(tmp_path_factory, count, chunk_items, order):
+    album, encoder = Album(count), Halver()
+    store = fill(album, tmp_path_factory.mktemp("cache"), encoder, chunk_items=chunk_items)
+    wanted = [album.refs[i % count] for i in order]
+    out = store([ref.sha256 for ref in wanted])
+    parts = [encoder(album.pixels(ref)) for ref in wanted]
+    assert out.values.dtype == torch.bfloat16
+    assert out.grid.tolist() == [p.grid[0].tolist() for p in parts]
+    assert out.values.equal(torch.cat([p.values for p in parts]) if parts else torch.zeros(0, 3).bfloat16())
+
+
+@pytest.mark.row("S4-08")
+def test_each_picture_is_computed_once_over_all_runs(tmp_path):
+    encoder = Halver()
+    store = fill(Album(10, repeat=3), tmp_path, encoder)
+    assert encoder.seen == 10
+    assert (store.fill.computed, store.fill.reused, store.fill.duplicates) == (10, 0, 3)
+    store = fill(Album(12), tmp_path, encoder)
+    assert encoder.seen == 12, "only the two new ones"
+    assert (store.fill.computed, store.fill.reused, store.fill.duplicates) == (2, 10, 0)
+    assert len(store) == 12
+    fill(Album(12), tmp_path, encoder, key="other" * 10)
+    assert encoder.seen == 24, "another encoder shares nothing"
+
+
+def test_float32_is_kept_in_float16_and_16_bits_as_they_are(tmp_path):
+    album = Album(5)
+    names = [ref.sha256 for ref in album.refs]
+    exact = torch.cat([Halver(torch.float32)(album.pixels(ref)).values for ref in album.refs])
+    single = fill(album, tmp_path, Halver(torch.float32), key="a" * 20)(names).values
+    assert single.dtype == torch.float16
+    assert ((single.float() - exact).abs() <= exact.abs() * 2**-11).all()
+    assert fill(album, tmp_path, Halver(torch.bfloat16), key="b" * 20)(names).values.equal(exact.bfloat16())
+
+
+def test_progress_and_one_closing_note_with_break_even(tmp_path):
+    seen = []
+    fill(Album(10), tmp_path, Halver(), events=Events(listeners=(seen.append,)))
+    progress = [(e.fields["done"], e.fields["total"]) for e in seen if e.kind == "progress"]
+    assert progress == [(4, 10), (8, 10), (10, 10)]
+    (note,) = [e for e in seen if e.kind == "note"]
+    assert note.text.startswith("features: 10 computed, 0 reused, 0 duplicates; ")
+    assert note.fields["computed"] == 10
+
+
+def test_break_even():
+    costs = {"computed": 100, "reused": 0, "duplicates": 0, "bytes": 2**20}
+    pays = Fill(**costs, seconds=10.0, read_seconds=2.0)
+    assert pays.items_per_s == 10
+    assert pays.break_even_epochs == 10 / 8  # 10 + 2 e = 10 e
+    assert "saves 8.0 s an epoch, pays off after 1.25 epochs" in str(pays)
+    never = Fill(**costs, seconds=1.0, read_seconds=2.0)
+    assert never.break_even_epochs == float("inf")
+    assert "does not pay" in str(never)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, os.unlink])
+def test_a_damaged_chunk_is_said_and_only_its_items_are_computed_again(tmp_path, damage):
+    album, encoder, seen = Album(10), Halver(), []
+    names = [ref.sha256 for ref in album.refs]
+    whole = fill(album, tmp_path, encoder)(names).values.clone()
+    damage(chunks(tmp_path)[1])
+    store = fill(album, tmp_path, encoder, events=Events(listeners=(seen.append,)))
+    assert encoder.seen == 14
+    assert store(names).values.equal(whole)
+    (warning,) = [e.text for e in seen if e.kind == "warning"]
+    assert "chunk-00001.safetensors" in warning
+    assert "4 items" in warning
+    fill(album, tmp_path, encoder)
+    assert encoder.seen == 14, "mended for good"
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 0}', "[]"])
+def test_a_damaged_index_starts_over_and_says_so(tmp_path, content):
+    album, encoder, seen = Album(6), Halver(), []
+    fill(album, tmp_path, encoder)
+    (tmp_path / ("k" * 16) / "index.json").write_text(content)
+    store = fill(album, tmp_path, encoder, events=Events(listeners=(seen.append,)))
+    assert (encoder.seen, len(store)) == (12, 6)
+    assert sum(e.kind == "warning" for e in seen) == 1
+    assert len(chunks(tmp_path)) == 2, "files of the old index are gone"
+
+
+def test_bytes_that_are_not_what_their_digest_says_are_refused(tmp_path):
+    album = Album(3)
+    album.data[album.refs[1].sha256] = album.data[album.refs[0].sha256]
+    with pytest.raises(DataError, match="not the picture it was") as caught:
+        fill(album, tmp_path, Halver())
+    assert caught.value.place == "train-000.tar#1.png"
+
+
+def test_features_that_16_bits_cannot_hold_are_refused_by_name(tmp_path):
+    class Bursts(Halver):
+        def __call__(self, media):
+            out = super().__call__(media)
+            out.values[int(out.grid[0].prod()) :] *= 1e6  # all items but the first
+            return out
+
+    with pytest.raises(
+        NumericsError, match=r"not finite in torch\.float16; the encoder's largest is \d.*e\+05"
+    ) as caught:
+        fill(Album(3), tmp_path, Bursts(torch.float32))
+    assert caught.value.place == "train-000.tar#1.png"
+    assert chunks(tmp_path) == []
+
+
+def test_an_encoder_whose_account_is_wrong_is_caught(tmp_path):
+    encoder = Halver()
+    encoder.grid_out = lambda grid: grid
+    with pytest.raises(DataError, match="grid_out"):
+        fill(Album(2), tmp_path, encoder)
+
+
+def test_a_picture_that_was_not_handed_in_is_named(tmp_path):
+    store = fill(Album(2), tmp_path, Halver())
+    with pytest.raises(DataError, match="1 of 2 pictures have no cached features; the first is ffffffffffff"):
+        store([Album(2).refs[0].sha256, "f" * 64])
+
+
+def test_two_processes_do_not_fill_one_cache(tmp_path):
+    (tmp_path / ("k" * 16)).mkdir()
+    with lock(tmp_path / ("k" * 16)), pytest.raises(UsageError, match="in use by process"):
+        fill(Album(2), tmp_path, Halver())
+
+
+KILLED = """
+import importlib.util, os, pathlib, signal, sys
+spec = importlib.util.spec_from_file_location("album", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+
+class Dies(tests.Halver):
+    def __call__(self, media):
+        if self.seen >= 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(media)
+
+tests.fill(tests.Album(10), pathlib.Path(sys.argv[2]), Dies())
+"""
+
+
+def test_killed_halfway_the_finished_chunks_are_kept(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, __file__, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    index = json.loads((tmp_path / ("k" * 16) / "index.json").read_text())
+    assert [len(c["items"]) for c in index["chunks"]] == [4, 4]
+    encoder = Halver()
+    store = fill(Album(10), tmp_path, encoder)
+    assert (encoder.seen, store.fill.reused) == (2, 8)
+    fresh = fill(Album(10), tmp_path / "fresh", Halver())
+    names = [ref.sha256 for ref in Album(10).refs]
+    assert store(names).values.equal(fresh(names).values)
+
+
+def test_a_file_without_its_line_in_the_index_is_not_trusted(tmp_path):
+    """Killed between the file and the index: the file is removed and its items are computed again."""
+    album, encoder = Album(4), Halver()
+    fill(album, tmp_path, encoder)
+    path = chunks(tmp_path)[0]
+    stray = path.with_name("chunk-00001.safetensors")
+    stray.write_bytes(path.read_bytes())
+    store = fill(Album(6), tmp_path, encoder)
+    assert (encoder.seen, len(store)) == (6, 6)
+    assert [p.name for p in chunks(tmp_path)] == ["chunk-00000.safetensors", "chunk-00001.safetensors"]
+    assert store([Album(6).refs[5].sha256]).grid.tolist() == [[1, 3, 2]]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from plait.core.estimate import Estimate, Machine
+from plait.stages.pretrain import Pretrain
+
+MACHINE = Machine(
+    cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
+)
+DATA = Estimate(stage="data", samples={"train": 1127, "test-concept": 200, "test-style": 200, "test-both": 200})
+
+
+def test_importing_the_settings_loads_no_torch():
+    code = "import sys, plait.stages.pretrain; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", "False"]
+
+
+def test_weights_are_those_of_the_heads():
+    from plait.models.dual import DualEncoder
+    from plait.models.heads import ProjectionHead
+
+    heads = [ProjectionHead(width, 1024, 512) for width in (1280, 384)]
+    expected = sum(p.numel() for p in DualEncoder(*heads).parameters())
+    assert Pretrain().estimate(MACHINE, {"data": DATA}).params_trainable == expected
+
+
+def test_more_of_anything_costs_more():
+    base = Pretrain().estimate(MACHINE, {"data": DATA})
+    assert base.seconds[0] < base.seconds[1]
+    assert set(base.samples) == {"train", "test-concept", "test-style", "test-both"}
+    larger = Pretrain(resolution=224).estimate(MACHINE, {"data": DATA})
+    assert larger.image_tokens > base.image_tokens
+    assert larger.seconds[1] > base.seconds[1]
+    assert Pretrain(epochs=60).estimate(MACHINE, {"data": DATA}).flops > base.flops
+    wider = Pretrain(d_hidden=2048).estimate(MACHINE, {"data": DATA})
+    assert sum(wider.memory.values()) > sum(base.memory.values())
+    assert wider.disk_bytes > base.disk_bytes
+
+
+@pytest.mark.real
+def test_tower_sizes_are_the_real_ones(packages):
+    from plait.assembly.towers import load_text_tower
+    from plait.models.towers.convnet import EfficientNetLite
+    from plait.stages import pretrain
+
+    packages("minilm")
+    encoder = load_text_tower("minilm").encoder
+    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (
+        pretrain._TEXT_WIDTH,
+        pretrain._TEXT_WEIGHTS,
+    )
+    tower = EfficientNetLite()
+    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (pretrain._IMAGE_WIDTH, pretrain._IMAGE_WEIGHTS)
