@@ -23,8 +23,6 @@ pytestmark = pytest.mark.light
 
 
 class Csv(Spec):
-    """Rows of a table."""
-
     kind: Literal["csv"] = "csv"
     path: Path
     """The table."""
@@ -33,8 +31,6 @@ class Csv(Spec):
 
 
 class Pictures(Spec):
-    """A folder of pictures."""
-
     kind: Literal["pictures"] = "pictures"
     size: tuple[int, int] = (32, 32)
     """Height and width, in pixels."""
@@ -53,8 +49,6 @@ class Part(Spec):
 
 
 class Train(Spec):
-    """Training."""
-
     kind: Literal["train"] = "train"
     seed: int = 0
     """Seed."""
