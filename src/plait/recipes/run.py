@@ -57,9 +57,10 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
     resolved = load_recipe(recipe, overrides)
     _check_disk(resolved.spec, root)
     run = new_run(resolved.spec.name, root)
-    save_recipe(resolved, run / "recipe.yaml")
-    write_json(run / "env.json", environment() | {"threads": _threads()})
-    _execute(resolved.spec, run, listeners)
+    compute = _set_up(0)
+    write_json(run / "env.json", environment() | {"threads": compute.threads})
+    save_recipe(resolved, run / "recipe.yaml")  # last: with it the folder is a run that can be resumed
+    _execute(resolved.spec, run, compute=compute, listeners=listeners)
     return run
 
 
@@ -67,8 +68,8 @@ def resume(run: Path, *, listeners: Listeners = ()) -> Path:
     """Go on with an interrupted run; does nothing when all stages are sealed."""
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     point_latest(run)
-    _keep_threads(read_json(run / "env.json")["threads"])
-    _execute(recipe, run, listeners)
+    compute = _set_up(read_json(run / "env.json")["threads"])
+    _execute(recipe, run, compute=compute, listeners=listeners)
     return run
 
 
@@ -111,16 +112,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _threads() -> int:
-    """Choose the thread count once for all stages; they find it where a person would set it."""
-    count = device.setup().threads
-    _keep_threads(count)
-    return count
+def _set_up(threads: int) -> device.Compute:
+    """Choose the thread count once for all stages, or take that of the run's beginning: bits depend on it.
 
-
-def _keep_threads(count: int) -> None:
-    """Bits depend on the thread count, so a resumed run takes that of its beginning unless a person sets another."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    Stages find it where a person would set it, and what a person set goes first.
+    """
+    compute = device.setup(threads=0 if "OMP_NUM_THREADS" in os.environ else threads)
+    os.environ["OMP_NUM_THREADS"] = str(compute.threads)
+    return compute
 
 
 def _check_disk(recipe: Recipe, root: Path) -> None:
@@ -130,9 +129,10 @@ def _check_disk(recipe: Recipe, root: Path) -> None:
     plan.require(plan.total(plan.estimate_all(named, machine), machine), machine, place=root)
 
 
-def _execute(recipe: Recipe, run: Path, listeners: Listeners) -> None:
+def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners) -> None:
     events = Events(run / "events.jsonl", listeners=listeners)
     with lock(run):
+        events.note(f"{compute.device}; {'; '.join(compute.why)}", threads=compute.threads, dtype=compute.dtype)
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
             if read_done(folder) is None:

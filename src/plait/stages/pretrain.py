@@ -108,8 +108,6 @@ class Pretrain(Stage):
 
         shards = find_stage(previous, "data") / "shards"
         compute = setup(device=self.device, dtype="float32")
-        for why in compute.why:
-            events.note(why)
         dual = self._build(compute, events)
         pairs = read_pairs(shards, ("train", *TESTS), dual, keywords=self.keywords, events=events)
         exams = [Exam(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
