@@ -18,6 +18,7 @@ from plait.core.errors import PlaitError
 from plait.core.events import Event, Events
 from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, stage_folder, write_json
 from plait.recipes.recipe import Recipe, load_recipe, save_recipe
+from plait.report.page import write_report
 from plait.stages.stage import Stage
 from plait.training import plan
 
@@ -136,8 +137,19 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
             if read_done(folder) is None:
-                _execute_stage(name, stage, previous, folder=folder, events=events)
+                try:
+                    _execute_stage(name, stage, previous, folder=folder, events=events)
+                finally:
+                    _report(run, events)
             previous = folder
+
+
+def _report(run: Path, events: Events) -> None:
+    """Write the page anew, also of a stage that failed; a page that cannot be written never costs the run."""
+    try:
+        write_report(run)
+    except (PlaitError, OSError, ValueError) as fault:
+        events.warning(f"report.html was not written: {fault}", place=str(run / "report.html"))
 
 
 def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Path, events: Events) -> None:
