@@ -117,7 +117,57 @@ def test_a_missing_index_a_missing_shard_and_a_gap_are_named(folder: Path) -> No
     assert "no index" in refused(folder).cause
 
 
-@pytest.mark.parametrize("lines", [[], ["{"], ["[]"], ['{"format": 1}'], ['{"format": 2, "shard": "train-000.tar"}']])
+@pytest.mark.row("S4-14")
+@pytest.mark.parametrize("lost", [[3], [2, 3], [1], [1, 2, 3]])
+def test_a_split_that_lost_whole_shards_is_refused(tmp_path: Path, lost: list[int]) -> None:
+    write_shards(tmp_path, "train", entries(4), max_bytes=1)
+    assert len(read_all(tmp_path)) == 4
+    for number in lost:
+        for ending in (".tar", ".tar.idx"):
+            (tmp_path / f"train-{number:03d}{ending}").unlink()
+    names = ", ".join(f"train-{number:03d}.tar" for number in lost)
+    assert f"it is one of 4 of its split; not there: {names}" in refused(tmp_path).cause
+
+
+def test_a_shard_too_many_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_shards(other, "train", entries(4, shade=9), max_bytes=1)
+    for ending in (".tar", ".tar.idx"):
+        (folder / f"train-001{ending}").write_bytes((other / f"train-001{ending}").read_bytes())
+    assert "one of 1 of its split, but there is train-001.tar" in refused(folder).cause
+
+
+def test_a_shard_of_a_larger_split_is_refused(tmp_path: Path) -> None:
+    for name, count in (("mine", 4), ("other", 5)):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, "train", entries(count), max_bytes=1)
+    for ending in (".tar", ".tar.idx"):
+        (tmp_path / f"mine/train-001{ending}").write_bytes((tmp_path / f"other/train-001{ending}").read_bytes())
+    assert "it is of another split than train-000.tar" in refused(tmp_path / "mine").cause
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"split_samples": 5}, "its split has 4 samples, its index says 5"),
+        ({"split_samples": 3}, "incomplete"),
+        ({"shards": 0}, "incomplete"),
+        ({"shards": 10**12}, "not there: train-001.tar, train-002.tar, train-003.tar"),
+        ({"shards": "1"}, "cannot be used"),
+        ({"shards": 1.5}, "the index of train-000.tar"),
+        ({"sha256": None}, "the index of train-000.tar"),
+        ({"more": 1}, "cannot be used"),
+        ({"format": 1}, "has format 1, this version reads 2"),
+    ],
+)
+def test_a_header_that_states_another_split_is_refused(folder: Path, change: dict[str, object], cause: str) -> None:
+    path = folder / "train-000.tar.idx"
+    header, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(header) | change), *rest]) + "\n")
+    assert cause in refused(folder).cause
+
+
+@pytest.mark.parametrize("lines", [[], ["{"], ["[]"], ['{"format": 2}'], ['{"format": 1, "shard": "train-000.tar"}']])
 def test_a_damaged_index_is_refused(folder: Path, lines: list[str]) -> None:
     (folder / "train-000.tar.idx").write_text("\n".join(lines))
     assert "index" in refused(folder).cause

@@ -52,7 +52,7 @@ def data(packages: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features of these pictures do not go into the user's own cache."""
     shared = tmp_path_factory.getbasetemp() / "feature-home"
-    monkeypatch.setattr("plait.assembly.pairs.home", lambda: shared)
+    monkeypatch.setattr("plait.stages.pretrain.home", lambda: shared)
 
 
 def pretrain(data: Path, folder: Path, listener: Callable[[Event], None] | None = None, **settings: Any) -> Path:

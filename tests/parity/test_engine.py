@@ -1,12 +1,14 @@
 """The engine against the forward without a cache: token for token, alone and in a batch of unlike lengths."""
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from plait.core.errors import DataError
+from plait.core.errors import DataError, NumericsError, UsageError
 from plait.core.protocols import Generate
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Completion, MediaRef, Request, Text, Turn
@@ -85,7 +87,7 @@ def uncached(model: MultimodalLM, request: Request) -> list[int]:
             labels=torch.full_like(row, -100),
             segment_ids=torch.ones_like(row),
             media={"image": patches(prompt.media)} if prompt.media else {},
-            item_row={},
+            item_row={"image": torch.zeros(len(prompt.media), dtype=torch.long)} if prompt.media else {},
             sample_ids=("x",),
             encoded=True,
         )
@@ -117,7 +119,11 @@ def test_batch_mates_do_not_change_an_answer_not_even_a_sampled_one(engine: Engi
 
 def test_a_stream_says_what_the_call_says(engine: Engine) -> None:
     for request in REQUESTS:
-        assert "".join(engine.stream(request)).strip() == engine([request])[0].text
+        pieces: list[str] = []
+        for piece in engine.stream(request):
+            assert not torch.is_inference_mode_enabled(), "the caller's own mode holds between pieces"
+            pieces.append(piece)
+        assert "".join(pieces) == engine([request])[0].text
 
 
 def test_unfinished_characters_are_held_back(model: MultimodalLM) -> None:
@@ -134,6 +140,77 @@ def test_a_prompt_that_is_too_long_says_by_how_much(engine: Engine) -> None:
     with pytest.raises(DataError, match="61 tokens; with an answer of 8 that is 5 more than the 64") as caught:
         engine([ask(7, " ".join(["5"] * 60))])
     assert caught.value.place == "request r7"
+    with pytest.raises(DataError, match="5 more than"):
+        engine.stream(ask(7, " ".join(["5"] * 60)))  # before the first piece is asked for
+
+
+@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"temperature": -1.0}])
+def test_a_request_that_asks_for_nothing_sensible_is_refused(engine: Engine, how: dict[str, float]) -> None:
+    request = dataclasses.replace(ask(8, "5"), **how)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError) as caught:
+        engine([request])
+    assert caught.value.place == "request r8"
+
+
+def test_another_number_of_tokens_than_placeholders_is_refused_by_request(model: MultimodalLM) -> None:
+    def longer(refs: Sequence[MediaRef]) -> Patches:
+        # Three tokens for the first picture and one for the second: right in sum, wrong for both.
+        return Patches(values=torch.randn(4, 8), grid=torch.tensor([[1, 1, 3], [1, 1, 1]]))
+
+    engine = Engine(model, render=render, media=longer, decode=str, stop=STOP, context=64)
+    with pytest.raises(DataError, match="row 0 has 2 placeholders, 3 media tokens") as caught:
+        engine([ask(1, "5", 1), ask(2, "6", 2)])
+    assert caught.value.place == "row 0, sample r1"
+
+
+def test_a_finished_row_does_not_walk_out_of_the_context(model: MultimodalLM) -> None:
+    seen: list[int] = []
+
+    def note(_module: object, _args: object, given: dict[str, torch.Tensor], _out: object) -> None:
+        assert torch.is_inference_mode_enabled()
+        seen.append(int(given["position_ids"].max()))
+
+    hook = model.decoder.model.rotary_emb.register_forward_hook(note, with_kwargs=True)  # pyright: ignore[reportAttributeAccessIssue]
+    long = dataclasses.replace(ask(1, " ".join(["5"] * 60)), max_new_tokens=3)
+    short = dataclasses.replace(ask(2, "6"), max_new_tokens=40)
+    engine = Engine(model, render=render, media=patches, decode=str, stop=STOP, context=64)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("plait.inference.engine.sample", lambda *_, **__: 7)
+            found = engine([long, short])
+    finally:
+        hook.remove()
+    assert [len(c.token_ids) for c in found] == [3, 40]
+    assert max(seen) <= 63
+    # The prompts, then one call a token but the last: nobody would read what that call says.
+    assert len(seen) == 40
+
+
+def test_scores_that_are_not_numbers_are_named(model: MultimodalLM) -> None:
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.decoder.get_parameter("lm_head.weight"), float("nan"))
+    engine = Engine(broken, render=render, media=patches, decode=str, stop=STOP, context=64)
+    with pytest.raises(NumericsError, match="token 1 of the answer") as caught:
+        engine([ask(4, "5")])
+    assert caught.value.place == "request r4"
+
+
+def test_a_model_in_training_mode_is_refused(model: MultimodalLM) -> None:
+    engine = Engine(copy.deepcopy(model).train(), render=render, media=patches, decode=str, stop=STOP, context=64)
+    with pytest.raises(ValueError, match="training mode"):
+        engine([ask(1, "5")])
+
+
+def test_sixteen_bit_features_and_decoder_meet_a_wider_connector(model: MultimodalLM) -> None:
+    mixed = copy.deepcopy(model)
+    mixed.decoder.to(torch.bfloat16)
+
+    def half(refs: Sequence[MediaRef]) -> Patches:
+        found = patches(refs)
+        return Patches(values=found.values.half(), grid=found.grid)
+
+    engine = Engine(mixed, render=render, media=half, decode=str, stop=STOP, context=64)
+    assert all(c.finish in ("stop", "length") for c in engine(REQUESTS))
 
 
 def test_lengths_and_stops_are_told_apart(engine: Engine) -> None:

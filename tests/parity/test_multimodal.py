@@ -63,7 +63,7 @@ def compose(llava: LlavaForConditionalGeneration) -> MultimodalLM:
     decoder = nn.Module()
     decoder.model = llava.model.language_model
     decoder.lm_head = llava.lm_head
-    decoder.get_input_embeddings = llava.get_input_embeddings
+    decoder.get_input_embeddings = llava.get_input_embeddings  # pyright: ignore[reportArgumentType]
     connector = FromLlava(llava.model.multi_modal_projector, 32)
     return MultimodalLM({}, {"image": connector}, decoder, placeholder=IMAGE)
 
@@ -90,7 +90,7 @@ def batch_of(llava: LlavaForConditionalGeneration, seeds: dict[int, tuple[int, i
         rendered, pixels = conversation(seed, before, answer)
         samples.append((f"s{seed}", rendered))
         cache[str(seed)] = Patches(values=features(llava, pixels), grid=torch.tensor([[1, 2, 2]]))
-    return dataclasses.replace(collate(samples, cache, row=row, pad=0), encoded=True)
+    return collate(samples, cache, grid_out=lambda grid: grid, encoded=True, row=row, pad=0)
 
 
 @pytest.mark.row("S4-44", "S2-07")
@@ -126,19 +126,76 @@ def test_packed_rows_give_the_loss_of_rows_of_their_own(llava: LlavaForCondition
     torch.testing.assert_close(float(objective(ours, packed)["next_token"].detach()), alone, rtol=1e-6, atol=1e-5)
 
 
-def test_a_batch_with_the_wrong_number_of_media_tokens_is_refused_with_its_samples(
+def swapped(batch: Batch, sizes: tuple[int, ...], rows: tuple[int, ...]) -> Batch:
+    """The same placeholders, other media: items of these sizes, said to belong to these rows."""
+    values = torch.randn(sum(sizes), 24)
+    media = Patches(values=values, grid=torch.tensor([[1, 1, size] for size in sizes]))
+    return dataclasses.replace(batch, media={"image": media}, item_row={"image": torch.tensor(rows)})
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes", "rows", "cause", "place"),
+    [
+        pytest.param(11, (3, 4), (0, 1), "row 0 has 4 placeholders, 3 media tokens", "row 0, sample s1", id="too few"),
+        pytest.param(11, (4, 5), (0, 1), "row 1 has 4 placeholders, 5 media tokens", "row 1, sample s2", id="too many"),
+        pytest.param(11, (5, 3), (0, 1), "row 0 has 4 placeholders, 5 media tokens", "row 0, sample s1", id="sum fits"),
+        pytest.param(11, (8,), (0,), "row 0 has 4 placeholders, 8 media tokens", "row 0, sample s1", id="one lacks"),
+        pytest.param(11, (4, 4), (1, 0), "not in the order of", "samples s1, s2", id="rows swapped"),
+        pytest.param(11, (4, 4), (0,), "2 media items of 8 tokens by their grids; 1 ", "samples s1, s2", id="no row"),
+        pytest.param(22, (5, 3), (0, 0), "media item 0 has 5 tokens, only 4", "row 0, sample s1", id="neighbor"),
+        pytest.param(22, (2, 1, 5), (0, 0, 0), "media item 2 has 5 tokens, only 1", "row 0, sample s1", id="third"),
+    ],
+)
+def test_no_sample_reads_the_picture_of_another(
     llava: LlavaForConditionalGeneration,
+    row: int,
+    sizes: tuple[int, ...],
+    rows: tuple[int, ...],
+    cause: str,
+    place: str,
 ) -> None:
+    batch = batch_of(llava, {1: (6, 1), 2: (5, 2)}, row=row)
+    with pytest.raises(DataError, match=cause) as caught:
+        compose(llava)(swapped(batch, sizes, rows))
+    assert caught.value.place == place
+
+
+def test_several_pictures_of_a_sample_are_accepted(llava: LlavaForConditionalGeneration) -> None:
+    batch = batch_of(llava, {1: (6, 1), 2: (5, 2)}, row=22)
+    whole = swapped(batch, (4, 4), (0, 0))
+    parts = dataclasses.replace(
+        whole,
+        media={
+            "image": Patches(values=whole.media["image"].values, grid=torch.tensor([[1, 1, 1], [1, 3, 1], [1, 2, 2]]))
+        },
+        item_row={"image": torch.tensor([0, 0, 0])},
+    )
+    assert torch.equal(compose(llava)(whole).hidden, compose(llava)(parts).hidden)
+
+
+def test_a_grid_that_lies_about_the_tokens_is_refused(llava: LlavaForConditionalGeneration) -> None:
     batch = batch_of(llava, {1: (6, 4)}, row=16)
-    fewer = Patches(values=batch.media["image"].values[:-1], grid=torch.tensor([[1, 1, 3]]))
-    with pytest.raises(DataError, match="4 placeholders in the batch, 3 media tokens") as caught:
-        compose(llava)(dataclasses.replace(batch, media={"image": fewer}))
-    assert "s1" in caught.value.place
+    lie = Patches(values=batch.media["image"].values[:3], grid=torch.tensor([[1, 2, 2]]))
+    with pytest.raises(DataError, match="4 tokens by their grids; 1 items have a row, 3 tokens came"):
+        compose(llava)(dataclasses.replace(batch, media={"image": lie}))
+
+
+def test_placeholders_without_media_are_refused(llava: LlavaForConditionalGeneration) -> None:
+    batch = batch_of(llava, {1: (6, 4)}, row=16)
+    with pytest.raises(DataError, match="row 0 has 4 placeholders, 0 media tokens"):
+        compose(llava)(dataclasses.replace(batch, media={}, item_row={}))
+
+
+def test_modalities_are_not_mixed_in_a_batch(llava: LlavaForConditionalGeneration) -> None:
+    batch = batch_of(llava, {1: (6, 4)}, row=16)
+    both = {"image": batch.media["image"], "audio": batch.media["image"]}
+    with pytest.raises(DataError, match=r"2 modalities in one batch \(image, audio\)"):
+        compose(llava)(dataclasses.replace(batch, media=both))
 
 
 def test_text_without_pictures_passes(llava: LlavaForConditionalGeneration) -> None:
     text = Rendered(token_ids=(5, 6, 7), trained=(False, True, True))
-    batch = collate([("t", text)], {}, row=4, pad=0)
+    batch = collate([("t", text)], {}, grid_out=lambda grid: grid, encoded=True, row=4, pad=0)
     hidden = compose(llava)(batch).hidden
     theirs = llava.model.language_model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
     torch.testing.assert_close(hidden[:, :3], theirs, rtol=1e-5, atol=1e-5)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from plait.core.errors import CheckpointError, PlaitError
+from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import folder_atomic, read_json, sha256_file, write_json
-from plait.core.packages import home, package, verify
+from plait.core.packages import home, locate, package, sweep, verify
+
+IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
+"""Names of the towers that packages carry; any other name is a folder."""
 
 _SEAL = "converted.json"
 
@@ -42,12 +42,35 @@ def converted(name: str, make: Callable[[Path, Path], None], *, version: int, ev
             return folder
         events.warning(f"{name}: converting again, because {fault}", place=str(folder))
     package_folder = verify(name)
-    _sweep(folder)
+    sweep(folder)
     events.note(f"converting {name} once ({package(name).mebibytes} MiB)", place=str(folder))
     with folder_atomic(folder) as target:
         make(package_folder, target)
         files = {p.relative_to(target).as_posix(): sha256_file(p) for p in sorted(target.rglob("*")) if p.is_file()}
         write_json(target / _SEAL, {"package": source, "version": version, "files": files})
+    return folder
+
+
+def find_tower(name: str, packaged: str) -> Path:
+    """Folder of a tower: of its package, or the local Hugging Face folder that the name is. Opens no weights.
+
+    Args:
+        name: Of the tower.
+        packaged: The one name that stands for a package.
+
+    Raises:
+        ConfigError: Neither that name nor a folder with a ``config.json``.
+        ResourceError: The package is not fetched.
+    """
+    if name == packaged:
+        return locate(name)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no tower called {name!r}: neither a known name nor a folder with a config.json",
+            place=name,
+            remedy=f"use {packaged!r}, or the path of a Hugging Face model folder on this disk",
+        )
     return folder
 
 
@@ -99,21 +122,3 @@ def _fault(folder: Path, source: str, version: int) -> str:
         if not path.is_file() or sha256_file(path) != wanted:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left behind; those of living processes stay."""
-    for path in folder.parent.glob(f".{folder.name}.*"):
-        match = re.fullmatch(r"(\d+)\.(tmp|old)", path.name.removeprefix(f".{folder.name}."))
-        if match and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

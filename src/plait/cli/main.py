@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from plait import __version__
 from plait.cli.output import Out
-from plait.core.errors import PlaitError, Stopped
+from plait.core.errors import PlaitError, Stopped, UsageError
 
 VERBS: dict[str, str] = {
     "run": "run a recipe: every stage in order, into one run folder",
@@ -37,10 +37,10 @@ _CODES = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument errors follow the same shape as all others: cause, then what to do."""
+    """Faults of usage are reported like all others."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} | fix: see `{self.prog} --help`\n")
+        raise UsageError(message, place=f"{self.prog} ...", remedy=f"see `{self.prog} --help`")
 
 
 def build_parser(verbs: Iterable[str] = VERBS) -> argparse.ArgumentParser:
@@ -80,41 +80,36 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The words after ``plait``; the process's own by default.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    args = _parse(words)
-    if args.verb is None:
-        build_parser(()).print_help()
-        return 2
+    as_json, debug = "--json" in words, "--debug" in words
     try:
-        return load_verb(args.verb).main(args, Out(json=args.json))
-    except PlaitError as fault:
-        if args.debug:
-            raise
-        _say_fault(fault, as_json=args.json)
-        return fault.exit_code
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept: continue with `plait resume`", file=sys.stderr)
-        return 130
+        args = _parse(words)
+        if args.verb is None:
+            build_parser(()).print_help()
+            return 2
+        return load_verb(args.verb).main(args, Out(json=as_json))
     except BrokenPipeError:
         # The reader (head, less) went away; point stdout at nothing so that the interpreter does not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as bug:
-        if args.debug:
+    except KeyboardInterrupt as stop:
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+        _say_stopped(str(stop) or "interrupted", code, as_json=as_json)
+        return code
+    except PlaitError as fault:
+        if debug:
             raise
-        _say_fault(
-            PlaitError(
-                f"{type(bug).__name__}: {bug}", remedy="this is a bug of Plait: run again with --debug and report it"
-            ),
-            as_json=args.json,
-        )
+        _say_fault(fault, as_json=as_json)
+        return fault.exit_code
+    except Exception as bug:
+        if debug:
+            raise
+        remedy = "this is a bug of Plait: run again with --debug and report it"
+        _say_fault(PlaitError(f"{type(bug).__name__}: {bug}", remedy=remedy), as_json=as_json)
         return 1
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise Stopped(number, "terminated; finished stages are kept: continue with `plait resume`")
+    raise Stopped(number, "terminated")
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -126,6 +121,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if late:
         args.overrides = [*args.overrides, *late]
     return args
+
+
+def _say_stopped(text: str, code: int, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": {"code": "stopped", "exit_code": code, "cause": text}}, ensure_ascii=False))
+    print(text, file=sys.stderr)
 
 
 def _say_fault(fault: PlaitError, *, as_json: bool) -> None:

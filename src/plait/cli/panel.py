@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from plait.core.events import Event
 
 _EVERY_S = 10.0
+_NOT_SHOWN = ("error", "stopped")
 _SHOWN = ("loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait", "memory_mb", "mfu")
 
 
@@ -65,16 +66,22 @@ class Lines:
         self.clock = clock
         self.begun = clock()
         self.said: dict[str, float] = {}
+        self.open = True
 
     def __call__(self, event: Event) -> None:
-        """Print the event if it is due."""
+        """Print the event if it is due; faults are printed by the command itself, in the end."""
+        if not self.open or event.kind in _NOT_SHOWN:
+            return
         if event.kind == "progress":
             finished = event.fields["done"] == event.fields["total"]
             now = self.clock()
             if not finished and now - self.said.setdefault(event.text, now) < self.every_s:
                 return
             self.said[event.text] = now
-        print(f"{self._elapsed()}  {describe(event)}", file=self.stream, flush=True)
+        try:
+            print(f"{self._elapsed()}  {describe(event)}", file=self.stream, flush=True)
+        except BrokenPipeError:
+            self.open = False  # the reader (head, less) went away; the work goes on
 
     def _elapsed(self) -> str:
         seconds = int(self.clock() - self.begun)
@@ -84,7 +91,7 @@ class Lines:
 def describe(event: Event) -> str:
     """The event as one line."""
     if event.kind != "progress":
-        mark = {"warning": "warning: ", "error": "error: "}.get(event.kind, "")
+        mark = "warning: " if event.kind == "warning" else ""
         return f"{mark}{event.text}"
     done, total = event.fields["done"], event.fields["total"]
     share = f"{done}/{total} ({done / total:.0%})" if total else f"{done}"
@@ -126,6 +133,8 @@ def _live(stream: TextIO) -> Generator[Callable[[Event], None]]:
         tasks: dict[str, TaskID] = {}
 
         def listener(event: Event) -> None:
+            if event.kind in _NOT_SHOWN:
+                return
             if event.kind != "progress":
                 style = {"warning": "yellow", "error": "bold red", "stage": "bold cyan", "sample": "green"}.get(
                     event.kind

@@ -30,21 +30,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, out: Out) -> int:
-    """Print the plan; exit 5 if the run would not fit the disk."""
-    from plait.core.errors import ResourceError
+    """Print the plan; exit 3 or 5 if a stage could not run or would not fit the disk."""
+    from plait.core.errors import PlaitError
     from plait.recipes.recipe import load_recipe
     from plait.training import plan
 
     recipe = load_recipe(args.recipe, args.overrides).spec
     out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
     machine = plan.survey(args.runs, probe=not args.no_probe)
-    sums = plan.total(plan.estimate_all([("data", recipe.data), *recipe.stages.items()], machine), machine)
+    stages = [("data", recipe.data), *recipe.stages.items()]
+    sums = plan.total(plan.estimate_all(stages, machine), machine)
     for line in describe(sums, machine):
         out.line(line)
-    refused: ResourceError | None = None
+    refused: PlaitError | None = None
     try:
+        for _, stage in stages:
+            stage.check(machine)
         plan.require(sums, machine, place=args.runs.absolute())
-    except ResourceError as error:
+    except PlaitError as error:
         if not out.json:
             raise
         refused = error
@@ -102,18 +105,21 @@ def _row(e: Estimate) -> list[str]:
 
 
 def _limits(sums: Total, machine: Machine) -> list[str]:
-    from plait.training.plan import size
+    from plait.training.plan import disks, size
 
     rate = machine.gemm_bf16 if machine.dtype == "bfloat16" else machine.gemm_fp32
     how = "measured" if machine.measured else "guessed"
     threads = f"{machine.threads} of {machine.cores} cores" if machine.device == "cpu" else machine.device
-    memory, disk = (
-        f"{size(need)} of {size(free)} free, {need / max(free, 1):.0%}"
-        for need, free in ((sums.peak_bytes, machine.memory_bytes), (sums.disk_bytes, machine.disk_bytes))
-    )
+
+    def share(need: int, free: int) -> str:
+        return f"{size(need)} of {size(free)} free, {need / max(free, 1):.0%}"
+
+    run, *others = disks(sums, machine)
+    cached = "" if others else f", {size(sums.home_bytes)} of it in caches"
     return [
-        f"memory   {memory}, in {sums.peak_stage}",
-        f"disk     {disk}",
+        f"memory   {share(sums.peak_bytes, machine.memory_bytes)}, in {sums.peak_stage}",
+        f"disk     {share(run.needed, run.free)}{cached if sums.home_bytes else ''}",
+        *(f"caches   {share(disk.needed, disk.free)}" for disk in others),
         f"speed    {machine.dtype} matrix products at {si(rate)}FLOP/s ({how}) on {threads}",
         f"time     {duration(sums.seconds)}",
     ]

@@ -14,6 +14,7 @@ class Machine:
         cores: Usable cores.
         memory_bytes: RAM that is free for us.
         disk_bytes: Free disk where the run goes.
+        home_disk_bytes: Free disk where ``PLAIT_HOME`` is; None if that is the same disk.
         gemm_fp32: Matrix rate in FLOP/s, float32.
         gemm_bf16: Matrix rate in FLOP/s, bfloat16 (equal to or below fp32 where the CPU has no bf16 units).
         measured: Whether the rates were measured here or are a guess.
@@ -33,6 +34,7 @@ class Machine:
     dtype: str = "float32"
     threads: int = 1
     runtime_bytes: int = 0
+    home_disk_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,8 @@ class Estimate:
         image_tokens: Of these, how many stand for images.
         flops: Floating-point operations in all.
         memory: Peak memory in bytes by part: weights, gradients, optimizer, activations, caches, runtime.
-        disk_bytes: What it leaves on disk.
+        disk_bytes: What it leaves in the run folder.
+        home_bytes: What it leaves under ``PLAIT_HOME``: cached features, converted weights.
         seconds: Shortest and longest expected time.
         notes: What the estimate rests on, and warnings.
     """
@@ -62,5 +65,6 @@ class Estimate:
     flops: float = 0.0
     memory: Mapping[str, int] = field(default_factory=dict[str, int])
     disk_bytes: int = 0
+    home_bytes: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
     notes: tuple[str, ...] = ()

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plait.core.files import disk_error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One thing that happened.
 
     Attributes:
-        kind: ``stage`` (started, done, skipped), ``note``, ``warning``, ``progress``, ``sample``, ``error``.
+        kind: ``stage`` (started, done, skipped), ``note``, ``warning``, ``progress``, ``sample``, ``stopped`` or
+            ``error``.
         time: Seconds since the epoch.
         text: One line for a person.
         fields: The same as data.
@@ -46,12 +49,19 @@ class Events:
         self.listeners = listeners
 
     def emit(self, kind: str, text: str, **fields: Any) -> None:
-        """Record an event durably and tell the listeners."""
+        """Record an event durably and tell the listeners.
+
+        Raises:
+            ResourceError: The disk is full or not writable.
+        """
         event = Event(kind=kind, time=time.time(), text=text, fields=fields)
         if self.path is not None:
             record = {"time": round(event.time, 3), "kind": kind, "text": text, **fields}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            except OSError as error:
+                raise disk_error(error, self.path) from error
         self._tell(event)
 
     def note(self, text: str, **fields: Any) -> None:

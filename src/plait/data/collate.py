@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Batch, Patches
@@ -17,6 +18,8 @@ def collate(
     samples: Sequence[tuple[str, Rendered]],
     features: Mapping[str, Patches],
     *,
+    grid_out: Callable[[Tensor], Tensor],
+    encoded: bool,
     row: int,
     pad: int,
     rows: int | None = None,
@@ -29,20 +32,18 @@ def collate(
     Args:
         samples: Id and rendering.
         features: One item's patches by the sha256 of the picture: pixels, or features of a frozen tower.
+        grid_out: The model's token account from these very patches on: grids in, grids of media tokens out.
+        encoded: Whether ``features`` are a tower's features rather than pixels.
         row: Tokens a row holds.
         pad: Id of padding.
         rows: Rows of the batch, filled up with padding (fixed shapes are planned once); None for as many as needed.
 
     Raises:
-        DataError: A sample is longer than a row, there are more rows than ``rows``, or a picture has no features.
+        DataError: A sample is longer than a row, there are more rows than ``rows``, a picture has no features, or it
+            becomes another number of tokens than it has placeholders.
     """
     for sample_id, rendered in samples:
-        if len(rendered) > row:
-            raise DataError(
-                f"{len(rendered)} tokens ({sum(rendered.slots)} of them pictures), a row holds {row}",
-                place=f"sample {sample_id}",
-                remedy=f"set the row length to {len(rendered)} or more",
-            )
+        _fits(sample_id, rendered, row)
     packed = pack([len(rendered) for _, rendered in samples], row=row)
     if rows is not None and len(packed) > rows:
         raise DataError(
@@ -65,7 +66,7 @@ def collate(
             token_ids[number, at:end] = ids
             labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
             segments[number, at:end] = segment
-            items += [_features(features, ref.sha256, sample_id) for ref in rendered.media]
+            items += _pictures(sample_id, rendered, features, grid_out=grid_out)
             item_row += [number] * len(rendered.media)
             at = end
     media: dict[Modality, Patches] = {"image": joined(items)} if items else {}
@@ -76,6 +77,7 @@ def collate(
         media=media,
         item_row={"image": torch.tensor(item_row)} if items else {},
         sample_ids=tuple(samples[index][0] for members in packed for index in members),
+        encoded=encoded,
     )
 
 
@@ -84,11 +86,36 @@ def joined(items: Sequence[Patches]) -> Patches:
     return Patches(values=torch.cat([i.values for i in items]), grid=torch.cat([i.grid for i in items]))
 
 
-def _features(features: Mapping[str, Patches], sha256: str, sample_id: str) -> Patches:
-    if sha256 not in features:
+def _fits(sample_id: str, rendered: Rendered, row: int) -> None:
+    if len(rendered) > row:
         raise DataError(
-            f"picture {sha256[:12]}… has no features",
+            f"{len(rendered)} tokens ({sum(rendered.slots)} of them pictures), a row holds {row}",
             place=f"sample {sample_id}",
-            remedy="compute the features of all pictures of the split first",
+            remedy=f"set the row length to {len(rendered)} or more",
         )
-    return features[sha256]
+
+
+def _pictures(
+    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, grid_out: Callable[[Tensor], Tensor]
+) -> list[Patches]:
+    """The patches of a sample's pictures in reading order, each checked against its placeholders."""
+    found: list[Patches] = []
+    for number, (ref, expected) in enumerate(zip(rendered.media, rendered.slots, strict=True), 1):
+        place = f"sample {sample_id}, picture {number} ({ref.sha256[:12]})"
+        if ref.sha256 not in features:
+            raise DataError(
+                "the picture has no features",
+                place=place,
+                remedy="compute the features of all pictures of the split first",
+            )
+        item = features[ref.sha256]
+        came: list[int] = grid_out(item.grid).prod(1).tolist()
+        if came != [expected]:
+            grids = item.grid.tolist()
+            raise DataError(
+                f"{expected} placeholders for the picture, {' + '.join(map(str, came))} media tokens (grid {grids})",
+                place=place,
+                remedy="render with the token account (grid_out) of the model and the features that are trained with",
+            )
+        found.append(item)
+    return found

@@ -8,7 +8,8 @@ else in float16 (relative error at most 2^-11; beyond its range an error, never 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from plait.core.errors import DataError, NumericsError, PlaitError
+from plait.core.errors import DataError, NumericsError, PlaitError, ResourceError, UsageError
 from plait.core.events import Events
 from plait.core.files import lock, read_json, sha256_file, write_atomic
 from plait.core.protocols import Encoder
@@ -31,6 +32,9 @@ from plait.data.media import decode_image
 _INDEX = "index.json"
 _FORMAT = 1
 _BATCH = 16
+_FEW = 64  # below so many items the times say nothing about what the cache saves
+_PATIENCE_S = 7200.0  # another run may be encoding very many pictures
+_LOOK_EVERY_S = 0.5
 _PROBE = 256  # items read back to measure how long an epoch's reading takes
 
 
@@ -68,6 +72,8 @@ class Fill:
     def __str__(self) -> str:
         text = f"features: {self.computed:,} computed, {self.reused:,} reused, {self.duplicates:,} duplicates; "
         text += f"{self.items_per_s:,.0f} items/s, {self.bytes / 2**20:,.0f} MiB"
+        if self.computed + self.reused < _FEW:
+            return text
         saved = self.seconds - self.read_seconds
         if saved <= 0:
             return f"{text}; reading takes as long as encoding: the cache does not pay"
@@ -137,7 +143,8 @@ def cached_features(
     """Features of all media, from the cache where they are, else computed and kept.
 
     Work is kept chunk by chunk: what a killed process had finished is not computed again. A damaged chunk is removed,
-    an event says so, and its items are computed anew.
+    an event says so, and its items are computed anew. While another process fills the same cache, this one waits, and
+    then takes over what that one computed.
 
     Args:
         media: Pictures; equal bytes are encoded once.
@@ -152,15 +159,14 @@ def cached_features(
     Raises:
         DataError: A picture cannot be read or decoded, or its bytes are not those its sha256 names.
         NumericsError: A feature is not finite in 16 bits.
-        UsageError: Another process fills this cache now.
-        ResourceError: The disk is full; finished chunks are kept.
+        ResourceError: The disk is full, finished chunks are kept; or another process keeps this cache for two hours.
     """
     place = folder / key[:16]
     place.mkdir(parents=True, exist_ok=True)
     unique: dict[str, MediaRef] = {}
     for ref in media:
         unique.setdefault(ref.sha256, ref)
-    with lock(place):
+    with _held(place, events):
         cache = _Cache(place, key, events)
         missing = [ref for sha256, ref in unique.items() if sha256 not in cache.known]
         begun = time.perf_counter()
@@ -179,6 +185,33 @@ def cached_features(
     store.fill = fill
     events.note(str(fill), **counts, seconds=round(seconds, 2), items_per_s=round(fill.items_per_s, 1), bytes=size)
     return store
+
+
+@contextmanager
+def _held(place: Path, events: Events) -> Generator[None]:
+    """The cache's lock, waited for."""
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        said = False
+        while True:
+            try:
+                stack.enter_context(lock(place))
+                break
+            except UsageError as error:
+                holder = error.cause.removeprefix("the run is in use by ")
+                waited = time.monotonic() - begun
+                if waited >= _PATIENCE_S:
+                    raise ResourceError(
+                        f"the feature cache is still in use by {holder} after {waited:,.0f} s of waiting",
+                        place=str(place),
+                        remedy="wait for that run or stop it, then `plait resume` this one",
+                    ) from error
+                if not said:
+                    events.note(f"the feature cache is being filled by {holder}: waiting for it", place=str(place))
+                    said = True
+                events.progress("features: waiting for another run", 0, 0, waited_s=round(waited))
+                time.sleep(_LOOK_EVERY_S)
+        yield
 
 
 def _encode(
@@ -265,6 +298,8 @@ class _Cache:
         for path in folder.glob("*.safetensors"):
             if path.name not in whole:
                 path.unlink()
+        for path in folder.glob(".*.tmp"):  # of killed writers: whoever has the lock writes alone
+            path.unlink()
 
     def append(self, values: Tensor, items: list[tuple[Any, ...]], seconds: float) -> None:
         """Keep one chunk: first the file, then its line in the index."""

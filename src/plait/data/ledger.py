@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from plait.core.errors import DataError, PlaitError
-from plait.core.files import read_jsonl, write_atomic
+from plait.core.files import write_atomic
 from plait.data.media import CHANGES
 
 Fate = Literal["kept", "changed", "dropped"]
@@ -44,9 +44,15 @@ REASONS: Mapping[str, Reason] = {
     ),
     "over-max-train": Reason(text="left out so that the training split has at most max_train pictures", fault=False),
     "over-max-test": Reason(text="left out so that a test split has at most max_test pictures", fault=False),
+    "not-listed": Reason(text="a picture or caption in the folder that the folder's list does not name", fault=False),
+    "stopped": Reason(text="nothing was wrong with it when the stage stopped with an error", fault=False),
     # faults
     "bad-row": Reason(text="the row does not have the columns of the header", fault=True),
     "no-text": Reason(text="no name or caption", fault=True),
+    "no-caption": Reason(text="a picture without a .txt file of the same name", fault=True),
+    "no-picture": Reason(text="a .txt file without a picture of the same name", fault=True),
+    "format": Reason(text="a picture, or a file with a caption, of a format that is not read", fault=True),
+    "linked-folder": Reason(text="a folder that is a link; what is in it is not looked at", fault=True),
     "no-file": Reason(text="the picture file is not there or cannot be read", fault=True),
     "outside-root": Reason(text="the path leads outside the allowed folder", fault=True),
     "remote": Reason(text="a web address: nothing is downloaded", fault=True),
@@ -135,6 +141,11 @@ class Ledger:
         source = self._take(row)
         self._end(Row(id=row, source=source, step=step, fate="dropped", reason=reason, split=split, detail=detail))
 
+    def stop(self) -> None:
+        """End all rows that have no fate yet as ``stopped``: the stage is failing, and the ledger helps to see why."""
+        for row in tuple(self._open):
+            self.drop(row, "stopped", step="split")
+
     def dropped(self) -> tuple[Row, ...]:
         """The rows dropped so far, in the order in which that was decided."""
         return tuple(row for row in self._rows.values() if row.fate == "dropped")
@@ -206,11 +217,6 @@ def explain(fate: str, reason: str) -> str:
     if fate == "dropped":
         return REASONS[reason].text
     return "; ".join(CHANGES[name] for name in reason.split("+")) if reason else "as it was"
-
-
-def read_ledger(path: Path) -> tuple[Row, ...]:
-    """The rows of a written ledger."""
-    return tuple(Row(**record) for record in read_jsonl(path))
 
 
 def _bug(cause: str, row: str) -> PlaitError:

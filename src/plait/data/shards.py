@@ -2,12 +2,12 @@
 
 ``train-000.tar`` holds, sample after sample, ``<key>.json`` (:meth:`plait.core.types.Sample.to_json`) and the pictures
 that belong to it (``<key>.png``; ``<key>.0.png``, ``<key>.1.png`` if several). ``train-000.tar.idx`` is JSON Lines: a
-header with the size and sha256 of the whole shard, then name, offset, size and sha256 of each member. A picture that
-several samples show is stored once; ``uri`` in each says where. The same samples give the same bytes: no times, no
-owners, samples in the order given.
+header with the size and sha256 of the whole shard and with the number of shards and samples in the whole split, then
+name, offset, size and sha256 of each member. A picture that several samples show is stored once; ``uri`` in each says
+where. The same samples give the same bytes: no times, no owners, samples in the order given.
 
-A shard is checked whole against its index before the first sample is read from it. Nothing is unpacked to disk, no
-member is run.
+A shard is checked whole against its index before the first sample is read from it, and a split is only read if all its
+shards are there. Nothing is unpacked to disk, no member is run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import mmap
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from plait.core.errors import DataError
 from plait.core.files import write_atomic
@@ -34,7 +34,7 @@ MAX_SHARD_BYTES = 128 * 2**20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,90}")
 _SHARD = re.compile(r"(?P<split>[A-Za-z0-9][A-Za-z0-9_-]*)-(?P<number>\d{3,})\.tar")
-_FORMAT = 1
+_FORMAT = 2
 _RECORD = ".json"
 
 Entry = tuple[Sample, Mapping[str, bytes]]
@@ -49,6 +49,20 @@ class Member:
     offset: int
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    """First line of an index: what the whole shard must be, and the split that it is a part of."""
+
+    format: int = _FORMAT
+    shard: str
+    size: int
+    sha256: str
+    samples: int
+    members: int
+    shards: int
+    split_samples: int
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -76,21 +90,26 @@ def write_shards(
     written: list[Sample] = []
     seen: set[str] = set()
     stored: dict[str, str] = {}
+    closed: list[_Shard] = []
     shard: _Shard | None = None
-    number = 0
     for sample, media in entries:
         if sample.id in seen:
             raise DataError(
                 "two samples have the same id", place=f"{name}/{sample.id}", remedy="give each its own content"
             )
         seen.add(sample.id)
-        shard = shard or _Shard(f"{name}-{number:03d}.tar")
+        shard = shard or _Shard(f"{name}-{len(closed):03d}.tar")
         written.append(shard.add(sample, media, stored))
         if shard.size >= max_bytes:
             shard.write(folder)
-            shard, number = None, number + 1
+            closed.append(shard)
+            shard = None
     if shard:
         shard.write(folder)
+        closed.append(shard)
+    # Only now is it known how many shards there are. A tar without an index is unfinished and never read.
+    for shard in closed:
+        shard.write_index(folder, shards=len(closed), split_samples=len(written))
     return written
 
 
@@ -105,6 +124,7 @@ class _Shard:
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._members: list[Member] = []
         self._samples = 0
+        self._whole = 0, ""
 
     @property
     def size(self) -> int:
@@ -137,23 +157,27 @@ class _Shard:
         return placed
 
     def write(self, folder: Path) -> None:
-        """Write the tar, then its index: a tar without an index is unfinished and never read."""
+        """Write the tar and give its memory back."""
         self._tar.close()
         content = self._file.getvalue()
-        header = {
-            "format": _FORMAT,
-            "shard": self._name,
-            "size": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "samples": self._samples,
-            "members": len(self._members),
-        }
-        lines = [
-            header,
-            *({"name": m.name, "offset": m.offset, "size": m.size, "sha256": m.sha256} for m in self._members),
-        ]
+        self._whole = len(content), hashlib.sha256(content).hexdigest()
         write_atomic(folder / self._name, content)
-        write_atomic(folder / f"{self._name}.idx", "".join(json.dumps(line) + "\n" for line in lines))
+        self._file.close()
+
+    def write_index(self, folder: Path, *, shards: int, split_samples: int) -> None:
+        """Write the index of a written tar."""
+        size, sha256 = self._whole
+        header = _Header(
+            shard=self._name,
+            size=size,
+            sha256=sha256,
+            samples=self._samples,
+            members=len(self._members),
+            shards=shards,
+            split_samples=split_samples,
+        )
+        lines = (json.dumps(asdict(line)) + "\n" for line in (header, *self._members))
+        write_atomic(folder / f"{self._name}.idx", "".join(lines))
 
     def _append(self, name: str, data: bytes) -> None:
         if not _NAME.fullmatch(name):
@@ -198,6 +222,19 @@ def split_names(folder: Path) -> list[str]:
     return sorted({match["split"] for path in folder.glob("*.tar") if (match := _SHARD.fullmatch(path.name))})
 
 
+def shards_sha256(folder: Path) -> str:
+    """One digest over all shards of a folder, by name, from their indexes: what ``sha256sum *.tar | sha256sum`` gives.
+
+    Raises:
+        DataError: A shard has no index or a damaged one.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.tar")):
+        header, _ = _read_index(path)
+        digest.update(f"{header.sha256}  {path.name}\n".encode())
+    return digest.hexdigest()
+
+
 class ShardReader:
     """Random access to one split; pictures of its samples may lie in any shard of the folder.
 
@@ -217,18 +254,20 @@ class ShardReader:
         self.folder = folder
         self.name = name
         self._shards: dict[str, _Mapped] = {}
-        numbers = sorted(
+        numbers = {
             int(m["number"])
             for p in folder.glob(f"{name}-*.tar*")
             if (m := _SHARD.match(p.name)) and m["split"] == name
-        )
+        }
         if not numbers:
             known = ", ".join(split_names(folder)) or "none"
             raise DataError(f"no split called {name!r}", place=str(folder), remedy=f"choose one of: {known}")
         self._samples: list[tuple[str, str]] = []
-        for number in range(numbers[-1] + 1):
-            shard = f"{name}-{number:03d}.tar"
-            self._samples += [(shard, member) for member in self._open(shard).members if member.endswith(_RECORD)]
+        try:
+            self._open_split(numbers)
+        except DataError:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -272,6 +311,27 @@ class ShardReader:
     ) -> None:
         self.close()
 
+    def _open_split(self, numbers: set[int]) -> None:
+        """Open all shards of the split; ``numbers`` are those of the files there are."""
+        first = self._open(self._shard_name(0))
+        shards, samples = first.split
+        lost = islice((number for number in range(shards) if number not in numbers), 3)
+        if names := ", ".join(map(self._shard_name, lost)):
+            raise first.refused(f"it is one of {shards:,} of its split; not there: {names}")
+        if max(numbers) >= shards:
+            raise first.refused(f"it is one of {shards:,} of its split, but there is {self._shard_name(max(numbers))}")
+        for number in range(shards):
+            name = self._shard_name(number)
+            shard = self._open(name)
+            if shard.split != first.split:
+                raise shard.refused(f"it is of another split than {self._shard_name(0)}")
+            self._samples += [(name, member) for member in shard.members if member.endswith(_RECORD)]
+        if len(self._samples) != samples:
+            raise first.refused(f"its split has {len(self._samples):,} samples, its index says {samples:,}")
+
+    def _shard_name(self, number: int) -> str:
+        return f"{self.name}-{number:03d}.tar"
+
     def _open(self, shard: str) -> _Mapped:
         if shard not in self._shards:
             self._shards[shard] = _Mapped(self.folder / shard)
@@ -287,50 +347,59 @@ class _Mapped:
     def __init__(self, path: Path) -> None:
         self._path = path
         header, self.members = _read_index(path)
+        self.split: tuple[int, int] = header.shards, header.split_samples
         try:
             with path.open("rb") as file:
                 size = file.seek(0, io.SEEK_END)
-                if size != header["size"]:
-                    raise self._refused(f"it has {size:,} bytes, its index says {header['size']:,}")
+                if size != header.size:
+                    raise self.refused(f"it has {size:,} bytes, its index says {header.size:,}")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise self._refused(f"it cannot be read: {error.strerror}") from error
+            raise self.refused(f"it cannot be read: {error.strerror}") from error
         found = hashlib.sha256(self._map).hexdigest()
-        if found != header["sha256"]:
+        if found != header.sha256:
             self.close()
-            raise self._refused(f"its sha256 is {found[:12]}…, its index says {str(header['sha256'])[:12]}…")
+            raise self.refused(f"its sha256 is {found[:12]}…, its index says {header.sha256[:12]}…")
 
     def read(self, name: str) -> bytes:
         member = self.members.get(name)
         if member is None:
-            raise self._refused(f"it has no member {name!r}")
+            raise self.refused(f"it has no member {name!r}")
         data = self._map[member.offset : member.offset + member.size]
         if hashlib.sha256(data).hexdigest() != member.sha256:
-            raise self._refused(f"{name} changed after the shard was opened")
+            raise self.refused(f"{name} changed after the shard was opened")
         return data
 
     def close(self) -> None:
         self._map.close()
 
-    def _refused(self, cause: str) -> DataError:
+    def refused(self, cause: str) -> DataError:
+        """The error that says what is wrong with this shard."""
         return DataError(f"shard {self._path.name} is refused: {cause}", place=str(self._path), remedy=_REBUILD)
 
 
-def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Member]]:
+def _read_index(path: Path) -> tuple[_Header, dict[str, Member]]:
     index = path.with_name(f"{path.name}.idx")
     try:
-        header, *lines = (json.loads(line) for line in index.read_text(encoding="utf-8").splitlines())
+        first, *lines = (json.loads(line) for line in index.read_text(encoding="utf-8").splitlines())
+        if first["format"] != _FORMAT:
+            raise ValueError(f"it has format {first['format']}, this version reads {_FORMAT}")
+        header = _Header(**first)
         members = {line["name"]: Member(**line) for line in lines}
         samples = sum(name.endswith(_RECORD) for name in members)
-        stated = (header["format"], header["shard"], header["members"], header["members"], header["samples"])
-        sound = stated == (_FORMAT, path.name, len(lines), len(members), samples)
-        sound = sound and all(_inside(member, header["size"]) for member in members.values())
+        stated = (header.shard, header.members, header.members, header.samples)
+        sound = stated == (path.name, len(lines), len(members), samples)
+        sound = sound and header.shards >= 1 and header.split_samples >= samples
+        sound = sound and isinstance(header.shards, int) and isinstance(header.sha256, str)
+        sound = sound and all(_inside(member, header.size) for member in members.values())
     except FileNotFoundError as error:
         raise DataError(
             f"shard {path.name} has no index: it was not finished", place=str(index), remedy=_REBUILD
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the index of {path.name} is damaged: {error}", place=str(index), remedy=_REBUILD) from error
+        raise DataError(
+            f"the index of {path.name} cannot be used: {error}", place=str(index), remedy=_REBUILD
+        ) from error
     if not sound:
         raise DataError(
             f"the index of {path.name} does not belong to it or is incomplete", place=str(index), remedy=_REBUILD

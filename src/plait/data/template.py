@@ -87,8 +87,13 @@ class Template:
         """Render turns; with ``prompt`` the template opens the assistant's next turn.
 
         Raises:
-            DataError: There is no turn, the template refuses the roles, or a text holds a reserved character.
+            DataError: There is no turn, a trained turn holds a picture or nothing, the template refuses the roles, or a
+                text holds a reserved character.
+            ConfigError: The template does not end a trained turn with the end-of-turn token: a model trained on that
+                would never learn to stop.
         """
+        for turn in turns:
+            self._trainable(turn, place)
         contents = [part for turn in turns for part in turn.parts]
         trained = [turn.trained for turn in turns for _ in turn.parts]
         last = [number == len(turn.parts) - 1 for turn in turns for number in range(len(turn.parts))]
@@ -100,7 +105,7 @@ class Template:
         for number, piece in enumerate(pieces):
             if number % 2 == 0:
                 found = self._ids(piece, special=True)
-                kept = self._closing(found) if open_turn else 0
+                kept = self._closing(found, piece) if open_turn else 0
                 flags += [index < kept for index in range(len(found))]
             else:
                 index = int(piece)
@@ -152,7 +157,32 @@ class Template:
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
 
-    def _closing(self, ids: list[int]) -> int:
+    @staticmethod
+    def _trainable(turn: Turn, place: str) -> None:
+        if not turn.trained:
+            return
+        pictures = sum(isinstance(part, MediaRef) for part in turn.parts)
+        if pictures:
+            raise DataError(
+                f"a trained {turn.role} turn holds {pictures} pictures; a placeholder is no word a model could write",
+                place=place,
+                remedy="put pictures into turns that are not trained",
+            )
+        if not turn.parts:
+            raise DataError(
+                f"a trained {turn.role} turn is empty",
+                place=place,
+                remedy='give it a text (an empty one, "", trains the end of the turn alone), or do not train it',
+            )
+
+    def _closing(self, ids: list[int], text: str) -> int:
         """How many of the template's ids after a trained content are trained too: through the end-of-turn token."""
         end = self.tokenizer.eos_token_id
-        return ids.index(end) + 1 if end in ids else 0
+        if end not in ids:
+            raise ConfigError(
+                f"the chat template closes a trained turn with {text!r}, which does not hold the end-of-turn token "
+                f"{self.tokenizer.eos_token!r} (id {end}): the model would never learn to stop",
+                place=str(self.tokenizer.name_or_path),
+                remedy="set the tokenizer's eos_token to the one that its chat template writes after an answer",
+            )
+        return ids.index(end) + 1

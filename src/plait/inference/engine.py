@@ -3,7 +3,7 @@
 Thin for now: requests are answered in batches of like length, each batch until its last row is finished.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.core.errors import DataError
-from plait.core.tensors import Batch, Patches
-from plait.core.types import Completion, MediaRef, Request, Turn
+from plait.core.errors import DataError, NumericsError, UsageError
+from plait.core.tensors import IGNORE, Batch, Patches
+from plait.core.types import Completion, MediaRef, Modality, Request, Turn
 from plait.inference.sampling import sample
 from plait.models.multimodal import MultimodalLM
 
@@ -48,10 +48,11 @@ class Engine:
     """Answers requests with a model.
 
     Args:
-        model: In eval mode.
+        model: In eval mode; what it reads is put on the device of its word embeddings.
         render: Turns to the prompt's ids: the very function that training used.
         media: Pictures to their patches (features of the tower, or pixels when ``encoded`` is False).
-        decode: Ids to text, without control tokens.
+        decode: Ids to text, without control tokens; more ids only add to the text of fewer, but for an unfinished
+            character at the end (tokenizers of Hugging Face: ``clean_up_tokenization_spaces=False``).
         stop: Id that ends an answer.
         context: Most tokens of prompt and answer together.
         rows: Requests answered together.
@@ -83,7 +84,10 @@ class Engine:
         """Answer all requests, in their order.
 
         Raises:
-            DataError: A prompt with its answer is longer than the context; says by how much. Nothing is cut.
+            DataError: A prompt with its answer is longer than the context; says by how much. Nothing is cut. Or its
+                pictures are not those its placeholders stand for.
+            NumericsError: Scores are not numbers; says whose.
+            UsageError: No answer of at least one token is asked for, or the temperature is negative.
         """
         rows = [self._row(request) for request in requests]
         order = sorted(rows, key=lambda row: len(row.prompt.token_ids))
@@ -95,22 +99,36 @@ class Engine:
     def stream(self, request: Request) -> Iterator[str]:
         """Answer one request piece by piece: the text so far grows by each piece, whole characters only.
 
+        The pieces together are the text that a call gives. Faults of the request are raised here, before the first
+        piece is asked for.
+
         Raises:
             DataError: As in a call.
+            UsageError: As in a call.
         """
-        row, said = self._row(request), ""
-        for _ in self._answer([row]):
-            text = self._text(row)
-            # A character of several bytes may be unfinished: it is said when its last token is there.
-            if text.startswith(said) and not text.endswith("\ufffd"):
-                yield text[len(said) :]
-                said = text
-        if rest := self._text(row)[len(said) :]:
-            yield rest
+        return self._pieces(self._row(request))
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _pieces(self, row: _Row) -> Iterator[str]:
+        said = ""
+        for _ in self._answer([row]):
+            text = self.decode(row.made)
+            # A character of several bytes may be unfinished: it is said when its last token is there.
+            if text.startswith(said) and not text.endswith("\ufffd"):
+                if len(text) > len(said):
+                    yield text[len(said) :]
+                said = text
+        if rest := self.decode(row.made)[len(said) :]:
+            yield rest
+
     def _row(self, request: Request) -> _Row:
+        if request.max_new_tokens < 1 or request.temperature < 0:
+            raise UsageError(
+                f"max_new_tokens is {request.max_new_tokens}, temperature {request.temperature:g}",
+                place=f"request {request.id}",
+                remedy="ask for at least one token, at a temperature of 0 or more",
+            )
         prompt = self.render(request.turns)
         length = len(prompt.token_ids)
         if length + request.max_new_tokens > self.context:
@@ -124,53 +142,78 @@ class Engine:
         generator = torch.Generator().manual_seed(request.seed)
         return _Row(request=request, prompt=prompt, generator=generator)
 
-    @torch.inference_mode()
     def _answer(self, rows: Sequence[_Row]) -> Iterator[None]:
         """Let every row grow to its end; yields after each token of the batch."""
-        width = max(len(row.prompt.token_ids) for row in rows)
-        seen = torch.zeros(len(rows), width, dtype=torch.long)
-        for number, row in enumerate(rows):
-            seen[number, width - len(row.prompt.token_ids) :] = 1
-        embedded = self.model.embed(self._batch(rows, width))
-        out = self.model.decoder(  # pyright: ignore[reportCallIssue]
-            inputs_embeds=embedded,
-            attention_mask=seen,
-            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        if self.model.training:
+            raise ValueError("the model is in training mode: dropout would change answers; call model.eval() first")
+        batch = self._batch(rows)
+        seen = batch.segment_ids
+        # Around the calls and not around the whole: between tokens, the caller's own mode holds.
+        with torch.inference_mode():
+            out = self.model.decoder(  # pyright: ignore[reportCallIssue]
+                inputs_embeds=self.model.embed(batch),
+                attention_mask=seen,
+                position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+            )
         while True:
-            chosen = [self._choose(row, out.logits[number, -1]) for number, row in enumerate(rows)]
+            chosen = self._chosen(rows, out.logits[:, -1])
             yield
             if all(row.finish for row in rows):
                 return
-            seen = torch.cat([seen, torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
-            out = self.model.decoder(  # pyright: ignore[reportCallIssue]
-                input_ids=torch.tensor(chosen)[:, None],
-                attention_mask=seen,
-                position_ids=seen.sum(1, keepdim=True) - 1,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
+            # A finished row goes on while others do, past the context even: its position stops there.
+            place = (seen.sum(1, keepdim=True) - 1).clamp(max=self.context - 1)
+            with torch.inference_mode():
+                out = self.model.decoder(  # pyright: ignore[reportCallIssue]
+                    input_ids=torch.tensor(chosen, device=seen.device)[:, None],
+                    attention_mask=seen,
+                    position_ids=place,
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
 
-    def _batch(self, rows: Sequence[_Row], width: int) -> Batch:
+    def _batch(self, rows: Sequence[_Row]) -> Batch:
+        """Prompts with padding in front (segment 0), on the model's device."""
+        device = self.model.decoder.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        width = max(len(row.prompt.token_ids) for row in rows)
         token_ids = torch.full((len(rows), width), self.stop, dtype=torch.long)
+        seen = torch.zeros_like(token_ids)
+        refs: dict[Modality, list[MediaRef]] = {}
+        item_row: dict[Modality, list[int]] = {}
         for number, row in enumerate(rows):
-            token_ids[number, width - len(row.prompt.token_ids) :] = torch.tensor(row.prompt.token_ids)
-        refs = [ref for row in rows for ref in row.prompt.media]
-        found: Mapping[Literal["image"], Patches] = {"image": self.media(refs)} if refs else {}
+            start = width - len(row.prompt.token_ids)
+            token_ids[number, start:] = torch.tensor(row.prompt.token_ids)
+            seen[number, start:] = 1
+            for ref in row.prompt.media:
+                refs.setdefault(ref.modality, []).append(ref)
+                item_row.setdefault(ref.modality, []).append(number)
         return Batch(
             token_ids=token_ids,
-            labels=torch.full_like(token_ids, -100),
-            segment_ids=torch.ones_like(token_ids),
-            media={**found},
-            item_row={},
+            labels=torch.full_like(token_ids, IGNORE),
+            segment_ids=seen,
+            media={modality: self.media(found) for modality, found in refs.items()},
+            item_row={modality: torch.tensor(found) for modality, found in item_row.items()},
             sample_ids=tuple(row.request.id for row in rows),
             encoded=self.encoded,
-        )
+        ).to(device)
+
+    def _chosen(self, rows: Sequence[_Row], logits: Float[Tensor, "b v"]) -> list[int]:
+        """The next token of every row; all of them come to the CPU at once, where each request's generator is."""
+        here = logits.cpu()
+        bad = here.isnan().any(1).tolist()
+        for row, broken in zip(rows, bad, strict=True):
+            if broken and not row.finish:
+                raise NumericsError(
+                    f"the scores of token {len(row.made) + 1} of the answer are not numbers",
+                    place=f"request {row.request.id}",
+                    remedy="look at the model's weights and the picture's features; in float16, use bfloat16",
+                )
+        return [self._choose(row, here[number]) for number, row in enumerate(rows)]
 
     def _choose(self, row: _Row, logits: Float[Tensor, " v"]) -> int:
-        """The row's next token; a finished row goes on with the stop id, which nobody reads."""
+        """The row's next token; a finished row goes on with padding, which nobody reads."""
         if row.finish:
             return self.stop
         token = sample(logits, temperature=row.request.temperature, generator=row.generator)
@@ -182,14 +225,11 @@ class Engine:
                 row.finish = "length"
         return token
 
-    def _text(self, row: _Row) -> str:
-        return self.decode(row.made)
-
     def _completion(self, row: _Row) -> Completion:
         placeholders = row.prompt.token_ids.count(self.model.placeholder)
         return Completion(
             id=row.request.id,
-            text=self._text(row).strip(),
+            text=self.decode(row.made),
             token_ids=tuple(row.made),
             finish=row.finish or "length",
             prompt_tokens=len(row.prompt.token_ids),

@@ -10,12 +10,12 @@ from plait.core.tensors import IGNORE, Batch
 
 
 def next_token_loss(logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """``-sum_i log softmax(logits_i)[target_i]``, in float32 whatever the logits' dtype.
+    """``-sum_i log softmax(logits_i)[target_i]``, in float32 or wider, whatever the logits' dtype.
 
     Example:
         Two positions with equal scores over 4 words: 2 ln 4 = 2.7726.
     """
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return nn.functional.cross_entropy(_wide(logits), targets, reduction="sum")
 
 
 class NextToken:
@@ -49,5 +49,9 @@ def sequence_logprobs(
         owner: Which sequence each position belongs to, from 0.
         count: Number of sequences.
     """
-    each = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    each = -nn.functional.cross_entropy(_wide(logits), targets, reduction="none")
     return torch.zeros(count, dtype=each.dtype, device=each.device).index_add(0, owner, each)
+
+
+def _wide(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -12,7 +12,6 @@ from pydantic_core import CoreSchema
 
 from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
-from plait.core.files import write_atomic
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
 from plait.core.yamltext import Keys
 from plait.stages.data import Data
@@ -123,15 +122,6 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
         ConfigError: Anything about it is wrong.
     """
     return load(Recipe, find_recipe(name), overrides, find=find_recipe)
-
-
-def save_recipe(recipe: Resolved[Recipe], path: Path) -> None:
-    """Write the resolved recipe, complete and without a parent; each line notes where its value came from.
-
-    Raises:
-        ResourceError: The disk is full or not writable.
-    """
-    write_atomic(path, recipe.to_yaml())
 
 
 def _list(known: Iterable[str]) -> str:

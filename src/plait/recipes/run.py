@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from plait import __version__
 from plait.core import device
-from plait.core.errors import PlaitError
+from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.events import Event, Events
-from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, stage_folder, write_json
-from plait.recipes.recipe import Recipe, load_recipe, save_recipe
+from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, seal, stage_folder, write_json
+from plait.recipes.recipe import Recipe, load_recipe
 from plait.report.page import write_report
 from plait.stages.stage import Stage
 from plait.training import plan
@@ -53,24 +56,31 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
 
     Raises:
         ConfigError: The recipe or an override is wrong; nothing was created.
-        ResourceError: The plan needs more disk than there is; nothing was created.
+        ResourceError: Disk, a package or a device is missing; nothing was created.
+        Stopped: Ctrl-C or SIGTERM; what is finished is kept.
     """
     resolved = load_recipe(recipe, overrides)
-    _check_disk(resolved.spec, root)
-    run = new_run(resolved.spec.name, root)
-    compute = _set_up(0)
-    write_json(run / "env.json", environment() | {"threads": compute.threads})
-    save_recipe(resolved, run / "recipe.yaml")  # last: with it the folder is a run that can be resumed
-    _execute(resolved.spec, run, compute=compute, listeners=listeners)
+    needs = _preflight(resolved.spec, root)
+    compute = device.setup()
+    env = environment() | {"threads": compute.threads}
+    contents = {"recipe.yaml": resolved.to_yaml(), "env.json": json.dumps(env, indent=2) + "\n"}
+    run = new_run(resolved.spec.name, root, contents=contents)
+    _execute(resolved.spec, run, compute=compute, listeners=listeners, needs=needs)
     return run
 
 
 def resume(run: Path, *, listeners: Listeners = ()) -> Path:
-    """Go on with an interrupted run; does nothing when all stages are sealed."""
+    """Go on with an interrupted run; finished stages are checked and not run again.
+
+    Raises:
+        ConfigError: The recipe in the folder was changed after stages were made by it.
+        Stopped: Ctrl-C or SIGTERM; what is finished is kept.
+    """
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     point_latest(run)
-    compute = _set_up(read_json(run / "env.json")["threads"])
-    _execute(recipe, run, compute=compute, listeners=listeners)
+    # Bits depend on the thread count, so that of the beginning is taken, unless a person sets another.
+    threads = 0 if "OMP_NUM_THREADS" in os.environ else read_json(run / "env.json")["threads"]
+    _execute(recipe, run, compute=device.setup(threads=threads), listeners=listeners)
     return run
 
 
@@ -113,30 +123,49 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _set_up(threads: int) -> device.Compute:
-    """Choose the thread count once for all stages, or take that of the run's beginning: bits depend on it.
-
-    Stages find it where a person would set it, and what a person set goes first.
-    """
-    compute = device.setup(threads=0 if "OMP_NUM_THREADS" in os.environ else threads)
-    os.environ["OMP_NUM_THREADS"] = str(compute.threads)
-    return compute
-
-
-def _check_disk(recipe: Recipe, root: Path) -> None:
-    """Refuse before anything is created if the plan does not fit."""
+def _preflight(recipe: Recipe, root: Path) -> str:
+    """Refuse before anything is created what can be seen to fail; returns what the run will need, in a line."""
     machine = plan.survey(root, probe=False)
     named = [(name, stage) for name, stage, _ in stages(recipe, root)]
-    plan.require(plan.total(plan.estimate_all(named, machine), machine), machine, place=root)
+    for _, stage in named:
+        stage.check(machine)
+    sums = plan.total(plan.estimate_all(named, machine), machine)
+    plan.require(sums, machine, place=root)
+    low, high = (seconds / 60 for seconds in sums.seconds)
+    return (
+        f"will take {low:.1f} to {high:.1f} min, {plan.size(sums.peak_bytes)} of memory, "
+        f"{plan.size(sums.disk_bytes)} of disk (`plait plan` says more)"
+    )
 
 
-def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners) -> None:
+@contextlib.contextmanager
+def _threads(count: int) -> Generator[None]:
+    """Let every stage find the run's thread count where a person would set it."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _execute(
+    recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners, needs: str | None = None
+) -> None:
     events = Events(run / "events.jsonl", listeners=listeners)
-    with lock(run):
+    with lock(run), _threads(compute.threads):
+        if needs:
+            events.note(f"{run.name} {needs}")
         events.note(f"{compute.device}; {'; '.join(compute.why)}", threads=compute.threads, dtype=compute.dtype)
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
-            if read_done(folder) is None:
+            if read_done(folder) is not None:
+                _check_sealed(stage, previous, folder)
+                events.emit("stage", f"{folder.name}: finished before", stage=name, state="skipped")
+            else:
                 try:
                     _execute_stage(name, stage, previous, folder=folder, events=events)
                 finally:
@@ -144,12 +173,31 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
             previous = folder
 
 
+def _check_sealed(stage: Stage, previous: Path | None, folder: Path) -> None:
+    """Refuse to build on a finished stage that other settings, or another stage before it, would have made.
+
+    Raises:
+        ConfigError: Says what differs.
+    """
+    remedy = f"put it back, or remove {folder.name} and what follows it, so that `plait resume` makes it again"
+    made, wanted = read_json(folder / "spec.json"), stage.model_dump(mode="json")
+    changed = [f"{k}: {made.get(k)} → {wanted.get(k)}" for k in sorted(made | wanted) if made.get(k) != wanted.get(k)]
+    if changed:
+        raise ConfigError(
+            f"{folder.name} was made with other settings: {'; '.join(changed)}",
+            place=str(folder.parent / "recipe.yaml"),
+            remedy=remedy,
+        )
+    if previous is not None and (read_done(folder) or {}).get("made_from") != seal(previous):
+        raise ConfigError(f"{folder.name} was made from another {previous.name}", place=str(folder), remedy=remedy)
+
+
 def _report(run: Path, events: Events) -> None:
     """Write the page anew, also of a stage that failed; a page that cannot be written never costs the run."""
     try:
         write_report(run)
     except (PlaitError, OSError, ValueError) as fault:
-        events.warning(f"report.html was not written: {fault}", place=str(run / "report.html"))
+        _log(events, "warning", f"report.html was not written: {fault}", record={"place": str(run / "report.html")})
 
 
 def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Path, events: Events) -> None:
@@ -160,11 +208,23 @@ def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Pa
     events.emit("stage", f"{folder.name}: {'continuing' if again else 'started'}", stage=name, state="started")
     try:
         stage.run(previous, folder, events=events)
-    except BaseException as fault:
-        record = fault.as_dict() if isinstance(fault, PlaitError) else {"cause": repr(fault)}
-        events.emit(
-            "error", f"{folder.name}: stopped by {type(fault).__name__}", trace=traceback.format_exc(), **record
+    except KeyboardInterrupt as stop:
+        number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
+        text = (
+            f"{folder.name}: stopped{f' ({stop})' if str(stop) else ''}; go on with `plait resume {folder.parent.name}`"
         )
+        _log(events, "stopped", text, record={})
+        raise Stopped(number, text) from stop
+    except Exception as fault:
+        record = fault.as_dict() if isinstance(fault, PlaitError) else {"cause": repr(fault)}
+        trace = {"trace": traceback.format_exc()}
+        _log(events, "error", f"{folder.name}: stopped by {type(fault).__name__}", record=record | trace)
         raise
     seconds = time.monotonic() - begun
     events.emit("stage", f"{folder.name}: done in {seconds:.1f} s", stage=name, state="done", seconds=round(seconds, 2))
+
+
+def _log(events: Events, kind: str, text: str, *, record: Mapping[str, Any]) -> None:
+    """Record why a stage ended; if even that cannot be written, the reason it ended matters more."""
+    with contextlib.suppress(ResourceError):
+        events.emit(kind, text, **record)

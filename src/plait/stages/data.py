@@ -96,7 +96,8 @@ class Data(Stage):
 
     Writes ``ledger.jsonl``, ``card.md`` and ``shards/``: ``train``, ``test-concept``, ``test-style``, ``test-both`` as
     far as the source has them, and ``instruct-<split>`` with the questions about each. The same settings give the same
-    bytes.
+    bytes; the seal has one digest over them, ``shards_sha256``. If the source has to be refused, the ledger is there
+    all the same.
 
     Example:
         >>> Data(source="emoji").source.held_out
@@ -120,23 +121,32 @@ class Data(Stage):
             DataError: The source has too many faults, too few rows, or is not there.
             ResourceError: A package is not fetched, or the disk is full.
         """
+        from plait.core.errors import DataError
         from plait.core.files import folder_atomic, mark_done, write_atomic
         from plait.data.card import make_card
         from plait.data.ledger import Ledger
+        from plait.data.shards import shards_sha256
 
         _sweep(folder)
         ledger = Ledger()
-        gathered = self._gather(ledger, events)
+        try:
+            gathered = self._gather(ledger, events)
+        except DataError:
+            ledger.stop()
+            ledger.write(folder / "ledger.jsonl")  # says of each row what is wrong with it
+            raise
         ledger.write(folder / "ledger.jsonl")
         ledger.check_faults(self.max_fault_rate)
         with folder_atomic(folder / "shards") as shards:
             pictures = _write_pictures(shards, gathered, events)
             questions = self._write_questions(shards, pictures, events)
             size = sum(path.stat().st_size for path in shards.iterdir())
+            digest = shards_sha256(shards)
         settings = self.model_dump(mode="json")
         card = make_card(settings=settings, gathered=gathered, ledger=ledger, pictures=pictures, questions=questions)
         write_atomic(folder / "card.md", card)
-        summary = _summary(gathered, ledger, pictures=pictures, questions=questions) | {"shard_bytes": size}
+        summary = _summary(gathered, ledger, pictures=pictures, questions=questions)
+        summary |= {"shard_bytes": size, "shards_sha256": digest}
         events.note(_sentence(summary), **summary)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
@@ -245,9 +255,10 @@ def _write_pictures(shards: Path, gathered: Gathered, events: Events) -> dict[st
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what an attempt that was killed left behind; finished shards are replaced as a whole later."""
+    """Remove what an attempt that was killed or failed left behind; finished shards are replaced as a whole later."""
     import shutil
 
+    (folder / "ledger.jsonl").unlink(missing_ok=True)
     for rest in (*folder.glob(".shards.*.tmp"), *folder.glob(".shards.*.old")):
         shutil.rmtree(rest)
     for rest in folder.glob(".*.tmp"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from plait.core.errors import PlaitError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
+from plait.core.packages import home
 from plait.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Pretrain(Stage):
     """Which stage this is."""
     image_tower: str = "efficientnet-lite0"
     """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a vision transformer."""
-    resolution: int = Field(default=160, ge=0)
+    resolution: Literal[0] | Annotated[int, Field(ge=32)] = 160
     """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
     text_tower: str = "minilm"
     """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
@@ -90,7 +93,7 @@ class Pretrain(Stage):
     """Share of the steps in which the rate rises."""
     save_every: int = Field(default=25, ge=0)
     """Steps between checkpoints; 0 saves only the last step."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the heads are trained: `auto`, `cpu`, `cuda` or `mps`."""
 
     def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
@@ -103,17 +106,27 @@ class Pretrain(Stage):
         """
         from plait.assembly.pairs import read_pairs
         from plait.core.device import setup
-        from plait.core.files import find_stage, mark_done, write_json, write_jsonl
+        from plait.core.files import find_stage, mark_done, sha256_file, write_json, write_jsonl
         from plait.evaluation.picture_names import Exam, compare
 
-        shards = find_stage(previous, "data") / "shards"
+        data = find_stage(previous, "data")
         compute = setup(device=self.device, dtype="float32")
         dual = self._build(compute, events)
-        pairs = read_pairs(shards, ("train", *TESTS), dual, keywords=self.keywords, events=events)
+        pairs = read_pairs(
+            data / "shards",
+            ("train", *TESTS),
+            dual,
+            cache=home() / "features",
+            keywords=self.keywords,
+            events=events,
+        )
         exams = [Exam(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
         before = [exam.look(dual.model) for exam in exams]
         _show(folder, 0, exams, looks=before, events=events)
-        fitted = self._fit(dual, pairs["train"], exams, compute=compute, folder=folder, events=events)
+        settings = self._settings(
+            compute, self._steps(len(pairs["train"].ids)), dual, data=sha256_file(data / "done.json")
+        )
+        fitted = self._fit(dual, pairs["train"], exams, settings=settings, folder=folder, events=events)
         after = [exam.look(dual.model) for exam in exams]
         scores = [
             s for exam, trained, raw in zip(exams, after, before, strict=True) for s in compare(exam, trained, raw)
@@ -128,6 +141,22 @@ class Pretrain(Stage):
             events.note(line)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
+
+    def check(self, machine: Machine) -> None:
+        """See that the towers and the device are here; see :meth:`plait.stages.stage.Stage.check`."""
+        from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, find_tower
+
+        for setting, name, packaged in (
+            ("image_tower", self.image_tower, IMAGE_TOWER),
+            ("text_tower", self.text_tower, TEXT_TOWER),
+        ):
+            with _named(f"stages.{self.kind}.{setting}"):
+                find_tower(name, packaged)
+        if self.device not in ("auto", "cpu", machine.device):
+            from plait.core.device import choose_device  # imports torch
+
+            with _named(f"stages.{self.kind}.device"):
+                choose_device(self.device)
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
@@ -150,6 +179,7 @@ class Pretrain(Stage):
             for i in (0, 1)
         ]
         cells = math.ceil((self.resolution or 224) / 32) ** 2
+        features = pictures * cells * _IMAGE_WIDTH * 2
         widths = _IMAGE_WIDTH + _TEXT_WIDTH
         kept = 4 * batch * (widths + 4 * self.d_hidden + 3 * self.d_shared) + 20 * batch * batch
         memory = peak_memory(
@@ -170,10 +200,11 @@ class Pretrain(Stage):
             flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
             memory=memory,
             disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2) + pictures * 600,
+            home_bytes=features + 4 * _IMAGE_WEIGHTS,
             seconds=(low + seconds[0], high + seconds[1]),
             notes=(
                 f"{steps:,} steps of {batch:,} pairs; picture features are made once and kept in the cache "
-                f"({pictures * cells * _IMAGE_WIDTH * 2 / 2**20:,.0f} MiB outside the run folder)",
+                f"({features / 2**20:,.0f} MiB outside the run folder)",
                 "sizes and speeds are those of efficientnet-lite0 and minilm",
             ),
         )
@@ -194,7 +225,7 @@ class Pretrain(Stage):
         return dual
 
     def _fit(
-        self, dual: Dual, pairs: Pairs, exams: Sequence[Exam], *, compute: Compute, folder: Path, events: Events
+        self, dual: Dual, pairs: Pairs, exams: Sequence[Exam], *, settings: Settings, folder: Path, events: Events
     ) -> Fitted:
         from plait.assembly.dual import save_dual
         from plait.core.errors import DataError
@@ -208,8 +239,7 @@ class Pretrain(Stage):
                 place=str(folder),
                 remedy="give the data stage at least two pairs",
             )
-        steps = self._steps(len(pairs.ids))
-        shown = {max(1, round(steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+        shown = {max(1, round(settings.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             if step in shown:
@@ -221,14 +251,14 @@ class Pretrain(Stage):
             dual.model,
             Contrastive(),
             self._batches(pairs),
-            settings=self._settings(compute, steps, dual),
+            settings=settings,
             folder=folder,
             events=events,
             hooks=hooks,
         )
 
     def _steps(self, pairs: int) -> int:
-        return self.steps or max(1, math.ceil(self.epochs * pairs / min(self.batch_size, pairs)))
+        return self.steps or max(1, math.ceil(self.epochs * pairs / max(1, min(self.batch_size, pairs))))
 
     def _batches(self, pairs: Pairs) -> PairBatches:
         from plait.data.pair_batches import PairBatches
@@ -243,7 +273,7 @@ class Pretrain(Stage):
             seed=self.seed,
         )
 
-    def _settings(self, compute: Compute, steps: int, dual: Dual) -> Settings:
+    def _settings(self, compute: Compute, steps: int, dual: Dual, *, data: str) -> Settings:
         from plait.training.optim import AdamW
         from plait.training.schedule import Cosine
         from plait.training.settings import Settings
@@ -257,8 +287,18 @@ class Pretrain(Stage):
             optimizer=AdamW(lr=self.lr, weight_decay=self.weight_decay),
             schedule=Cosine(warmup=self.warmup),
             save_every=self.save_every,
-            context=context | {"towers": [dual.image.key, dual.text.key]},
+            context=context | {"towers": [dual.image.key, dual.text.key], "data": data},
         )
+
+
+@contextmanager
+def _named(setting: str) -> Generator[None]:
+    """Let a fault found in the block name the setting it comes from."""
+    try:
+        yield
+    except PlaitError as error:
+        error.place = setting
+        raise
 
 
 def _show(folder: Path, step: int, exams: Sequence[Exam], *, looks: Sequence[Look], events: Events) -> None:

@@ -34,6 +34,17 @@ class Stage(Spec, ABC):
             events: Where to say what happens.
         """
 
+    def check(self, machine: Machine) -> None:
+        """Look, before anything is written, for what would stop :meth:`run` later; cheap, and loads no weights.
+
+        Args:
+            machine: What this machine can do.
+
+        Raises:
+            ConfigError: A setting cannot work; the place names it.
+            ResourceError: A package or device is missing; likewise.
+        """
+
     @abstractmethod
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What :meth:`run` will need, from the spec alone; writes nothing and loads no weights.

@@ -183,22 +183,6 @@ def verify(folder: Path) -> None:
             raise fail(f"damaged: sha256 of {name} is {found[:12]}…, was {sha256[:12]}… when saved")
 
 
-def last_fingerprint(folder: Path) -> dict[str, str | int] | None:
-    """Fingerprint in the newest finished checkpoint, so that a resumed run can take its thread count.
-
-    Args:
-        folder: ``<stage>/checkpoints``.
-
-    Returns:
-        None if there is none that can be read.
-    """
-    found = list_checkpoints(folder)
-    try:
-        return dict(read_state(found[-1])["fingerprint"]) if found else None
-    except (CheckpointError, DataError, KeyError):
-        return None  # resuming verifies it, and says what is wrong
-
-
 # --- may this checkpoint be continued? -----------------------------------------------------------------------------
 
 

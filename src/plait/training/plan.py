@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from plait.core import device
 from plait.core.errors import ResourceError
 from plait.core.estimate import Estimate, Machine
+from plait.core.files import existing_parent
+from plait.core.packages import home
 from plait.training.cost import RUNTIME_BYTES
 
 DISK_LIMIT = 0.9
@@ -42,7 +44,8 @@ class Total:
         stages: The estimates, in order.
         peak_stage: Name of the stage with the highest memory.
         peak_bytes: Its memory.
-        disk_bytes: What the run leaves on disk.
+        disk_bytes: What the run leaves in its folder.
+        home_bytes: What it leaves under ``PLAIT_HOME``, as far as that is not there yet.
         flops: Operations in all.
         seconds: Shortest and longest expected time.
         warnings: What a person should know before starting, one line each.
@@ -52,6 +55,7 @@ class Total:
     peak_stage: str
     peak_bytes: int
     disk_bytes: int
+    home_bytes: int
     flops: float
     seconds: tuple[float, float]
     warnings: tuple[str, ...]
@@ -87,7 +91,7 @@ def survey(folder: Path, *, probe: bool = True) -> Machine:
     Raises:
         ResourceError: The libraries cannot be imported; says what they said last.
     """
-    guessed = device.machine(folder, probe=False)
+    guessed = dataclasses.replace(device.machine(folder, probe=False), home_disk_bytes=_free_home(folder))
     if not probe:
         return dataclasses.replace(guessed, runtime_bytes=RUNTIME_BYTES)
     command = [sys.executable, "-c", _SURVEY, str(folder)]
@@ -101,7 +105,17 @@ def survey(folder: Path, *, probe: bool = True) -> Machine:
         )
     measured = Machine(**json.loads(result.stdout.splitlines()[-1]))
     # What is free is asked from here: the other process took some itself.
-    return dataclasses.replace(measured, memory_bytes=guessed.memory_bytes, disk_bytes=guessed.disk_bytes)
+    return dataclasses.replace(
+        measured,
+        memory_bytes=guessed.memory_bytes,
+        disk_bytes=guessed.disk_bytes,
+        home_disk_bytes=guessed.home_disk_bytes,
+    )
+
+
+def _free_home(folder: Path) -> int | None:
+    same = existing_parent(folder).stat().st_dev == existing_parent(home()).stat().st_dev
+    return None if same else device.free_disk(home())
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
@@ -133,6 +147,7 @@ def total(estimates: Iterable[Estimate], machine: Machine) -> Total:
         peak_stage=peak_stage,
         peak_bytes=peaks.get(peak_stage, 0),
         disk_bytes=sum(e.disk_bytes for e in stages),
+        home_bytes=sum(e.home_bytes for e in stages),
         flops=float(sum(e.flops for e in stages)),
         seconds=(float(sum(e.seconds[0] for e in stages)), float(sum(e.seconds[1] for e in stages))),
         warnings=(),
@@ -141,11 +156,12 @@ def total(estimates: Iterable[Estimate], machine: Machine) -> Total:
 
 
 def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
-    disk = f"disk: {size(sums.disk_bytes)} needed, {size(machine.disk_bytes)} free"
-    if sums.disk_bytes > DISK_LIMIT * machine.disk_bytes:
-        yield f"{disk}: the run is refused"
-    elif sums.disk_bytes > 0.5 * machine.disk_bytes:
-        yield disk
+    for disk in disks(sums, machine):
+        line = f"{disk.name}: {size(disk.needed)} needed, {size(disk.free)} free"
+        if disk.needed > DISK_LIMIT * disk.free:
+            yield f"{line}: the run is refused"
+        elif disk.needed > 0.5 * disk.free:
+            yield line
     memory = f"memory: {sums.peak_stage} peaks at {size(sums.peak_bytes)}, {size(machine.memory_bytes)} free"
     if sums.peak_bytes > machine.memory_bytes:
         yield f"{memory}: lower its micro-batch, or close other programs"
@@ -157,8 +173,26 @@ def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
         yield "the machine's speed is guessed from its CPU flags: the range of time is three times wider either way"
 
 
+class Disk(NamedTuple):
+    """One file system that a run writes to: bytes needed and free."""
+
+    name: str
+    needed: int
+    free: int
+
+
+def disks(sums: Total, machine: Machine) -> tuple[Disk, ...]:
+    """The run folder's disk, and that of ``PLAIT_HOME`` if it is another one."""
+    if machine.home_disk_bytes is None:
+        return (Disk("disk", sums.disk_bytes + sums.home_bytes, machine.disk_bytes),)
+    return (
+        Disk("disk", sums.disk_bytes, machine.disk_bytes),
+        Disk("disk of PLAIT_HOME", sums.home_bytes, machine.home_disk_bytes),
+    )
+
+
 def require(sums: Total, machine: Machine, *, place: Path) -> None:
-    """Refuse a run that would fill the disk.
+    """Refuse a run that would fill its disk, or that of ``PLAIT_HOME``.
 
     Args:
         sums: The recipe's needs.
@@ -168,15 +202,28 @@ def require(sums: Total, machine: Machine, *, place: Path) -> None:
     Raises:
         ResourceError: More than :data:`DISK_LIMIT` of the free disk is needed; says the numbers and the largest stage.
     """
-    if sums.disk_bytes <= DISK_LIMIT * machine.disk_bytes:
-        return
-    most = max(sums.stages, key=lambda e: e.disk_bytes)
-    raise ResourceError(
-        f"the run needs {size(sums.disk_bytes)} of disk ({most.stage} alone {size(most.disk_bytes)}), but "
-        f"{size(machine.disk_bytes)} is free and only {DISK_LIMIT:.0%} of that may be used",
-        place=str(place),
-        remedy="free some disk space, run in another folder, or use fewer samples",
-    )
+    run, *others = disks(sums, machine)
+    if run.needed > DISK_LIMIT * run.free:
+        shared = 0 if others else 1
+
+        def share(e: Estimate) -> int:
+            return e.disk_bytes + shared * e.home_bytes
+
+        most = max(sums.stages, key=share)
+        raise ResourceError(
+            f"the run needs {size(run.needed)} of disk ({most.stage} alone {size(share(most))}), but "
+            f"{size(run.free)} is free and only {DISK_LIMIT:.0%} of that may be used",
+            place=str(place),
+            remedy="free some disk space, run in another folder, or use fewer samples",
+        )
+    for disk in others:
+        if disk.needed > DISK_LIMIT * disk.free:
+            raise ResourceError(
+                f"the caches need {size(disk.needed)} of disk, but {size(disk.free)} is free where PLAIT_HOME is and "
+                f"only {DISK_LIMIT:.0%} of that may be used",
+                place=str(home()),
+                remedy="free some disk space, set PLAIT_HOME to a folder on another disk, or use fewer samples",
+            )
 
 
 def size(amount: int) -> str:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
+from plait.assembly import towers
 from plait.assembly.towers import ImageContract, load_image_tower, load_text_tower
 from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.events import Events
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 
@@ -132,6 +134,77 @@ def test_the_key_follows_weights_preprocessing_and_dtype_but_not_the_place(folde
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert load_image_tower(str(copy), dtype="float32").key != key
+
+
+REFUSED = [
+    {"resample": 1},
+    {"resample": None},
+    {"do_center_crop": True, "crop_size": {"height": 28, "width": 28}},
+    {"size": {"shortest_edge": 36}},
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"do_resize": False},
+    {"rescale_factor": 1 / 127.5},
+    {"image_mean": None},
+    {"image_std": [0.5, 0.5]},
+    {"image_std": [0.5, 0.0, 0.5]},
+    {"do_flip_channel_order": True},
+]
+
+
+def copied(path, target, changes):
+    target.mkdir()
+    for file in path.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = target / "preprocessor_config.json"
+    settings = json.loads(config.read_text()) | changes
+    config.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return config
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=str)
+def test_preprocessing_that_is_not_done_here_is_refused_by_name(folder, tmp_path, changes):
+    config = copied(folder[0], tmp_path / "other", changes)
+    field = list(changes)[-1]
+    with pytest.raises(CheckpointError, match=f"{field} is ") as caught:
+        load_image_tower(str(config.parent))
+    assert caught.value.place == f"{config}: {field}"
+
+
+def test_what_transformers_writes_itself_is_honored_and_a_crop_is_said(folder, tmp_path):
+    from transformers import CLIPImageProcessor
+
+    written = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).to_dict()
+    config = copied(folder[0], tmp_path / "other", written)
+    seen = []
+    tower = load_image_tower(str(config.parent), events=Events(listeners=(seen.append,)))
+    assert (tower.contract.resample, tower.contract.mean) == ("bicubic", tuple(written["image_mean"]))
+    (note,) = [event.text for event in seen]
+    assert "cuts their edges off; here they are fitted whole" in note
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_missing_or_damaged_preprocessor_config_is_named(folder, tmp_path, content):
+    config = copied(folder[0], tmp_path / "other", {})
+    config.unlink() if content is None else config.write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_image_tower(str(config.parent))
+    assert caught.value.place == str(config)
+
+
+def test_keys_follow_our_code_and_the_cache_follows_the_libraries(folder, monkeypatch):
+    path = str(folder[0])
+    before = load_image_tower(path)
+    versions = {"torch": "2.13.0", "pillow": "12.1.0"}
+    monkeypatch.setattr(towers.metadata, "version", lambda name: versions[name])
+    caches = []
+    for changed in ({}, {"torch": "2.13.1"}, {"torch": "2.14.0"}, {"pillow": "12.2.0"}):
+        versions |= changed
+        caches.append(before.cache_key)
+    assert caches[0] == caches[1], "a patch release changes no bits"
+    assert len(set(caches)) == 3
+    monkeypatch.setattr(towers, "_PREPROCESSING", towers._PREPROCESSING + 1)
+    assert load_image_tower(path).key != before.key
 
 
 # --- the packaged ones ---------------------------------------------------------------------------------------------

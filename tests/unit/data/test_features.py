@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from plait.core.errors import DataError, NumericsError, UsageError
+from plait.core.errors import DataError, NumericsError, ResourceError, UsageError
 from plait.core.events import Events
 from plait.core.files import lock
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
+from plait.data import features
 from plait.data.features import Fill, cached_features
 from plait.data.media import encode_png
 
@@ -225,10 +227,56 @@ def test_a_picture_that_was_not_handed_in_is_named(tmp_path):
         store([Album(2).refs[0].sha256, "f" * 64])
 
 
-def test_two_processes_do_not_fill_one_cache(tmp_path):
+def test_a_cache_in_use_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_LOOK_EVERY_S", 0.01)
+    place = tmp_path / ("k" * 16)
+    place.mkdir()
+    seen = []
+    with ExitStack() as other:
+        other.enter_context(lock(place))
+
+        def listener(event):
+            seen.append(event)
+            if sum(e.kind == "progress" for e in seen) == 3:
+                other.close()  # the other run is done
+
+        store = fill(Album(2), tmp_path, Halver(), events=Events(listeners=(listener,)))
+    assert len(store) == 2
+    notes = [e.text for e in seen if e.kind == "note"]
+    assert len(notes) == 2, "said once, then what filling took"
+    assert notes[0].startswith(f"the feature cache is being filled by process {os.getpid()} on ")
+
+
+def test_waiting_for_a_cache_ends_with_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(features, "_PATIENCE_S", 0.03)
     (tmp_path / ("k" * 16)).mkdir()
-    with lock(tmp_path / ("k" * 16)), pytest.raises(UsageError, match="in use by process"):
+    with lock(tmp_path / ("k" * 16)), pytest.raises(ResourceError, match="feature cache is still in use by process"):
         fill(Album(2), tmp_path, Halver())
+
+
+def test_a_usage_error_of_the_work_itself_is_not_waited_out(tmp_path):
+    def refuse(ref):
+        raise UsageError("mine")
+
+    album = Album(2)
+    album.read = refuse
+    with pytest.raises(UsageError, match="mine"):
+        fill(album, tmp_path, Halver())
+
+
+def test_temporary_files_of_killed_writers_are_swept(tmp_path):
+    fill(Album(2), tmp_path, Halver())
+    stray = tmp_path / ("k" * 16) / ".chunk-00001.safetensors.12345.tmp"
+    stray.write_bytes(b"half")
+    fill(Album(2), tmp_path, Halver())
+    assert not stray.exists()
+
+
+def test_few_items_say_nothing_about_what_the_cache_saves():
+    costs = {"duplicates": 0, "bytes": 2**20, "seconds": 10.0, "read_seconds": 2.0}
+    assert "pays off" not in str(Fill(computed=60, reused=3, **costs))
+    assert "pays off" in str(Fill(computed=60, reused=4, **costs))
 
 
 KILLED = """

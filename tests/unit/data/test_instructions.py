@@ -31,7 +31,7 @@ pytestmark = pytest.mark.light
 
 
 @pytest.fixture
-def gathered(emoji_home: object) -> Gathered:
+def gathered(reseal: object) -> Gathered:
     choice = EmojiChoice(held_out=2, size=24, variants="one", flags=False, max_train=None, max_test=None, seed=0)
     return gather_emoji(choice, Ledger(), lambda done, total: None)
 

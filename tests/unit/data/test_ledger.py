@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import DataError, PlaitError
-from plait.data.ledger import REASONS, Ledger, explain, read_ledger
+from plait.core.files import read_jsonl
+from plait.data.ledger import REASONS, Ledger, Row, explain
 from plait.data.media import CHANGES
 
 pytestmark = pytest.mark.light
@@ -50,7 +51,7 @@ def test_what_is_written_is_read_back(
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     ledger = fill(fates)
     ledger.write(path)
-    assert read_ledger(path) == ledger.rows()
+    assert tuple(Row(**record) for record in read_jsonl(path)) == ledger.rows()
 
 
 def test_a_row_without_a_fate_is_a_bug_and_nothing_is_written(tmp_path: Path) -> None:
@@ -60,6 +61,16 @@ def test_a_row_without_a_fate_is_a_bug_and_nothing_is_written(tmp_path: Path) ->
     with pytest.raises(PlaitError, match="1 of 2 rows have no fate"):
         ledger.write(tmp_path / "ledger.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_stopping_ends_the_rows_without_a_fate_and_no_others(tmp_path: Path) -> None:
+    ledger = Ledger()
+    ledger.enter("mine", ["a", "b", "c"])
+    ledger.drop("b", "no-file", step="read")
+    ledger.stop()
+    ledger.write(tmp_path / "ledger.jsonl")
+    assert [(row.id, row.reason) for row in ledger.rows()] == [("a", "stopped"), ("b", "no-file"), ("c", "stopped")]
+    assert ledger.totals()["faults"] == 1
 
 
 def test_a_row_has_one_fate_and_must_be_announced() -> None:

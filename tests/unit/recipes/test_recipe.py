@@ -14,7 +14,7 @@ import yaml
 from plait.core.errors import ConfigError
 from plait.core.spec import catalogue
 from plait.recipes import recipe as module
-from plait.recipes.recipe import Recipe, find_recipe, load_recipe, recipe_schema, save_recipe, shipped, stage_kinds
+from plait.recipes.recipe import Recipe, find_recipe, load_recipe, recipe_schema, shipped, stage_kinds
 from plait.stages.data import Data
 from plait.stages.pretrain import Pretrain
 
@@ -87,7 +87,7 @@ def test_a_saved_recipe_loads_by_path_alone(mine: Path, tmp_path: Path, monkeypa
     assert list(found.spec.stages) == ["pretrain"]
     run = tmp_path / "runs" / "child-0001"
     run.mkdir(parents=True)
-    save_recipe(found, run / "recipe.yaml")
+    (run / "recipe.yaml").write_text(found.to_yaml(), encoding="utf-8")
     mine.unlink()
     child.unlink()
     monkeypatch.chdir(run)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from plait.core.errors import DataError
+from plait.core.errors import ConfigError, DataError, ResourceError, Stopped
 from plait.core.files import find_run
 from plait.recipes.run import resume, start, summary
 
@@ -68,5 +70,49 @@ def test_a_fault_is_recorded_with_its_trace_and_mended_by_resume(pairs: Path, tm
     assert "Traceback" in record["trace"]
     for path, content in zip(damaged, good, strict=True):
         path.write_bytes(content)
+    resume(run)
+    assert summary(run)["stages"][0]["state"] == "done"
+
+
+def test_a_finished_stage_is_not_built_upon_with_other_settings(pairs: Path, tmp_path: Path) -> None:
+    run = start(str(pairs), root=tmp_path / "runs")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("yes_no: 1", "yes_no: 2"))
+    with pytest.raises(ConfigError, match=r"01-data was made with other settings: questions: .*yes_no") as caught:
+        resume(run)
+    assert "remove 01-data" in caught.value.remedy
+
+
+def test_ctrl_c_says_how_to_go_on(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.data.card.make_card", interrupt)
+        with pytest.raises(Stopped, match=r"01-data: stopped; go on with `plait resume mine-0001`") as caught:
+            start(str(pairs), root=tmp_path / "runs")
+    assert caught.value.exit_code == 130
+    run = find_run("latest", tmp_path / "runs")
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds[-1] == "stopped"
+    assert "error" not in kinds
+    resume(run)
+    assert summary(run)["stages"][0]["state"] == "done"
+
+
+def test_a_full_disk_is_the_fault_that_is_told(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: object, **named: object) -> object:
+        if path.name in ("events.jsonl", "card.md", ".card.md.tmp") and "r" not in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, *rest, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    run = start(str(pairs), root=tmp_path / "runs")
+    (run / "01-data" / "done.json").unlink()
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        resume(run)
+    monkeypatch.undo()
     resume(run)
     assert summary(run)["stages"][0]["state"] == "done"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from pydantic import ValidationError
 from plait.core.errors import DataError, ResourceError
 from plait.core.estimate import Machine
 from plait.core.events import Event, Events
-from plait.core.files import read_done
+from plait.core.files import read_done, read_jsonl
 from plait.core.packages import PACKAGES
 from plait.core.types import Sample
-from plait.data.ledger import REASONS, read_ledger
+from plait.data.ledger import REASONS
 from plait.data.media import decode_image
 from plait.data.shards import ShardReader, split_names
 from plait.data.sources.emoji_concepts import concept_of
@@ -30,6 +31,21 @@ pytestmark = pytest.mark.light
 
 SMALL = {"source": {"kind": "emoji", "held_out": 5}, "questions": {"canvases": 10, "test_canvases": 5}}
 MACHINE = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**40, gemm_fp32=1e11, gemm_bf16=1e11, measured=False)
+
+
+def seal(package: Path) -> None:
+    """Make what lies in a package now what was published."""
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".png", ".svg"))
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(package)}\n" for path in files)
+    (package / "SHA256SUMS").write_text("".join(lines))
+
+
+@pytest.fixture
+def emoji_home(emoji_home: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """The small home, sealed."""
+    for package in (tmp_path / "home/packages").iterdir():
+        seal(package)
+    return emoji_home
 
 
 def run(folder: Path, settings: dict[str, Any] | None = None, *listeners: Callable[[Event], None]) -> Path:
@@ -177,11 +193,11 @@ def test_the_card_says_where_everything_comes_from(tmp_path: Path) -> None:
     for name in ("twemoji", "openmoji"):
         assert PACKAGES[name].attribution in card
         assert PACKAGES[name].licence in card
-    rows = read_ledger(folder / "ledger.jsonl")
-    counts = Counter((row.source, row.fate, row.reason) for row in rows)
+    rows = read_jsonl(folder / "ledger.jsonl")
+    counts = Counter((row["source"], row["fate"], row.get("reason", "")) for row in rows)
     for (source, fate, reason), number in counts.items():
         assert f"| {source} | {fate} | {number:,} | {reason} |" in card
-    assert all(REASONS[row.reason] for row in rows if row.fate == "dropped")
+    assert all(REASONS[row["reason"]] for row in rows if row["fate"] == "dropped")
     assert '"held_out": 5' in card
     assert str(tmp_path) not in card
 
@@ -191,12 +207,37 @@ def test_too_many_faults_stop_the_stage_and_the_ledger_tells_which(
 ) -> None:
     for path in sorted(emoji_home("twemoji").iterdir())[:6]:
         path.write_bytes(b"damaged")
+    seal(tmp_path / "home/packages/twemoji")
     with pytest.raises(DataError, match="are faulty, allowed are 10%"):
         run(tmp_path / "01-data")
-    rows = read_ledger(tmp_path / "01-data/ledger.jsonl")
-    assert sum(row.reason == "unreadable" for row in rows) >= 4
+    rows = read_jsonl(tmp_path / "01-data/ledger.jsonl")
+    assert sum(row.get("reason") == "unreadable" for row in rows) >= 4
     assert not (tmp_path / "01-data/shards").exists()
     run(tmp_path / "01-data", SMALL | {"max_fault_rate": 0.9})
+
+
+def test_a_package_with_lost_files_stops_the_stage(tmp_path: Path, emoji_home: Callable[[str], Path]) -> None:
+    for path in sorted(emoji_home("twemoji").iterdir())[:6]:
+        path.unlink()
+    Data.model_validate(SMALL).estimate(MACHINE, {})
+    with pytest.raises(ResourceError, match=r"\.png is damaged: missing"):
+        run(tmp_path / "01-data")
+    assert not list((tmp_path / "01-data").iterdir())
+
+
+@pytest.mark.usefixtures("emoji_home")
+def test_the_seal_changes_with_the_data_and_only_with_them(tmp_path: Path) -> None:
+    digests = []
+    for name, settings in (("a", SMALL), ("b", SMALL), ("c", SMALL | {"seed": 1})):
+        folder = run(tmp_path / name, settings)
+        done = read_done(folder)
+        assert done is not None
+        # What `sha256sum *.tar | sha256sum` says.
+        shards = sorted((folder / "shards").glob("*.tar"))
+        lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in shards)
+        assert done["summary"]["shards_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+        digests.append(done["summary"]["shards_sha256"])
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_package_that_is_not_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +262,30 @@ def test_own_pictures_live_the_same_life(tmp_path: Path) -> None:
     assert answers["yes"] == answers["no"] > 0
     assert contents(folder) == contents(run(tmp_path / "again", {"source": str(path)}))
     assert "| pairs | kept | 30 |" in (folder / "card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ({"min_rows": 40}, "29 of 30 rows can be used, at least 40 are needed"),
+        ({"test_fraction": 0.1}, "nothing can be held out"),
+    ],
+)
+def test_own_data_that_are_refused_leave_the_ledger(tmp_path: Path, source: dict[str, Any], cause: str) -> None:
+    path = write_pairs(tmp_path / "mine")
+    (tmp_path / "mine/img/3.png").write_bytes(b"no picture")
+    if "held out" in cause:
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], *(line.split(",")[0] + ",one text for all" for line in lines[1:])]))
+    (tmp_path / "01-data").mkdir()
+    (tmp_path / "01-data/ledger.jsonl").write_text("of an earlier attempt")
+    with pytest.raises(DataError, match=cause):
+        run(tmp_path / "01-data", {"source": {"kind": "pairs", "path": str(path), **source}})
+    rows = {row["id"]: row["reason"] for row in read_jsonl(tmp_path / "01-data/ledger.jsonl")}
+    assert rows.pop("pairs.csv:5") == "unreadable"
+    assert len(rows) == 29
+    assert set(rows.values()) == {"stopped"}
+    assert read_done(tmp_path / "01-data") is None
 
 
 def test_own_data_without_a_test(tmp_path: Path) -> None:

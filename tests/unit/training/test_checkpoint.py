@@ -16,7 +16,6 @@ from plait.training.checkpoint import (
     Checkpoints,
     changed_settings,
     check_origin,
-    last_fingerprint,
     list_checkpoints,
     verify,
     write_manifest,
@@ -236,8 +235,6 @@ def test_rotation_waits_for_the_new_one_to_verify(tmp_path, monkeypatch):
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new" / "checkpoints", keep_last=1, events=Events())
     assert checkpoints.newest() is None
-    assert last_fingerprint(checkpoints.folder) is None
-    assert last_fingerprint(tmp_path / "nowhere") is None
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
@@ -249,13 +246,6 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     checkpoints.save(2, write("2"))
     assert checkpoints.newest() == tmp_path / "000002"
     assert {p.name for p in tmp_path.iterdir()} == {".DS_Store", "best", "000002"}
-
-
-def test_the_fingerprint_can_be_read_before_resuming(tmp_path):
-    save(tmp_path, *trained()[1:])
-    assert last_fingerprint(tmp_path) == {"torch": "2.13", "threads": 2}
-    (tmp_path / "000003/resume/state.json").write_text("{")
-    assert last_fingerprint(tmp_path) is None
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

@@ -100,6 +100,25 @@ def test_a_run_that_would_fill_the_disk_is_refused_with_numbers() -> None:
     require(sums, machine(disk=5 * GIB), place=Path("runs"))  # 80 %: allowed
 
 
+def test_caches_count_on_the_disk_they_lie_on() -> None:
+    from dataclasses import replace
+
+    from plait.training.plan import disks
+
+    (estimate,) = estimate_all([("tune", Step("tune"))], machine())
+    sums = total([replace(estimate, home_bytes=3 * GIB)], machine())
+    assert (sums.disk_bytes, sums.home_bytes) == (2 * GIB, 3 * GIB)
+    one, two = machine(disk=4 * GIB), replace(machine(disk=4 * GIB), home_disk_bytes=3 * GIB)
+    assert [disk.needed for disk in disks(sums, one)] == [5 * GIB]
+    assert [disk.needed for disk in disks(sums, two)] == [2 * GIB, 3 * GIB]
+    with pytest.raises(ResourceError, match=r"needs 5\.0 GiB of disk \(tune alone 5\.0 GiB\)"):
+        require(sums, one, place=Path("runs"))
+    with pytest.raises(ResourceError, match=r"caches need 3\.0 GiB of disk, but 3\.0 GiB is free where PLAIT_HOME is"):
+        require(sums, two, place=Path("runs"))
+    assert "disk of PLAIT_HOME: 3.0 GiB needed, 3.0 GiB free: the run is refused" in total(sums.stages, two).warnings
+    require(sums, replace(two, home_disk_bytes=4 * GIB), place=Path("runs"))
+
+
 def test_a_survey_without_probe_is_at_once_and_writes_nothing(tmp_path: Path) -> None:
     found = survey(tmp_path / "runs", probe=False)
     assert not found.measured

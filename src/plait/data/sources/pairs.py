@@ -1,10 +1,10 @@
 """Your own pictures with texts: a CSV file with the columns ``image`` and ``text``, or a folder with captions.
 
 A folder may hold ``captions.jsonl``, ``metadata.jsonl`` or ``metadata.csv`` (``image`` or ``file_name``, and ``text``
-or ``caption``); without one, each picture's text is in the file of the same name that ends in ``.txt``. Rows that
-cannot be used are counted in the ledger with their reason and the rest goes on. Rows that share a picture (byte for
-byte or pixel for pixel) or a text (whatever its case and spacing) are kept in one split, so that nothing tested was
-trained on.
+or ``caption``), but only one of them; without one, each picture's text is in the file of the same name that ends in
+``.txt``. Rows that cannot be used are counted in the ledger with their reason and the rest goes on. Rows that share a
+picture (byte for byte or pixel for pixel) or a text (whatever its case and spacing) are kept in one split, so that
+nothing tested was trained on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def gather_pairs(choice: PairsChoice, ledger: Ledger, listener: Callable[[int, i
 
     Args:
         choice: The settings.
-        ledger: Gets one row for each row of the file or picture of the folder.
+        ledger: Gets one row for each row of the list and each picture and caption of the folder. After an error, the
+            rows that could have been used have no fate in it yet.
         listener: Told the rows done and in all.
 
     Raises:
@@ -166,7 +167,7 @@ def _check_number(pairs: list[_Pair], rows: int, choice: PairsChoice, *, ledger:
     raise DataError(
         f"{len(pairs)} of {rows} rows can be used, at least {max(choice.min_rows, 1)} are needed{first}",
         place=str(choice.path),
-        remedy="mend or add rows, or lower data.source.min_rows",
+        remedy="mend the rows listed in ledger.jsonl or add some, or lower data.source.min_rows",
     )
 
 

@@ -21,6 +21,7 @@ from plait.data.sources.emoji_concepts import Entry, concept_of
 pytestmark = pytest.mark.light
 
 Home = Callable[[str], Path]
+Reseal = Callable[[], None]
 CHOICE = EmojiChoice(held_out=5, size=24, variants="one", flags=False, max_train=None, max_test=None, seed=0)
 
 
@@ -39,7 +40,7 @@ def by_split(gathered: Gathered, name: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_every_file_has_a_fate_and_the_reasons_are_right() -> None:
     _, rows = gather()
     fates = {name: rows[name].reason for name in rows if rows[name].fate == "dropped"}
@@ -52,7 +53,7 @@ def test_every_file_has_a_fate_and_the_reasons_are_right() -> None:
     assert rows["openmoji/1F3F3-FE0F-200D-1F308.svg"].fate != "dropped", "the rainbow flag is no region"
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_samples_carry_names_in_both_languages_and_where_they_come_from() -> None:
     gathered, rows = gather()
     apple = next(p for p in gathered.pictures if p.row == "twemoji/1f34e.png")
@@ -74,7 +75,7 @@ def test_samples_carry_names_in_both_languages_and_where_they_come_from() -> Non
 
 
 @pytest.mark.row("S4-12")
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 @pytest.mark.parametrize("variants", ["one", "all"])
 def test_no_concept_name_or_picture_is_both_trained_and_held_out(variants: str) -> None:
     gathered, _ = gather(replace(CHOICE, variants=variants))
@@ -92,7 +93,7 @@ def test_no_concept_name_or_picture_is_both_trained_and_held_out(variants: str) 
     } == {"twemoji"}
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_all_variants_stay_together() -> None:
     gathered, _ = gather(replace(CHOICE, variants="all"))
     where: dict[str, set[bool]] = {}
@@ -104,7 +105,7 @@ def test_all_variants_stay_together() -> None:
     assert len(astronauts) == 6, "three variants in two styles"
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_one_picture_a_concept_and_it_is_the_plain_one() -> None:
     gathered, _ = gather()
     trained = [p.sample for p in gathered.pictures if p.sample.meta["style"] == "twemoji"]
@@ -112,9 +113,10 @@ def test_one_picture_a_concept_and_it_is_the_plain_one() -> None:
     assert {"🧑‍🚀", "👋"} <= {s.meta["char"] for s in trained}
 
 
-def test_a_picture_equal_in_two_concepts_is_used_once_and_joins_them(emoji_home: Home) -> None:
+def test_a_picture_equal_in_two_concepts_is_used_once_and_joins_them(emoji_home: Home, reseal: Reseal) -> None:
     folder = emoji_home("twemoji")
     (folder / "1f431.png").write_bytes((folder / "1f408.png").read_bytes())
+    reseal()
     gathered, rows = gather()
     assert rows["twemoji/1f431.png"].reason == "duplicate"
     assert "1f408" in rows["twemoji/1f431.png"].detail
@@ -129,7 +131,7 @@ def test_a_picture_equal_in_two_concepts_is_used_once_and_joins_them(emoji_home:
         assert len(held) == 1
 
 
-def test_a_test_picture_equal_to_a_trained_one_is_dropped(emoji_home: Home) -> None:
+def test_a_test_picture_equal_to_a_trained_one_is_dropped(emoji_home: Home, reseal: Reseal) -> None:
     """OpenMoji draws with resvg, so that equal pixels can only come from an equal drawing."""
     gathered, _ = gather(replace(CHOICE, held_out=1))
     style = [p for p in gathered.pictures if p.sample.meta["split"] == "test-style"]
@@ -137,24 +139,28 @@ def test_a_test_picture_equal_to_a_trained_one_is_dropped(emoji_home: Home) -> N
     folder = emoji_home("openmoji")
     name = one.row.split("/")[1]
     (folder / name).write_bytes((folder / other.row.split("/")[1]).read_bytes())
+    reseal()
     _, rows = gather(replace(CHOICE, held_out=1))
     assert sorted((rows[one.row].reason, rows[other.row].reason))[-1] == "duplicate"
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a picture", None])
-def test_a_damaged_picture_is_dropped_with_its_fault(emoji_home: Home, damage: bytes | None) -> None:
+def test_a_picture_published_damaged_is_dropped_with_its_fault(
+    emoji_home: Home, reseal: Reseal, damage: bytes | None
+) -> None:
     path = emoji_home("twemoji") / "1f34e.png"
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
     (emoji_home("openmoji") / "1F34F.svg").write_text("<svg")
     (emoji_home("twemoji") / "not-hex.png").write_bytes(b"x")
     (emoji_home("twemoji") / "110000.png").write_bytes(b"x")
+    reseal()
     _, rows = gather()
     assert rows["twemoji/1f34e.png"].reason == rows["openmoji/1F34F.svg"].reason == "unreadable"
     assert rows["openmoji/1F34E.svg"].reason == "not-in-train-style"
     assert rows["twemoji/not-hex.png"].reason == rows["twemoji/110000.png"].reason == "file-name"
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_limits_are_kept_counted_and_take_every_concept_before_a_second_picture() -> None:
     gathered, rows = gather(replace(CHOICE, variants="all", max_train=9, max_test=3))
     counts = {split: len(values) for split, values in by_split(gathered, "row").items()}
@@ -168,14 +174,14 @@ def test_limits_are_kept_counted_and_take_every_concept_before_a_second_picture(
     assert pairs["test-concept"] == pairs["test-both"], "the same concepts in both styles, to compare"
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_the_same_seed_gives_the_same_and_another_seed_another_choice() -> None:
     first, again, other = (by_split(gather(replace(CHOICE, seed=seed))[0], "concept") for seed in (0, 0, 1))
     assert first == again
     assert first["test-concept"] != other["test-concept"]
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 @pytest.mark.parametrize(
     "choice", [CHOICE, replace(CHOICE, variants="all", max_train=7, max_test=4), replace(CHOICE, flags=True)]
 )
@@ -184,10 +190,24 @@ def test_the_preview_says_what_will_be_gathered(choice: EmojiChoice) -> None:
     assert preview_emoji(choice) == counts
 
 
-@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.usefixtures("reseal")
 def test_too_many_held_out_concepts_are_refused_with_the_number() -> None:
     with pytest.raises(DataError, match="200 concepts are to be held out, but there are only 21"):
         gather(replace(CHOICE, held_out=200))
+
+
+@pytest.mark.parametrize("damage", [None, b"overwritten"])
+@pytest.mark.usefixtures("reseal")
+@pytest.mark.parametrize(("style", "name"), [("twemoji", "1f34e.png"), ("openmoji", "1F34E.svg")])
+def test_a_package_file_that_is_gone_or_changed_stops_the_source(
+    emoji_home: Home, style: str, name: str, damage: bytes | None
+) -> None:
+    gather()
+    path = emoji_home(style) / name
+    path.unlink() if damage is None else path.write_bytes(damage)
+    with pytest.raises(ResourceError, match=f"{name} is damaged") as refused:
+        gather()
+    assert refused.value.remedy == f"run `plait data fetch {style}`, which replaces it"
 
 
 def test_a_package_that_is_not_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 
 from plait.core.errors import DataError
 from plait.data.ledger import Ledger
-from plait.data.media import LIMITS, Limits
+from plait.data.media import LIMITS, Limits, encode_png
 from plait.data.sources import Gathered, Picture
 from plait.data.sources.pair_files import read_lines
 from plait.data.sources.pairs import PairsChoice, gather_pairs, group_rows
@@ -89,6 +90,13 @@ def test_headers_as_people_write_them(tmp_path: Path, start: str) -> None:
         (b"image,text,text\n", ":1", "more than one column"),
         (b"image,text\na,ok\nb,\xff\xfe\n", ":3", "not UTF-8: byte 0xff"),
         (b'image,text\na,"open\n', ":2", "not a CSV file"),
+        (b"image;text\na.png;b\n", ":1", "the separator looks like ';'"),
+        (b'\n"image";"text"\n', ":2", "the separator looks like ';'"),
+        (b"image\ttext\na.png\tb\n", ":1", "the separator looks like a tab"),
+        ("image,text\n".encode("utf-16"), "", "the file is UTF-16 text"),
+        (b"PK\x03\x04\x14\x00", "", "a ZIP archive or an Excel workbook"),
+        (encode_png(Image.new("RGB", (2, 2))), "", "the file is a PNG picture"),
+        (b"image,text\na,\0\n", "", "no text (it has zero bytes)"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_line(
@@ -116,10 +124,81 @@ def test_a_folder_with_text_files(tmp_path: Path) -> None:
     for number in range(5):
         write_picture(tmp_path / f"sub/{number}.JPG", number, "JPEG")
         (tmp_path / f"sub/{number}.txt").write_text(f" caption {number}\n", encoding="utf-8-sig")
-    write_picture(tmp_path / "lonely.png", 9)
     gathered, ledger = gather(choice_of(tmp_path))
     assert {p.sample.answer("name.en") for p in gathered.pictures} == {f"caption {n}" for n in range(5)}
-    assert [(row.id, row.reason) for row in ledger.dropped()] == [("lonely.png", "no-text")]
+    assert ledger.dropped() == ()
+
+
+def test_every_picture_and_caption_of_a_folder_has_a_fate(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    for name in ("a.png", "sub/b.png", "lonely.png", "blank.png", "shouted.png"):
+        write_picture(folder / name, len(name))
+    for name in ("scan.tif", "PHOTO.HEIC", "odd.xyz", "notes.pdf", "noending"):
+        (folder / name).write_bytes(b"whatever")
+    for name in ("a", "sub/b", "scan", "odd", "orphan", "sub/a"):
+        (folder / f"{name}.txt").write_text(f"caption of {name}")
+    (folder / "blank.txt").touch()
+    (folder / "shouted.TXT").write_text("CAPTION")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    _, ledger = gather(choice_of(folder))
+    assert ledger.totals()["kept"] == 2
+    assert {row.id: row.reason for row in ledger.rows() if row.fate == "dropped"} == {
+        "PHOTO.HEIC": "format",
+        "blank.png": "no-text",
+        "linked/": "linked-folder",
+        "lonely.png": "no-caption",
+        "odd.xyz": "format",
+        "orphan.txt": "no-picture",
+        "scan.tif": "format",
+        "shouted.TXT": "no-picture",
+        "shouted.png": "no-caption",
+        "sub/a.txt": "no-picture",
+    }
+
+
+def test_a_part_of_the_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, because tests may run as root, who may read everything."""
+    write_picture(tmp_path / "a.png", 1)
+    write_picture(tmp_path / "secret/b.png", 2)
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="a folder cannot be read: Permission denied") as refused:
+        list(read_lines(tmp_path))
+    assert refused.value.place == str(tmp_path / "secret")
+
+
+def test_two_lists_in_a_folder_are_refused_and_one_is_to_go(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png", 1)
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "text": "x"}\n')
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,y\n")
+    with pytest.raises(DataError, match=r"2 lists: captions\.jsonl, metadata\.csv") as refused:
+        list(read_lines(tmp_path))
+    assert "remove metadata.csv to use captions.jsonl" in refused.value.remedy
+    assert [line.text for line in read_lines(tmp_path / "metadata.csv")] == ["y"]
+
+
+def test_what_a_folders_list_does_not_name_is_counted_but_is_no_fault(tmp_path: Path) -> None:
+    lines = []
+    for number in range(4):
+        write_picture(tmp_path / f"sub/{number}.png", number)
+        lines.append(json.dumps({"image": f"./sub/{number}.png", "text": f"caption {number}"}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    write_picture(tmp_path / "sub/forgotten.png", 9)
+    (tmp_path / "sub/0.txt").write_text("not read")
+    gathered, ledger = gather(choice_of(tmp_path))
+    assert len(gathered.pictures) == 4
+    assert {row.id: row.reason for row in ledger.dropped()} == {
+        "sub/forgotten.png": "not-listed",
+        "sub/0.txt": "not-listed",
+    }
+    assert ledger.totals()["faults"] == 0
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])

@@ -1,0 +1,132 @@
+"""Collate: order of pictures, padding, fixed rows, what is trained, and the token account."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plait.core.errors import DataError
+from plait.core.tensors import IGNORE, Batch, Patches
+from plait.core.types import MediaRef
+from plait.data.collate import collate
+from plait.data.template import Rendered
+
+HOLE, PAD = 99, 7
+
+
+def halved(grid: Tensor) -> Tensor:
+    """A token account: rows and columns halved, rounded up."""
+    return torch.stack([grid[:, 0], -(-grid[:, 1] // 2), -(-grid[:, 2] // 2)], dim=1)
+
+
+def rendered(words: int, pictures: tuple[str, ...], answer: int, *, slots: int = 2) -> Rendered:
+    """Words count up from 10; pictures stand in front, the answer at the end."""
+    ids = (*[HOLE] * (slots * len(pictures)), *range(10, 10 + words))
+    return Rendered(
+        token_ids=ids,
+        trained=tuple(index >= len(ids) - answer for index in range(len(ids))),
+        media=tuple(MediaRef(modality="image", sha256=name, uri="") for name in pictures),
+        slots=(slots,) * len(pictures),
+    )
+
+
+def store(*names: str) -> dict[str, Patches]:
+    """A 2 x 4 grid a picture (two tokens by the account), filled with the picture's number."""
+    return {name: Patches(values=torch.full((8, 1), float(name)), grid=torch.tensor([[1, 2, 4]])) for name in names}
+
+
+def batch_of(samples: list[tuple[str, Rendered]], *, row: int, rows: int | None = None) -> Batch:
+    names = {ref.sha256 for _, r in samples for ref in r.media}
+    return collate(samples, store(*names), grid_out=halved, encoded=True, row=row, pad=PAD, rows=rows)
+
+
+def test_a_small_batch_by_hand() -> None:
+    batch = batch_of(
+        [("a", rendered(2, (), 1)), ("b", rendered(2, ("5",), 2)), ("c", rendered(1, (), 1))], row=5, rows=3
+    )
+    assert batch.token_ids.tolist() == [[HOLE, HOLE, 10, 11, 10], [10, 11, PAD, PAD, PAD], [PAD] * 5]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2], [1, 1, 0, 0, 0], [0] * 5]
+    no = IGNORE
+    assert batch.labels.tolist() == [[no, no, 10, 11, 10], [no, 11, no, no, no], [no] * 5]
+    assert batch.sample_ids == ("b", "c", "a")
+    assert batch.item_row["image"].tolist() == [0]
+    assert batch.media["image"].grid.tolist() == [[1, 2, 4]]
+
+
+SAMPLES = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 30).map(str), max_size=3), st.integers(0, 3)), max_size=8
+)
+
+
+@settings(deadline=None)
+@given(drawn=SAMPLES, row=st.integers(12, 30))
+def test_pictures_come_in_the_order_of_their_placeholders(drawn: list[tuple[int, list[str], int]], row: int) -> None:
+    samples = [(f"s{n}", rendered(w, tuple(p), min(a, w))) for n, (w, p, a) in enumerate(drawn)]
+    batch = batch_of(samples, row=row)
+    by_id = dict(samples)
+    # Read the batch like a person: sample after sample, row after row.
+    wanted = [float(ref.sha256) for sample_id in batch.sample_ids for ref in by_id[sample_id].media]
+    if wanted:
+        assert batch.media["image"].values[::8, 0].tolist() == wanted
+        holes = (batch.token_ids == HOLE).sum(1)
+        tokens = halved(batch.media["image"].grid).prod(1)
+        given_tokens = torch.zeros_like(holes).index_add(0, batch.item_row["image"], tokens)
+        assert torch.equal(given_tokens, holes)
+    else:
+        assert batch.media == {}
+    # Nothing is lost and nothing is made up.
+    assert int((batch.labels != IGNORE).sum()) == sum(sum(r.trained) for _, r in samples)
+    kept = batch.segment_ids != 0
+    assert int(kept.sum()) == sum(len(r) for _, r in samples)
+    assert bool((batch.token_ids[~kept] == PAD).all())
+    assert bool((batch.labels[~kept] == IGNORE).all())
+    labeled = batch.labels != IGNORE
+    assert torch.equal(batch.labels[labeled], batch.token_ids[labeled])
+    assert not bool((batch.labels == HOLE).any())
+    found = [
+        tuple(batch.token_ids[r][batch.segment_ids[r] == s].tolist())
+        for r in range(len(batch.token_ids))
+        for s in range(1, int(batch.segment_ids[r].max()) + 1)
+    ]
+    assert found == [by_id[sample_id].token_ids for sample_id in batch.sample_ids]
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_a_batch_says_whether_its_media_are_features(encoded: bool) -> None:
+    batch = collate([("a", rendered(1, ("1",), 1))], store("1"), grid_out=halved, encoded=encoded, row=4, pad=PAD)
+    assert batch.encoded is encoded
+
+
+@pytest.mark.row("S4-44")
+def test_a_picture_of_another_size_than_its_placeholders_is_named_before_any_forward() -> None:
+    good, bad = rendered(1, ("1",), 1), rendered(1, ("2", "3"), 1)
+    features = store("1", "2")
+    features["3"] = Patches(values=torch.zeros(16, 1), grid=torch.tensor([[1, 4, 4]]))
+    with pytest.raises(
+        DataError, match=r"2 placeholders for the picture, 4 media tokens \(grid \[\[1, 4, 4\]\]\)"
+    ) as caught:
+        collate([("a", good), ("b", bad)], features, grid_out=halved, encoded=True, row=9, pad=PAD)
+    assert caught.value.place == "sample b, picture 2 (3)"
+
+
+def test_faults_name_the_sample() -> None:
+    with pytest.raises(DataError, match=r"9 tokens \(4 of them pictures\), a row holds 8") as caught:
+        batch_of([("a", rendered(1, (), 1)), ("long", rendered(5, ("1", "2"), 1))], row=8)
+    assert caught.value.place == "sample long"
+    with pytest.raises(DataError, match="the picture has no features") as caught:
+        collate([("a", rendered(1, ("1",), 1))], {}, grid_out=halved, encoded=True, row=8, pad=PAD)
+    assert caught.value.place == "sample a, picture 1 (1)"
+    with pytest.raises(DataError, match="fill 2 rows of 4 tokens, the batch has 1"):
+        batch_of([("a", rendered(3, (), 1)), ("b", rendered(3, (), 1))], row=4, rows=1)
+
+
+def test_a_batch_moves_whole() -> None:
+    moved = batch_of([("a", rendered(1, ("1",), 1))], row=4).to(torch.device("meta"))
+    tensors = [moved.token_ids, moved.labels, moved.segment_ids, moved.item_row["image"]]
+    tensors += [moved.media["image"].values, moved.media["image"].grid]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert moved.encoded
+    assert moved.sample_ids == ("a",)
