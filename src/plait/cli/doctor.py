@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from plait.cli.output import Out
-from plait.core.errors import DataError, ResourceError
+from plait.core.errors import ResourceError
 
 CORE = (
     "torch",
@@ -265,17 +265,17 @@ def speed() -> Iterator[Check]:
 
 def packages() -> Iterator[Check]:
     """Fetched packages (pictures and weights); only the recipes that use them need them."""
-    from plait.core.packages import PACKAGES, locate
+    from plait.core.packages import PACKAGES, home, locate
 
     for name, package in PACKAGES.items():
         try:
             locate(name)
-        except DataError as error:
-            fix = f"remove {Path(error.place).parent}, then `plait data fetch {name}`"
-            yield Check(name, "fail", f"damaged: {error.cause}", fix)
-        except ResourceError:
-            missing = f"not fetched ({package.mebibytes} MiB, {package.licence})"
-            yield Check(name, "warn", missing, f"plait data fetch {name}")
+        except ResourceError as error:
+            fix = f"plait data fetch {name}"
+            if (home() / "packages" / name).exists():
+                yield Check(name, "fail", f"damaged, or another version: {error.cause}", fix)
+            else:
+                yield Check(name, "warn", f"not fetched ({package.mebibytes} MiB, {package.licence})", fix)
         else:
             yield Check(name, "ok", f"{package.distribution} {package.version}")
 

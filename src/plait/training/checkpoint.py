@@ -72,7 +72,7 @@ class Checkpoints:
             try:
                 write(temp)
             except SafetensorError as error:  # its Rust writer reports a full disk as its own type
-                raise OSError(str(error)) from error
+                raise disk_error(OSError(str(error)), target) from error
             write_manifest(temp, step=step)
         verify(target)
         self._rotate()
