@@ -22,7 +22,7 @@ from plait.core.tensors import IGNORE, Batch
 from plait.training.checkpoint import verify
 from plait.training.loop import fit
 from plait.training.optim import AdamW
-from plait.training.settings import Fitted, Hooks, Settings
+from plait.training.settings import FitResult, Hooks, Settings
 
 CPU = Compute(device="cpu", dtype="float32", threads=torch.get_num_threads(), why=())
 
@@ -52,7 +52,7 @@ class Stream:
 
 def train(
     folder: Path, *, steps: int = 6, seen: list | None = None, save_model: Callable[[Path], None] | None = None
-) -> Fitted:
+) -> FitResult:
     """Six steps with a checkpoint every second one; the newest two stay."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 5))

@@ -15,8 +15,8 @@ from plait.models.dual import DualEncoder, rows
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What a model made of a split at one moment."""
+class RetrievalResult:
+    """Similarity of every picture with every name of a split, and the ranks that follow from it."""
 
     similarity: Float[np.ndarray, "picture text"]
     directions: dict[str, Direction]
@@ -26,8 +26,8 @@ class Look:
         return float((self.directions["image-to-text"].ranks <= 1).mean())
 
 
-class Exam:
-    """One test split, ready to be asked again and again.
+class RetrievalTask:
+    """Image-text retrieval on one test split; scores a dual encoder as often as asked.
 
     Args:
         pairs: The split.
@@ -44,7 +44,7 @@ class Exam:
         self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
 
     @torch.no_grad()
-    def look(self, model: DualEncoder) -> Look:
+    def evaluate(self, model: DualEncoder) -> RetrievalResult:
         """Compare all pictures with all names, without dropout; the model's mode is put back.
 
         Raises:
@@ -58,11 +58,11 @@ class Exam:
         )
         model.train(training)
         similarity = (image @ text.T).double().cpu().numpy()
-        return Look(similarity, self.gallery.directions(similarity))
+        return RetrievalResult(similarity, self.gallery.directions(similarity))
 
-    def answers(self, look: Look, *, limit: int | None = None) -> list[dict[str, Any]]:
+    def answers(self, result: RetrievalResult, *, limit: int | None = None) -> list[dict[str, Any]]:
         """The five nearest names of each picture, or of the first few, as records of ``predictions.jsonl``."""
-        pairs, ranks = self.pairs, look.directions["image-to-text"].ranks
+        pairs, ranks = self.pairs, result.directions["image-to-text"].ranks
         return [
             {
                 "id": pairs.ids[i],
@@ -73,14 +73,14 @@ class Exam:
                 "rank": int(ranks[i]),
                 "top": [
                     {"text": text, "score": round(score, 4)}
-                    for text, score in self.gallery.nearest(look.similarity[i], 5)
+                    for text, score in self.gallery.nearest(result.similarity[i], 5)
                 ],
             }
             for i in range(min(len(pairs.ids), limit or len(pairs.ids)))
         ]
 
 
-def compare(exam: Exam, trained: Look, untrained: Look) -> list[Score]:
+def compare(task: RetrievalTask, trained: RetrievalResult, untrained: RetrievalResult) -> list[Score]:
     """Scores of a trained model beside chance and its own untrained heads.
 
     Names are ``retrieval/<split>/<direction>/<metric>`` for the model, with ``/chance``, ``/untrained`` and (of R@1, as
@@ -88,10 +88,10 @@ def compare(exam: Exam, trained: Look, untrained: Look) -> list[Score]:
     """
     scores: list[Score] = []
     for way, found in trained.directions.items():
-        name, raw = f"retrieval/{exam.name}/{way}", untrained.directions[way]
-        scores += rank_scores(found.ranks, name=name, groups=found.groups, seed=exam.seed)
+        name, raw = f"retrieval/{task.name}/{way}", untrained.directions[way]
+        scores += rank_scores(found.ranks, name=name, groups=found.groups, seed=task.seed)
         scores += [_renamed(s, "chance") for s in chance_scores(found.correct, name=name)]
-        bare = rank_scores(raw.ranks, name=name, groups=raw.groups, seed=exam.seed)
+        bare = rank_scores(raw.ranks, name=name, groups=raw.groups, seed=task.seed)
         scores += [_renamed(s, "untrained") for s in bare]
         scores.append(
             paired_difference(
@@ -100,7 +100,7 @@ def compare(exam: Exam, trained: Look, untrained: Look) -> list[Score]:
                 name=f"{name}/R@1/gain-over-untrained",
                 rule="hit@1/any-correct/ties-worst",
                 groups=found.groups,
-                seed=exam.seed,
+                seed=task.seed,
             )
         )
     return scores

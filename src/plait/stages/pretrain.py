@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from plait.core.device import Compute
     from plait.core.types import Score
     from plait.data.pair_batches import PairBatches
-    from plait.evaluation.picture_names import Exam, Look
-    from plait.training.settings import Fitted, Settings
+    from plait.evaluation.picture_names import RetrievalResult, RetrievalTask
+    from plait.training.settings import FitResult, Settings
 
 TESTS = ("test-concept", "test-style", "test-both")
 """Splits that are scored, as far as the data stage made them."""
@@ -107,7 +107,7 @@ class Pretrain(Stage):
         from plait.assembly.pairs import read_pairs
         from plait.core.device import setup
         from plait.core.files import find_stage, mark_done, sha256_file, write_json, write_jsonl
-        from plait.evaluation.picture_names import Exam, compare
+        from plait.evaluation.picture_names import RetrievalTask, compare
 
         data = find_stage(previous, "data")
         compute = setup(device=self.device, dtype="float32")
@@ -120,20 +120,20 @@ class Pretrain(Stage):
             keywords=self.keywords,
             events=events,
         )
-        exams = [Exam(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
-        before = [exam.look(dual.model) for exam in exams]
-        _show(folder, 0, exams, looks=before, events=events)
+        tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
+        before = [task.evaluate(dual.model) for task in tasks]
+        _show(folder, 0, tasks, results=before, events=events)
         settings = self._settings(
             compute, self._steps(len(pairs["train"].ids)), dual, data=sha256_file(data / "done.json")
         )
-        fitted = self._fit(dual, pairs["train"], exams, settings=settings, folder=folder, events=events)
-        after = [exam.look(dual.model) for exam in exams]
+        fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
+        after = [task.evaluate(dual.model) for task in tasks]
         scores = [
-            s for exam, trained, raw in zip(exams, after, before, strict=True) for s in compare(exam, trained, raw)
+            s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
         ]
         write_json(folder / "scores.json", [_plain(score) for score in scores])
         write_jsonl(
-            folder / "predictions.jsonl", [r for e, look in zip(exams, after, strict=True) for r in e.answers(look)]
+            folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]
         )
         counts = {split: len(found.ids) for split, found in pairs.items()}
         summary = _summary(fitted, scores, pairs=counts, folder=folder)
@@ -225,8 +225,15 @@ class Pretrain(Stage):
         return dual
 
     def _fit(
-        self, dual: Dual, pairs: Pairs, exams: Sequence[Exam], *, settings: Settings, folder: Path, events: Events
-    ) -> Fitted:
+        self,
+        dual: Dual,
+        pairs: Pairs,
+        tasks: Sequence[RetrievalTask],
+        *,
+        settings: Settings,
+        folder: Path,
+        events: Events,
+    ) -> FitResult:
         from plait.assembly.dual import save_dual
         from plait.core.errors import DataError
         from plait.objectives.contrastive import Contrastive
@@ -243,7 +250,7 @@ class Pretrain(Stage):
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             if step in shown:
-                _show(folder, step, exams, looks=[exam.look(dual.model) for exam in exams], events=events)
+                _show(folder, step, tasks, results=[task.evaluate(dual.model) for task in tasks], events=events)
 
         hooks = Hooks(save_model=lambda target: save_dual(dual, target), on_step=on_step, task=self.kind)
         dual.model.train()
@@ -301,13 +308,15 @@ def _named(setting: str) -> Generator[None]:
         raise
 
 
-def _show(folder: Path, step: int, exams: Sequence[Exam], *, looks: Sequence[Look], events: Events) -> None:
+def _show(
+    folder: Path, step: int, tasks: Sequence[RetrievalTask], *, results: Sequence[RetrievalResult], events: Events
+) -> None:
     """Keep answers for a few pictures of each split, and say one; written as a whole, so a repeated step repeats it."""
     from plait.core.files import write_json
 
     (folder / "samples").mkdir(exist_ok=True)
-    recall = {exam.name: look.recall_at_1() for exam, look in zip(exams, looks, strict=True)}
-    samples = [answer for exam, look in zip(exams, looks, strict=True) for answer in exam.answers(look, limit=3)]
+    recall = {task.name: result.recall_at_1() for task, result in zip(tasks, results, strict=True)}
+    samples = [answer for task, result in zip(tasks, results, strict=True) for answer in task.answers(result, limit=3)]
     write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "recall_at_1": recall, "samples": samples})
     if samples:
         first = samples[0]
@@ -322,7 +331,7 @@ def _plain(score: Score) -> dict[str, Any]:
     return asdict(score)
 
 
-def _summary(fitted: Fitted, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
+def _summary(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
     named = {score.name: score for score in scores}
     lines: list[str] = []
     for split in pairs:

@@ -27,8 +27,17 @@ from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.monitor import Cost, Monitor, Plan
 from plait.training.precision import autocast, hold_masters
-from plait.training.settings import Batches, Fitted, Hooks, Settings
-from plait.training.state import Origin, Progress, Trainee, digest_json, read_state, restore_state, rng_kept, save_state
+from plait.training.settings import Batches, FitResult, Hooks, Settings
+from plait.training.state import (
+    Origin,
+    Progress,
+    TrainState,
+    digest_json,
+    read_state,
+    restore_state,
+    rng_kept,
+    save_state,
+)
 
 
 def fit(
@@ -40,7 +49,7 @@ def fit(
     folder: Path,
     events: Events,
     hooks: Hooks | None = None,
-) -> Fitted:
+) -> FitResult:
     """Train ``model`` in place, or continue where an earlier call in the same folder was stopped or killed.
 
     Set ``requires_grad`` and train/eval modes before: the loop changes neither. Trainable half-precision weights are
@@ -84,18 +93,18 @@ class _Run:
             )
         self.model, self.objective, self.settings = model, objective, settings
         self.events, self.hooks = events, hooks
-        self.trainee = Trainee(model, objective)
-        if not self.trainee.trains:
+        self.train_state = TrainState(model, objective)
+        if not self.train_state.trains:
             raise ConfigError(
                 "every module is in eval mode", place="model", remedy="call .train() on the parts that learn"
             )
-        if turned := hold_masters(self.trainee.weights.values()):
+        if turned := hold_masters(self.train_state.weights.values()):
             events.note(f"{turned} trainable tensors are held in float32 while training")
-        self.optimizer = settings.optimizer.build(self.trainee.weights, self.trainee.norms)
+        self.optimizer = settings.optimizer.build(self.train_state.weights, self.train_state.norms)
         self.origin = Origin(
             settings=settings.plain(),
             fingerprint=fingerprint(settings.compute),
-            frozen=self.trainee.frozen_digest(),
+            frozen=self.train_state.frozen_digest(),
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
         self.saved: Path | None = None
@@ -112,7 +121,7 @@ class _Run:
         )
         self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
 
-    def all(self, batches: Batches, stop: StopRequest) -> Fitted:
+    def all(self, batches: Batches, stop: StopRequest) -> FitResult:
         """Every step that is left."""
         values: dict[str, Any] = {}
         while self.progress.step < self.settings.steps:
@@ -126,7 +135,7 @@ class _Run:
             if stop:
                 self._stop(stop)
         self.monitor.results()
-        return Fitted(
+        return FitResult(
             checkpoint=self.saved or self._save(),
             step=self.progress.step,
             skipped=self.progress.skipped,
@@ -152,7 +161,7 @@ class _Run:
             group["lr"] = group["peak_lr"] * factor
         ids = tuple(i for batch in micro for i in batch.sample_ids)
         check_batches(micro, self.objective, step=step)
-        kept = {name: buffer.clone() for name, buffer in self.trainee.buffers().items()}
+        kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
         sums = accumulate(
             self.model,
             self.objective,
@@ -180,7 +189,7 @@ class _Run:
         if self.hooks.on_step is not None:
             with rng_kept():
                 self.hooks.on_step(self.progress.step, values)
-            self.trainee.reset_modes()
+            self.train_state.reset_modes()
         return values
 
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
@@ -192,7 +201,7 @@ class _Run:
 
     def _clip(self) -> float:
         """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before."""
-        weights = [w for w in self.trainee.weights.values() if w.grad is not None]
+        weights = [w for w in self.train_state.weights.values() if w.grad is not None]
         norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if self.settings.clip_norm is not None and bool(norm.isfinite()):
             torch.nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
@@ -200,7 +209,7 @@ class _Run:
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""
-        for name, buffer in self.trainee.buffers().items():
+        for name, buffer in self.train_state.buffers().items():
             buffer.copy_(kept[name])
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
@@ -222,12 +231,12 @@ class _Run:
 
     def _save(self) -> Path:
         def write(folder: Path) -> None:
-            save_state(folder, self.trainee, self.optimizer, progress=self.progress, origin=self.origin)
+            save_state(folder, self.train_state, self.optimizer, progress=self.progress, origin=self.origin)
             with rng_kept():
                 self.hooks.save_model(folder)
 
         began = time.perf_counter()
-        broken = [name for name, weight in self.trainee.weights.items() if not bool(weight.isfinite().all())]
+        broken = [name for name, weight in self.train_state.weights.items() if not bool(weight.isfinite().all())]
         if broken:
             raise NumericsError(
                 f"{len(broken)} weights are not finite after step {self.progress.step}: {named(broken)}",
@@ -258,7 +267,7 @@ class _Run:
         if found is None:
             return
         check_origin(found, self.origin, events=self.events)
-        self.progress = restore_state(found, self.trainee, self.optimizer)
+        self.progress = restore_state(found, self.train_state, self.optimizer)
         self.saved = found
         step, total = self.progress.step, self.settings.steps
         if step > total:
@@ -272,9 +281,9 @@ class _Run:
             self.events.warning(
                 f"{total} steps, not {before}, bend the schedule: the next rate is {rates[1]:.3g}, not {rates[0]:.3g}"
             )
-        weights = sum(w.numel() for w in self.trainee.weights.values())
+        weights = sum(w.numel() for w in self.train_state.weights.values())
         restored = {
-            "model": f"{weights:,} weights, {len(self.trainee.buffers())} buffers",
+            "model": f"{weights:,} weights, {len(self.train_state.buffers())} buffers",
             "optimizer": f"{self.settings.optimizer.kind}, {len(self.optimizer.state)} states",
             "schedule": f"next rate {rates[1]:.3g}",
             "random numbers": "Python, NumPy, torch",

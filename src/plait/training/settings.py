@@ -104,8 +104,8 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """What came out.
+class FitResult:
+    """Result of :func:`plait.training.loop.fit`.
 
     Attributes:
         checkpoint: The last checkpoint.

@@ -62,7 +62,7 @@ class Origin:
     frozen: str = ""
 
 
-class Trainee:
+class TrainState:
     """The tensors of a model and of a stateful objective: those that training changes and those that it does not.
 
     Buffers belong to what changes where their module is in training mode (running means of batch norm, a queue of
@@ -149,7 +149,7 @@ def _buffers(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def save_state(
-    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, *, progress: Progress, origin: Origin
+    folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer, *, progress: Progress, origin: Origin
 ) -> None:
     """Write ``folder/resume/``.
 
@@ -160,7 +160,7 @@ def save_state(
     (folder / "resume").mkdir()
     states, scalars = _optimizer_state(optimizer)
     rng, rng_scalars = rng_state()
-    for name, tensors in ((WEIGHTS, trainee.tensors()), (OPTIMIZER, states), (RNG, rng)):
+    for name, tensors in ((WEIGHTS, train_state.tensors()), (OPTIMIZER, states), (RNG, rng)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
     record = {
         "format": FORMAT,
@@ -193,14 +193,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return record
 
 
-def restore_state(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Progress:
+def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer) -> Progress:
     """Put back, bit for bit, what :func:`save_state` wrote.
 
     Raises:
         CheckpointError: Names, shapes or dtypes are not those of this model or optimizer; nothing was changed then.
     """
     record = read_state(folder)
-    saved, present = load_file(folder / WEIGHTS), trainee.tensors()
+    saved, present = load_file(folder / WEIGHTS), train_state.tensors()
     _same_tensors(saved, present, folder / WEIGHTS)
     state = _optimizer_dict(optimizer, load_file(folder / OPTIMIZER), record["optimizer"])
     for name, tensor in saved.items():

@@ -21,7 +21,7 @@ from plait.training.checkpoint import (
     write_manifest,
 )
 from plait.training.optim import SGD, AdamW
-from plait.training.state import Origin, Progress, Trainee, restore_state, rng_kept, save_state
+from plait.training.state import Origin, Progress, TrainState, restore_state, rng_kept, save_state
 
 ORIGIN = Origin(
     settings={
@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 def trained(spec=None, *, steps: int = 3, seed: int = 0, width: int = 3):
     model = Model(seed, width)
-    trainee = Trainee(model)
+    trainee = TrainState(model)
     optimizer = (spec or AdamW(lr=0.1)).build(trainee.weights, trainee.norms)
     for _ in range(steps):
         model(torch.randn(8, 3)).square().sum().backward()
@@ -127,7 +127,7 @@ def test_only_safetensors_and_json_are_written(tmp_path):
 
 
 def test_state_is_what_training_changes_and_nothing_else():
-    trainee = Trainee(Model())
+    trainee = TrainState(Model())
     assert set(trainee.tensors()) == {
         "norm.weight",
         "norm.bias",
@@ -146,7 +146,7 @@ def test_an_objective_may_hold_the_model_and_adds_only_what_is_its_own():
             self.scale = nn.Parameter(torch.ones(()))
 
     model = Model()
-    trainee = Trainee(model, Objective(model))
+    trainee = TrainState(model, Objective(model))
     assert set(trainee.weights) == {"norm.weight", "norm.bias", "head.weight", "objective.scale"}
     AdamW().build(trainee.weights, trainee.norms)  # torch refuses a weight that comes twice
 
@@ -154,18 +154,18 @@ def test_an_objective_may_hold_the_model_and_adds_only_what_is_its_own():
 @pytest.mark.row("S4-64")
 def test_the_frozen_digest_sees_every_frozen_bit_and_no_other():
     model = Model()
-    digest = Trainee(model).frozen_digest()
+    digest = TrainState(model).frozen_digest()
     with torch.no_grad():
         model.head.weight.add_(1)
         model.norm.running_mean.add_(1)
         model.derived.add_(1)
-    assert Trainee(model).frozen_digest() == digest
+    assert TrainState(model).frozen_digest() == digest
     model.frozen_norm.running_mean[0] = 1e-30
-    assert Trainee(model).frozen_digest() != digest
+    assert TrainState(model).frozen_digest() != digest
     model.frozen_norm.running_mean[0] = 0
-    assert Trainee(model).frozen_digest() == digest
+    assert TrainState(model).frozen_digest() == digest
     model.base.weight.data = model.base.weight.data.to(torch.bfloat16)
-    assert Trainee(model).frozen_digest() != digest
+    assert TrainState(model).frozen_digest() != digest
 
 
 def test_a_checkpoint_of_another_model_names_the_tensors_and_changes_nothing(tmp_path):
