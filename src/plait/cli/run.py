@@ -40,5 +40,6 @@ def closing(run: Path, out: Out) -> int:
         for line in stage["lines"]:
             out.line(line)
     out.line(f"run folder  {result['run']}")
+    out.line(f"report      {result['run']}/report.html")
     out.result(result)
     return 0
