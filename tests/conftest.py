@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -26,3 +28,85 @@ def packages() -> Callable[[str], Path]:
     from plait.core.packages import locate
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders of a tiny picture tower and a tiny decoder with random weights: ``image``, ``decoder``."""
+    root = tmp_path_factory.mktemp("tiny")
+    _write_tower(root / "image")
+    _write_decoder(root / "decoder")
+    return {"image": root / "image", "decoder": root / "decoder"}
+
+
+@pytest.fixture
+def tiny_model(tiny_folders: dict[str, Path]) -> Any:
+    """A fresh ``Multimodal`` on the tiny folders, in eval mode: pictures of 32 pixels become 4 tokens."""
+    import torch
+
+    from plait.assembly.language import load_language
+    from plait.assembly.multimodal import ConnectorSizes, build_multimodal
+    from plait.assembly.towers import load_image_tower
+
+    image = load_image_tower(str(tiny_folders["image"]), dtype="float32")
+    name = str(tiny_folders["decoder"])
+    language = load_language(name, dtype="float32")
+    torch.manual_seed(1)
+    built = build_multimodal(
+        image, language, ConnectorSizes(d_hidden=24), name=name, center=torch.randn(32) * 0.1, scale=1.0
+    )
+    built.model.eval()
+    return built
+
+
+def _write_tower(folder: Path) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3, "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def _write_decoder(folder: Path) -> None:
+    """A Llama of two layers that reads bytes, with ChatML."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)

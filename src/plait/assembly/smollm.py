@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from plait.assembly.local import converted, fingerprint, quiet
@@ -60,6 +61,13 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerFast
     folder: Path
     key: str
+
+    @property
+    def width(self) -> int:
+        """Of a word embedding."""
+        found = self.model.get_input_embeddings()
+        assert isinstance(found, nn.Embedding)
+        return found.embedding_dim
 
 
 def smollm_folder(*, events: Events | None = None) -> Path:

@@ -306,6 +306,29 @@ def find_stage(folder: Path | None, kind: str) -> Path:
     )
 
 
+def find_model(folder: Path | None) -> Path:
+    """Walk back from a finished stage folder to the nearest one that made a multimodal model, and give its folder.
+
+    Such a stage names it, relative to its own folder, as ``model`` in the summary of its seal.
+
+    Raises:
+        DataError: There is none on the way.
+    """
+    start = folder
+    while folder is not None:
+        done = read_done(folder)
+        if done is None:
+            break
+        if model := done["summary"].get("model"):
+            return folder / str(model)
+        folder = (folder / done["previous"]).resolve() if done["previous"] else None
+    raise DataError(
+        "no finished stage before this one made a multimodal model",
+        place=str(start),
+        remedy="put a 'tune' stage earlier in the recipe, or finish it with `plait resume`",
+    )
+
+
 @contextlib.contextmanager
 def lock(run: Path) -> Generator[None]:
     """Hold a run folder for this process.

@@ -70,6 +70,34 @@ class Mlp(nn.Module):
         return Patches(values=self.down(self.dropout(hidden)), grid=media.grid)
 
 
+class ToWords(nn.Module):
+    """Put tokens where the decoder's word embeddings are: a unit vector times a learned length, from their center.
+
+    ``center + scale * x / |x|``. A decoder reads what lies among its words; the bare output of a new projection does
+    not, whatever its direction.
+
+    Args:
+        center: Mean of the word embeddings that answers use; a buffer.
+        scale: Length at the start: the mean distance of those embeddings from their center.
+    """
+
+    center: Tensor
+
+    def __init__(self, center: Float[Tensor, " d"], *, scale: float) -> None:
+        super().__init__()
+        self.d_out = len(center)
+        self.register_buffer("center", center)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Unchanged."""
+        return grid
+
+    def forward(self, media: Patches) -> Patches:
+        """Move every token."""
+        return Patches(values=self.center + self.scale * nn.functional.normalize(media.values, dim=-1), grid=media.grid)
+
+
 class Chain(nn.Module):
     """Connectors one after the other; has the same face."""
 

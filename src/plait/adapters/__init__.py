@@ -1,0 +1,1 @@
+"""Model → model with few trainable weights."""

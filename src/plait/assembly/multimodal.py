@@ -1,0 +1,282 @@
+"""Folder ⇄ multimodal model: connector and adapter, and by name and digest the tower and the decoder under them.
+
+A folder holds ``config.json`` and ``model.safetensors`` (the connector), ``adapter/`` (LoRA, as peft writes it), the
+tokenizer with its chat template, and ``plait.json``: format, composition and media contract. Weights that did not train
+are not copied: they are packages or folders on this machine, and loading refuses any whose digest is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.adapters.lora import Lora, load_adapter, save_adapter
+from plait.assembly.language import load_language
+from plait.assembly.local import quiet
+from plait.assembly.smollm import LanguageModel
+from plait.assembly.towers import ImageTower, load_image_tower
+from plait.core.errors import CheckpointError, DataError, PlaitError
+from plait.core.events import Events
+from plait.core.files import read_json, write_json
+from plait.core.types import MediaRef
+from plait.data.template import Template
+from plait.models.connector import Chain, Mlp, PixelShuffle, ToWords
+from plait.models.multimodal import MultimodalLM
+
+FORMAT = 1
+"""Version of the folder; a newer one is refused."""
+
+PLAIT = "plait.json"
+ADAPTER = "adapter"
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorSizes:
+    """Shape of the connector.
+
+    Attributes:
+        shuffle: So many cells a side are joined into one token.
+        d_hidden: Width between its two layers.
+        dropout: Share of inputs and hidden units dropped while training.
+    """
+
+    shuffle: int = 2
+    d_hidden: int = 768
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multimodal:
+    """A model with everything that must stay together from training to serving.
+
+    Attributes:
+        model: Tower, connector and decoder.
+        image: The picture tower with its media contract.
+        language: The decoder with its tokenizer and chat template.
+        name: Name or folder the decoder was loaded by.
+        sizes: Of the connector.
+        lora: How adapters are attached; None where there are none.
+    """
+
+    model: MultimodalLM
+    image: ImageTower
+    language: LanguageModel
+    name: str
+    sizes: ConnectorSizes
+    lora: Lora | None = None
+
+    @property
+    def connector(self) -> Chain:
+        """Of pictures."""
+        found = self.model.connectors["image"]
+        assert isinstance(found, Chain)
+        return found
+
+    @property
+    def slots_per_picture(self) -> int:
+        """Tokens a picture becomes: the contract makes all pictures one size."""
+        side = self.image.contract.size
+        cells = self.image.encoder.grid_out(torch.tensor([[1, side, side]]))
+        return int(self.connector.grid_out(cells).prod())
+
+    @property
+    def template(self) -> Template:
+        """Turns to ids, for training and for serving."""
+        slots = self.slots_per_picture
+
+        def count(_: MediaRef) -> int:
+            return slots
+
+        return Template(self.language.tokenizer, placeholder=self.model.placeholder, slots=count)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a conversation."""
+        return int(self.language.model.config.max_position_embeddings)
+
+    @property
+    def stop(self) -> int:
+        """Id that ends an answer."""
+        found = self.language.tokenizer.eos_token_id
+        assert isinstance(found, int)
+        return found
+
+    def with_lora(self, lora: Lora) -> Multimodal:
+        """The same model, said to have these adapters (:func:`plait.adapters.lora.attach` puts them in)."""
+        return replace(self, lora=lora)
+
+
+def build_multimodal(
+    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, center: Tensor, scale: float
+) -> Multimodal:
+    """A new connector, drawn from torch's generator, between a tower and a decoder.
+
+    Args:
+        image: Picture tower.
+        language: Decoder.
+        sizes: Of the connector.
+        name: Name or folder the decoder was loaded by.
+        center: Center of the word embeddings that answers use, ``d``.
+        scale: How far from it picture tokens lie at the start.
+    """
+    shuffle = PixelShuffle(image.encoder.d_out, sizes.shuffle)
+    width = len(center)
+    mlp = Mlp(shuffle.d_out, sizes.d_hidden, width, dropout=sizes.dropout)
+    connector = Chain(shuffle, mlp, ToWords(center.float(), scale=scale))
+    encoder = image.encoder
+    assert isinstance(encoder, torch.nn.Module)
+    # The first id beyond both vocabularies: no text becomes it, and no decoder can write it.
+    placeholder = max(language.model.config.vocab_size, len(language.tokenizer))
+    model = MultimodalLM({"image": encoder}, {"image": connector}, language.model, placeholder=placeholder)
+    return Multimodal(model=model, image=image, language=language, name=name, sizes=sizes)
+
+
+def save_multimodal(built: Multimodal, folder: Path) -> None:
+    """Write a folder that exists; what did not train is named, not copied.
+
+    Raises:
+        OSError: The disk is full or not writable.
+        safetensors.SafetensorError: Likewise.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in built.connector.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "architectures": ["MultimodalLM"],
+        "model_type": "plait-multimodal",
+        "image_width": built.image.encoder.d_out,
+        "text_config": built.language.model.config.to_dict(),
+        "connector": asdict(built.sizes),
+    }
+    write_json(folder / _CONFIG, config)
+    with quiet():
+        built.language.tokenizer.save_pretrained(str(folder))
+    if built.lora is not None:
+        save_adapter(built.language.model, built.lora, folder / ADAPTER, base=built.name)
+    dtype = str(built.language.model.dtype).removeprefix("torch.")
+    composition = {
+        "image": {**built.image.settings, "key": built.image.key},
+        "decoder": {"name": built.name, "dtype": dtype, "key": built.language.key},
+        "adapter": ADAPTER if built.lora is not None else None,
+        "placeholder": built.model.placeholder,
+    }
+    media = {"image": {**built.image.contract.as_dict(), "tokens": built.slots_per_picture}}
+    write_json(folder / PLAIT, {"format": FORMAT, "kind": "multimodal", "composition": composition, "media": media})
+
+
+def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None = None) -> Multimodal:
+    """Read what :func:`save_multimodal` wrote, in eval mode, nothing trainable.
+
+    Args:
+        folder: Of a checkpoint.
+        adapter: False leaves the adapter out: the decoder as it was before.
+        events: Where a one-time conversion is said.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, of a later format or of another kind; tower or decoder are not
+            those the folder was trained with.
+        ResourceError: A package is not fetched.
+    """
+    record = read_record(folder)
+    try:
+        parts: Mapping[str, Any] = record["composition"]
+        settings = dict(parts["image"])
+        image_key, decoder = settings.pop("key"), dict(parts["decoder"])
+        sizes = ConnectorSizes(**read_json(folder / _CONFIG)["connector"])
+        name, dtype = str(decoder["name"]), str(decoder["dtype"])
+        placeholder, has_adapter = int(parts["placeholder"]), parts["adapter"] is not None
+    except (KeyError, TypeError, ValueError, PlaitError) as error:
+        raise CheckpointError(
+            f"a field is missing or cannot be read: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy"
+        ) from error
+    image = load_image_tower(settings.pop("name"), **settings, events=events)
+    language = load_language(name, dtype=dtype, events=events)
+    for what, found, wanted in (("tower", image.key, image_key), ("decoder", language.key, decoder["key"])):
+        if found != wanted:
+            raise CheckpointError(
+                f"the {what} has digest {found[:12]}, this model was trained with {str(wanted)[:12]}",
+                place=str(folder / PLAIT),
+                remedy=f"fetch the version of the {what} that was used, or train again",
+            )
+    language = replace(language, tokenizer=_tokenizer(folder))
+    center = torch.zeros(language.width)
+    built = build_multimodal(image, language, sizes, name=name, center=center, scale=1.0)
+    if built.model.placeholder != placeholder:
+        raise CheckpointError(
+            f"the placeholder is {placeholder}, tokenizer and decoder make it {built.model.placeholder}",
+            place=str(folder / PLAIT),
+            remedy="tokenizer and plait.json must come from the same checkpoint",
+        )
+    load_connector(built, folder)
+    if has_adapter and adapter:
+        built = built.with_lora(load_adapter(language.model, folder / ADAPTER))
+    built.model.eval()
+    built.model.requires_grad_(requires_grad=False)
+    return built
+
+
+def load_connector(built: Multimodal, folder: Path) -> None:
+    """Put the connector of a folder into a model of the same shape.
+
+    Raises:
+        CheckpointError: It is damaged, or of another shape.
+    """
+    path = folder / _WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
+    wanted = {name: tuple(value.shape) for name, value in built.connector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{len(wrong)} of {len(wanted)} tensors do not fit, such as {wrong[0]}: "
+            f"expected {wanted.get(wrong[0])}, came {found.get(wrong[0])}",
+            place=str(path),
+            remedy="config.json and model.safetensors must come from the same checkpoint",
+        )
+    built.connector.load_state_dict(weights)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``plait.json`` of a multimodal model.
+
+    Raises:
+        CheckpointError: It is missing, damaged, of a later format or of another kind.
+    """
+    path = folder / PLAIT
+    if not path.is_file():
+        raise CheckpointError(f"{PLAIT} is missing", place=str(folder), remedy="give a checkpoint folder")
+    try:
+        record = read_json(path)
+    except DataError as error:
+        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
+    kind, format_ = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
+    if kind != "multimodal" or not isinstance(format_, int) or format_ > FORMAT:
+        raise CheckpointError(
+            f"kind {kind!r}, format {format_}; expected 'multimodal', at most {FORMAT}",
+            place=str(path),
+            remedy="give the folder of a tune checkpoint, or load it with the version of plait that wrote it",
+        )
+    return record
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be read: {error}", place=str(folder), remedy="use an undamaged copy"
+        ) from error

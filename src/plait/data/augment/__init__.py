@@ -1,0 +1,1 @@
+"""Changes of pictures that leave their meaning."""
