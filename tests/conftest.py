@@ -41,7 +41,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def tiny_model(tiny_folders: dict[str, Path]) -> Any:
-    """A fresh ``Multimodal`` on the tiny folders, in eval mode: pictures of 32 pixels become 4 tokens."""
+    """A fresh ``Multimodal`` on the tiny folders, in eval mode: pictures of 32 pixels become 12 tokens."""
     import torch
 
     from plait.assembly.language import load_language
@@ -53,7 +53,11 @@ def tiny_model(tiny_folders: dict[str, Path]) -> Any:
     language = load_language(name, dtype="float32")
     torch.manual_seed(1)
     built = build_multimodal(
-        image, language, ConnectorSizes(d_hidden=24), name=name, center=torch.randn(32) * 0.1, scale=1.0
+        image,
+        language,
+        ConnectorSizes(shuffle=2, d_hidden=24, tokens=3, free=1),
+        name=name,
+        words=torch.randn(7, 32) * 0.2,
     )
     built.model.eval()
     return built

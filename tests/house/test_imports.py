@@ -24,12 +24,13 @@ FRAMEWORK_FREE = (
 )
 """What the design keeps from transformers, peft, fastapi and plotly, once it exists."""
 
-# Import every module below a package and tell which heavy ones came with it.
+# Import every module of a package, but not of packages inside it (they hold what a stage runs), and tell which heavy
+# ones came with it.
 TELL = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if module.name.rpartition(".")[2] != "__main__":
+    if module.name.rpartition(".")[2] != "__main__" and module.name.count(".") == package.__name__.count(".") + 1:
         importlib.import_module(module.name)
 print(json.dumps([name for name in {heavy!r} if name in sys.modules]))
 """

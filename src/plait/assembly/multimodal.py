@@ -2,7 +2,8 @@
 
 A folder holds ``config.json`` and ``model.safetensors`` (the connector), ``adapter/`` (LoRA, as peft writes it), the
 tokenizer with its chat template, and ``plait.json``: format, composition and media contract. Weights that did not train
-are not copied: they are packages or folders on this machine, and loading refuses any whose digest is another.
+are not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A decoder
+with 8-bit layers is no other decoder's any more: it lies in the folder itself (:mod:`plait.assembly.compressed`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.adapters.lora import Lora, load_adapter, save_adapter
+from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language
 from plait.assembly.local import quiet
 from plait.assembly.smollm import LanguageModel
@@ -27,8 +29,9 @@ from plait.core.events import Events
 from plait.core.files import read_json, write_json
 from plait.core.types import MediaRef
 from plait.data.template import Template
-from plait.models.connector import Chain, Mlp, PixelShuffle, ToWords
+from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords
 from plait.models.multimodal import MultimodalLM
+from plait.models.quantized import quantized_layers
 
 FORMAT = 1
 """Version of the folder; a newer one is refused."""
@@ -44,14 +47,18 @@ class ConnectorSizes:
     """Shape of the connector.
 
     Attributes:
-        shuffle: So many cells a side are joined into one token.
+        shuffle: So many cells a side are joined before they are projected.
         d_hidden: Width between its two layers.
         dropout: Share of inputs and hidden units dropped while training.
+        tokens: Tokens that a joined cell becomes.
+        free: How many of these are not mixtures of words.
     """
 
     shuffle: int = 2
-    d_hidden: int = 768
+    d_hidden: int = 1024
     dropout: float = 0.0
+    tokens: int = 6
+    free: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +87,13 @@ class Multimodal:
         found = self.model.connectors["image"]
         assert isinstance(found, Chain)
         return found
+
+    @property
+    def words(self) -> Tensor:
+        """Embeddings that picture tokens are mixed from, ``word d``."""
+        onto = self.connector.parts[-1]
+        assert isinstance(onto, ToWords)
+        return onto.words
 
     @property
     def slots_per_picture(self) -> int:
@@ -116,7 +130,7 @@ class Multimodal:
 
 
 def build_multimodal(
-    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, center: Tensor, scale: float
+    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, words: Tensor
 ) -> Multimodal:
     """A new connector, drawn from torch's generator, between a tower and a decoder.
 
@@ -125,13 +139,13 @@ def build_multimodal(
         language: Decoder.
         sizes: Of the connector.
         name: Name or folder the decoder was loaded by.
-        center: Center of the word embeddings that answers use, ``d``.
-        scale: How far from it picture tokens lie at the start.
+        words: Embeddings of the words that picture tokens are mixed from, ``word d``.
     """
     shuffle = PixelShuffle(image.encoder.d_out, sizes.shuffle)
-    width = len(center)
-    mlp = Mlp(shuffle.d_out, sizes.d_hidden, width, dropout=sizes.dropout)
-    connector = Chain(shuffle, mlp, ToWords(center.float(), scale=scale))
+    wide = words.shape[1] * sizes.tokens
+    mlp = Mlp(shuffle.d_out, sizes.d_hidden, wide, dropout=sizes.dropout)
+    onto = ToWords(words.float(), count=sizes.tokens, free=sizes.free)
+    connector = Chain(shuffle, mlp, Split(wide, sizes.tokens), onto)
     encoder = image.encoder
     assert isinstance(encoder, torch.nn.Module)
     # The first id beyond both vocabularies: no text becomes it, and no decoder can write it.
@@ -141,7 +155,7 @@ def build_multimodal(
 
 
 def save_multimodal(built: Multimodal, folder: Path) -> None:
-    """Write a folder that exists; what did not train is named, not copied.
+    """Write a folder that exists; what did not train is named, not copied, unless it has 8-bit layers.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -154,7 +168,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         "model_type": "plait-multimodal",
         "image_width": built.image.encoder.d_out,
         "text_config": built.language.model.config.to_dict(),
-        "connector": asdict(built.sizes),
+        "connector": {**asdict(built.sizes), "words": len(built.words)},
     }
     write_json(folder / _CONFIG, config)
     with quiet():
@@ -162,9 +176,12 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
     if built.lora is not None:
         save_adapter(built.language.model, built.lora, folder / ADAPTER, base=built.name)
     dtype = str(built.language.model.dtype).removeprefix("torch.")
+    decoder = {"name": built.name, "dtype": dtype, "key": built.language.key}
+    if quantized_layers(built.language.model):
+        decoder |= save_decoder(built.language.model, folder)
     composition = {
         "image": {**built.image.settings, "key": built.image.key},
-        "decoder": {"name": built.name, "dtype": dtype, "key": built.language.key},
+        "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
         "placeholder": built.model.placeholder,
     }
@@ -182,7 +199,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
 
     Raises:
         CheckpointError: A file is missing, damaged, of a later format or of another kind; tower or decoder are not
-            those the folder was trained with.
+            those the folder was trained with; or the adapter cannot be left out, being merged into 8-bit weights.
         ResourceError: A package is not fetched.
     """
     record = read_record(folder)
@@ -190,7 +207,10 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
         parts: Mapping[str, Any] = record["composition"]
         settings = dict(parts["image"])
         image_key, decoder = settings.pop("key"), dict(parts["decoder"])
-        sizes = ConnectorSizes(**read_json(folder / _CONFIG)["connector"])
+        config: Mapping[str, Any] = read_json(folder / _CONFIG)
+        connector = dict(config["connector"])
+        words = int(connector.pop("words"))
+        sizes, shape = ConnectorSizes(**connector), config["text_config"]
         name, dtype = str(decoder["name"]), str(decoder["dtype"])
         placeholder, has_adapter = int(parts["placeholder"]), parts["adapter"] is not None
     except (KeyError, TypeError, ValueError, PlaitError) as error:
@@ -198,17 +218,20 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
             f"a field is missing or cannot be read: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy"
         ) from error
     image = load_image_tower(settings.pop("name"), **settings, events=events)
-    language = load_language(name, dtype=dtype, events=events)
-    for what, found, wanted in (("tower", image.key, image_key), ("decoder", language.key, decoder["key"])):
-        if found != wanted:
+    _same("tower", image.key, image_key, folder=folder)
+    tokenizer = _tokenizer(folder)
+    if "weights" in decoder:
+        if not adapter:
             raise CheckpointError(
-                f"the {what} has digest {found[:12]}, this model was trained with {str(wanted)[:12]}",
-                place=str(folder / PLAIT),
-                remedy=f"fetch the version of the {what} that was used, or train again",
+                "the adapter cannot be left out: it is merged into the decoder's 8-bit weights",
+                place=str(folder),
+                remedy="load the checkpoint that was compressed",
             )
-    language = replace(language, tokenizer=_tokenizer(folder))
-    center = torch.zeros(language.width)
-    built = build_multimodal(image, language, sizes, name=name, center=center, scale=1.0)
+        language = load_decoder(folder, decoder, shape, tokenizer=tokenizer)
+    else:
+        language = replace(load_language(name, dtype=dtype, events=events), tokenizer=tokenizer)
+        _same("decoder", language.key, decoder["key"], folder=folder)
+    built = build_multimodal(image, language, sizes, name=name, words=torch.zeros(words, language.width))
     if built.model.placeholder != placeholder:
         raise CheckpointError(
             f"the placeholder is {placeholder}, tokenizer and decoder make it {built.model.placeholder}",
@@ -221,6 +244,15 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
     built.model.eval()
     built.model.requires_grad_(requires_grad=False)
     return built
+
+
+def _same(what: str, found: str, wanted: object, *, folder: Path) -> None:
+    if found != wanted:
+        raise CheckpointError(
+            f"the {what} has digest {found[:12]}, this model was trained with {str(wanted)[:12]}",
+            place=str(folder / PLAIT),
+            remedy=f"fetch the version of the {what} that was used, or train again",
+        )
 
 
 def load_connector(built: Multimodal, folder: Path) -> None:

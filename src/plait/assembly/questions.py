@@ -12,7 +12,7 @@ from plait.assembly.towers import ImageTower
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.tensors import Patches
-from plait.core.types import Sample
+from plait.core.types import MediaRef, Sample
 from plait.data.augment.views import View
 from plait.data.features import FeatureStore, cached_features
 from plait.data.shards import ShardReader, split_names
@@ -38,6 +38,10 @@ class Questions:
 
     samples: Mapping[str, Sequence[Sample]]
     stores: Sequence[FeatureStore]
+
+    def features(self, refs: Sequence[MediaRef]) -> Patches:
+        """Features of pictures as they are: what an engine is given."""
+        return self.stores[0]([ref.sha256 for ref in refs])
 
 
 def read_questions(

@@ -20,6 +20,8 @@ VERBS: dict[str, str] = {
     "run": "run a recipe: every stage in order, into one run folder",
     "plan": "say what a recipe needs: weights, tokens, FLOPs, memory, disk, time; no side effects",
     "resume": "continue an interrupted run from its last complete state",
+    "chat": "ask a model about pictures, in the terminal",
+    "serve": "serve a model over HTTP as OpenAI's chat completions, on this machine only",
     "doctor": "check this machine: versions, CPU, memory, disk, speed, packages",
     "data": "fetch data packages, show the data card or samples",
     "runs": "list runs, or show one",

@@ -1,6 +1,5 @@
 """Batches of picture-text pairs from features that were computed before; which ones depends on seed and step alone."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.core.tensors import Batch, Patches
+from plait.data.order import Order, generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairBatches:
     """Source of contrastive batches for the training loop.
 
-    All pairs are gone through in a new random order each epoch. The epochs follow each other without a gap: a batch may
-    hold the end of one and the beginning of the next, so every pair is seen equally often and no batch is short.
+    All pairs are gone through in a new random order each epoch (:class:`plait.data.order.Order`).
 
     Attributes:
         image: Feature of each picture.
@@ -35,14 +34,16 @@ class PairBatches:
     ids: Sequence[str]
     batch_size: int
     seed: int
-    _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _order: Order = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_order", Order(number=len(self.ids), batch_size=self.batch_size, seed=self.seed))
 
     def step_batches(self, step: int) -> list[Batch]:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         chosen = self.pairs_of(step)
         rows: list[int] = chosen.tolist()
-        generator = _generator(self.seed, "text", step)
-        draws = torch.rand(len(rows), 2, generator=generator).tolist()
+        draws = torch.rand(len(rows), 2, generator=generator(self.seed, "text", step)).tolist()
         texts = [
             self.texts_of[row][0 if main < 0.5 else int(which * len(self.texts_of[row]))]
             for row, (main, which) in zip(rows, draws, strict=True)
@@ -64,20 +65,4 @@ class PairBatches:
 
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
         """Which pairs are in the batch of a step."""
-        number = len(self.ids)
-        first, last = step * self.batch_size, (step + 1) * self.batch_size
-        stream = torch.cat([self._order(epoch) for epoch in range(first // number, -(-last // number))])
-        start = first % number
-        return stream[start : start + self.batch_size]
-
-    def _order(self, epoch: int) -> Int[Tensor, " pair"]:
-        if epoch not in self._orders:
-            for old in [e for e in self._orders if e < epoch - 1]:
-                del self._orders[old]
-            self._orders[epoch] = torch.randperm(len(self.ids), generator=_generator(self.seed, "order", epoch))
-        return self._orders[epoch]
-
-
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return self._order.batch(step)

@@ -3,7 +3,7 @@
 Thin for now: requests are answered in batches of like length, each batch until its last row is finished.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,10 @@ from plait.inference.sampling import sample
 from plait.models.multimodal import MultimodalLM
 
 Finish = Literal["stop", "length"]
+
+
+class ContextError(DataError):
+    """A prompt with its answer is longer than what the model can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +88,8 @@ class Engine:
         """Answer all requests, in their order.
 
         Raises:
-            DataError: A prompt with its answer is longer than the context; says by how much. Nothing is cut. Or its
-                pictures are not those its placeholders stand for.
+            ContextError: A prompt with its answer is longer than the context; says by how much. Nothing is cut.
+            DataError: A request's pictures are not those its placeholders stand for.
             NumericsError: Scores are not numbers; says whose.
             UsageError: No answer of at least one token is asked for, or the temperature is negative.
         """
@@ -96,13 +100,15 @@ class Engine:
                 pass
         return [self._completion(row) for row in rows]
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: Request) -> Generator[str, None, Completion]:
         """Answer one request piece by piece: the text so far grows by each piece, whole characters only.
 
-        The pieces together are the text that a call gives. Faults of the request are raised here, before the first
-        piece is asked for.
+        There is a piece a token, empty where the token finishes no character, so that whoever reads may stop at any
+        token. The pieces together are the text that a call gives, and the generator returns what a call returns. Faults
+        of the request are raised here, before the first piece is asked for.
 
         Raises:
+            ContextError: As in a call.
             DataError: As in a call.
             UsageError: As in a call.
         """
@@ -110,17 +116,17 @@ class Engine:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _pieces(self, row: _Row) -> Iterator[str]:
+    def _pieces(self, row: _Row) -> Generator[str, None, Completion]:
         said = ""
         for _ in self._answer([row]):
             text = self.decode(row.made)
             # A character of several bytes may be unfinished: it is said when its last token is there.
-            if text.startswith(said) and not text.endswith("\ufffd"):
-                if len(text) > len(said):
-                    yield text[len(said) :]
-                said = text
+            whole = text.startswith(said) and not text.endswith("\ufffd")
+            yield text[len(said) :] if whole else ""
+            said = text if whole else said
         if rest := self.decode(row.made)[len(said) :]:
             yield rest
+        return self._completion(row)
 
     def _row(self, request: Request) -> _Row:
         if request.max_new_tokens < 1 or request.temperature < 0:
@@ -133,7 +139,7 @@ class Engine:
         length = len(prompt.token_ids)
         if length + request.max_new_tokens > self.context:
             over = length + request.max_new_tokens - self.context
-            raise DataError(
+            raise ContextError(
                 f"the prompt has {length:,} tokens; with an answer of {request.max_new_tokens:,} that is {over:,} more "
                 f"than the {self.context:,} the model can hold",
                 place=f"request {request.id}",

@@ -70,24 +70,47 @@ class Mlp(nn.Module):
         return Patches(values=self.down(self.dropout(hidden)), grid=media.grid)
 
 
-class ToWords(nn.Module):
-    """Put tokens where the decoder's word embeddings are: a unit vector times a learned length, from their center.
+class Split(nn.Module):
+    """One wide token into ``count`` narrow ones, in order: the inverse of joining."""
 
-    ``center + scale * x / |x|``. A decoder reads what lies among its words; the bare output of a new projection does
-    not, whatever its direction.
+    def __init__(self, d_in: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.d_out = d_in // count
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """``count`` times as many columns."""
+        return grid * grid.new_tensor([1, 1, self.count])
+
+    def forward(self, media: Patches) -> Patches:
+        """Split."""
+        return Patches(values=media.values.reshape(-1, self.d_out), grid=self.grid_out(media.grid))
+
+
+class ToWords(nn.Module):
+    """Put tokens where the decoder's word embeddings are, so that a decoder reads them from the first step on.
+
+    Of every ``count`` tokens, the first are mixtures of word embeddings, ``softmax(scale * cos(x, w - center)) @ w``
+    over a list of words (AlignVLM, https://arxiv.org/abs/2502.01341, has the same with the whole vocabulary). The last
+    ``free`` are ``center + length * x / |x|``: any direction, at the distance that words have; a mixture cannot say
+    how much the picture is like a word that is not in the list.
 
     Args:
-        center: Mean of the word embeddings that answers use; a buffer.
-        scale: Length at the start: the mean distance of those embeddings from their center.
+        words: Embeddings of the words, ``word d``; a buffer.
+        count: Tokens that belong together.
+        free: How many of them are not mixtures.
+        scale: Factor on the cosine at the start; learned.
     """
 
-    center: Tensor
+    words: Tensor
 
-    def __init__(self, center: Float[Tensor, " d"], *, scale: float) -> None:
+    def __init__(self, words: Float[Tensor, "word d"], *, count: int, free: int, scale: float = 12.0) -> None:
         super().__init__()
-        self.d_out = len(center)
-        self.register_buffer("center", center)
+        self.d_out = words.shape[1]
+        self.count, self.free = count, free
+        self.register_buffer("words", words)
         self.scale = nn.Parameter(torch.tensor(scale))
+        self.length = nn.Parameter((words - words.mean(0)).norm(dim=1).mean())
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """Unchanged."""
@@ -95,7 +118,52 @@ class ToWords(nn.Module):
 
     def forward(self, media: Patches) -> Patches:
         """Move every token."""
-        return Patches(values=self.center + self.scale * nn.functional.normalize(media.values, dim=-1), grid=media.grid)
+        groups = media.values.view(-1, self.count, self.d_out)
+        mixed = self.scores(groups[:, : self.count - self.free]).softmax(-1) @ self.words
+        directions = self.center + self.length * nn.functional.normalize(groups[:, self.count - self.free :], dim=-1)
+        return Patches(values=torch.cat([mixed, directions], dim=1).flatten(0, 1), grid=media.grid)
+
+    @property
+    def center(self) -> Float[Tensor, " d"]:
+        """Mean of the words."""
+        return self.words.mean(0)
+
+    def scores(self, values: Float[Tensor, "*n d"]) -> Float[Tensor, "*n word"]:
+        """How much each token is like each word, before the softmax."""
+        return self.scale * self.cosines(values, self.words)
+
+    def cosines(self, values: Float[Tensor, "*n d"], targets: Float[Tensor, "m d"]) -> Float[Tensor, "*n m"]:
+        """Cosine of each token with each target, both seen from the center of the words."""
+        directions = nn.functional.normalize(targets - self.center, dim=-1)
+        return nn.functional.normalize(values, dim=-1) @ directions.T
+
+
+class WordReader(nn.Module):
+    """A connector that ends in :class:`ToWords`, asked what it reads instead of for tokens: no decoder is needed.
+
+    Args:
+        connector: Trained in place.
+        names: Embedding of each training name, ``name d``: the mean of its words; a buffer that is not saved.
+    """
+
+    names: Tensor
+
+    def __init__(self, connector: "Chain", names: Float[Tensor, "name d"]) -> None:
+        super().__init__()
+        self.connector = connector
+        self.register_buffer("names", names, persistent=False)
+
+    def forward(self, media: Patches) -> tuple[Float[Tensor, "b k word"], Float[Tensor, "b name"]]:
+        """Scores of the words at each mixed token, and of the names over the mean of the free tokens."""
+        *front, words = self.connector.parts
+        assert isinstance(words, ToWords)
+        media = Patches(values=media.values.to(words.words.dtype), grid=media.grid)  # cached features have 16 bits
+        for part in front:
+            media = part(media)
+        groups = media.values.view(-1, words.count, words.d_out)
+        mixed = words.count - words.free
+        directions = nn.functional.normalize(groups[:, mixed:], dim=-1).mean(1)
+        return words.scores(groups[:, :mixed]), words.scale * words.cosines(directions, self.names)
 
 
 class Chain(nn.Module):

@@ -14,10 +14,14 @@ from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
 from plait.core.yamltext import Keys
+from plait.stages.align import Align
+from plait.stages.compress import Compress
 from plait.stages.data import Data
+from plait.stages.evaluate import Evaluate
 from plait.stages.pretrain import Pretrain
+from plait.stages.tune import Tune
 
-AnyStage: TypeAlias = Annotated[Pretrain, Field(discriminator="kind")]
+AnyStage: TypeAlias = Annotated[Pretrain | Tune | Align | Compress | Evaluate, Field(discriminator="kind")]
 """Every stage kind that may follow the data: ``Pretrain | Tune | …``. This union is the catalogue."""
 
 _FOLDER = Path(__file__).parent

@@ -17,6 +17,7 @@ from plait.core.files import write_atomic
 from plait.report.charts import MISSING, Charts, plotly_source
 from plait.report.folder import RunFolder, moment
 from plait.report.markup import Html, alert, duration, el, fold, join, number, origin
+from plait.report.model_sections import chat_command
 from plait.report.sections import draw_stage, facts_list, sentences
 
 NAME = "report.html"
@@ -93,6 +94,7 @@ def _head(run: RunFolder) -> Html:
         el("p", f"Run of the recipe {run.recipe}", cls="eyebrow"),
         el("h1", run.path.name, " ", el("span", run.state, cls=f"tag {run.state}")),
         el("ul", results, cls="results"),
+        el("p", "Talk with the model: ", el("code", chat), cls="next") if (chat := chat_command(run)) else None,
         el("p", f"{why}: ", el("code", f"plait {verb} {shlex.quote(run.path.name)}"), cls="next"),
         facts_list(facts),
         fold("All versions", facts_list({str(k): str(v) for k, v in versions.items()}), origin("env.json"))

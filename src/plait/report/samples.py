@@ -123,10 +123,17 @@ def _answer(record: Record, target: str) -> Html:
         marked = [el("b", f"✓\u00a0{word}", cls="right") if word == target else el("span", word) for word in words]
         return el("span", marked, cls="ranked")
     if said := _first(record, _SAID):
-        return el("b", f"✓\u00a0{said}", cls="right") if said == target else join(said)
+        if not target:
+            return join(said)
+        return el("b", f"✓\u00a0{said}", cls="right") if same(said, target) else el("span", f"✗\u00a0{said}")
     known = {"id", "uri", "split", "concept", "rank", *_TARGET, *_ASKED}
     rest = [f"{key}: {number(value)}" for key, value in record.items() if key not in known]
     return join(" · ".join(rest))
+
+
+def same(said: str, target: str) -> bool:
+    """Whether an answer is the target but for case and a full stop: a mark for the eye; scores have their own rules."""
+    return said.strip().rstrip(".。").casefold() == target.strip().rstrip(".。").casefold()
 
 
 def _first(record: Record, keys: Sequence[str]) -> str:

@@ -17,7 +17,6 @@ from plait.report.charts import COLORS, Charts, Figure, label, layout
 from plait.report.folder import RunFolder, number_of
 from plait.report.markup import Html, alert, el, join, number, table
 
-_BESIDE = re.compile(r"(.+)/(chance|untrained|baseline[\w-]*|gain-over-[\w-]+)")
 _SHARE = re.compile(r"hit@|accuracy|exact|match|rate\b|\bf1\b|wilson")
 _NOT_SHARE = frozenset({"MRR"})
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up")  # beside colors, for those who see none
@@ -95,8 +94,9 @@ def read_scores(run: RunFolder, path: Path) -> list[Score]:
         else:
             found[score.name] = score
     for name in list(found):
-        if (match := _BESIDE.fullmatch(name)) and match[1] in found:
-            found[match[1]].beside[match[2]] = found.pop(name)
+        whole, _, beside = name.rpartition("/")
+        if whole in found:
+            found[whole].beside[beside] = found.pop(name)
     return list(found.values())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from plait.core.yamltext import is_list, is_mapping
+from plait.report import model_sections as model
 from plait.report import pictures
 from plait.report.charts import Charts, draw_metrics, read_metrics
 from plait.report.folder import RunFolder, StageFolder
@@ -86,7 +87,7 @@ def _state(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
 def _scores(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
     """Scores."""
     path = stage.path / "scores.json"
-    scores = read_scores(run, path)
+    scores = [score for score in read_scores(run, path) if not model.is_answer_score(score)]
     if not scores:
         return None
     return join(el("h3", "How good it is"), draw_scores(charts, scores), origin(run.relative(path)))
@@ -205,7 +206,13 @@ def _card(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
 COMMON: tuple[Part, ...] = (_scores, _samples, _curves, _predictions, _summary)
 """Drawn for every kind of stage, where its files are there."""
 
-SPECIAL: dict[str, tuple[Part, ...]] = {"data": (_strips, _counts, _card)}
+SPECIAL: dict[str, tuple[Part, ...]] = {
+    "data": (_strips, _counts, _card),
+    "tune": (model.bars, model.first_batch, model.phases),
+    "align": (model.bars, model.phases),
+    "compress": (model.sizes, model.bars, model.asked),
+    "evaluate": (model.gates, model.bars, model.asked),
+}
 """Drawn before those, for one kind."""
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from plait.core.errors import PlaitError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
-from plait.stages.stage import Stage
+from plait.stages.stage import Stage, named_setting
 
 if TYPE_CHECKING:
     from plait.assembly.dual import Dual
@@ -150,12 +148,12 @@ class Pretrain(Stage):
             ("image_tower", self.image_tower, IMAGE_TOWER),
             ("text_tower", self.text_tower, TEXT_TOWER),
         ):
-            with _named(f"stages.{self.kind}.{setting}"):
+            with named_setting(f"stages.{self.kind}.{setting}"):
                 find_tower(name, packaged)
         if self.device not in ("auto", "cpu", machine.device):
             from plait.core.device import choose_device  # imports torch
 
-            with _named(f"stages.{self.kind}.device"):
+            with named_setting(f"stages.{self.kind}.device"):
                 choose_device(self.device)
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
@@ -296,16 +294,6 @@ class Pretrain(Stage):
             save_every=self.save_every,
             context=context | {"towers": [dual.image.key, dual.text.key], "data": data},
         )
-
-
-@contextmanager
-def _named(setting: str) -> Generator[None]:
-    """Let a fault found in the block name the setting it comes from."""
-    try:
-        yield
-    except PlaitError as error:
-        error.place = setting
-        raise
 
 
 def _show(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from plait.core.errors import PlaitError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.spec import Spec
@@ -53,3 +55,13 @@ class Stage(Spec, ABC):
             machine: What this machine can do.
             before: Estimates of the earlier stages by stage kind.
         """
+
+
+@contextmanager
+def named_setting(setting: str) -> Generator[None]:
+    """Let a fault found in the block name the setting it comes from."""
+    try:
+        yield
+    except PlaitError as error:
+        error.place = setting
+        raise

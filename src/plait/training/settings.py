@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
 from plait.core.tensors import Batch
@@ -21,6 +23,18 @@ class Batches(Protocol):
     def step_batches(self, step: int) -> Sequence[Batch]:
         """Micro-batches of the update after ``step`` finished steps, on the model's device; always the same ones."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Batches of another source, moved to a device."""
+
+    batches: Batches
+    device: str
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        """The other's batches."""
+        return [batch.to(torch.device(self.device)) for batch in self.batches.step_batches(step)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,9 +53,9 @@ def test_a_saved_model_answers_as_before_and_pictures_take_the_contracted_tokens
     loaded = load_multimodal(tmp_path)
     before, after = answer(trained), answer(loaded)
     assert before == after
-    assert before.image_tokens == trained.slots_per_picture == 4
+    assert before.image_tokens == trained.slots_per_picture == 12
     record = json.loads((tmp_path / "plait.json").read_text())
-    assert record["media"]["image"]["tokens"] == 4
+    assert record["media"]["image"]["tokens"] == 12
     without = answer(load_multimodal(tmp_path, adapter=False))
     assert without.token_ids != before.token_ids
 

@@ -1,0 +1,39 @@
+"""Which questions a stage takes, where it does not take all: drawn from the seed, and evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from plait.core.types import Sample
+from plait.data.sources import rank
+
+HELD_OUT = ("test-style", "test-concept", "test-both")
+"""Splits that are never trained on; the first is that of known things drawn in another style."""
+
+
+def spread(samples: Sequence[Sample], tasks: Sequence[str], *, limit: int, seed: int) -> list[Sample]:
+    """Up to ``limit`` questions in an order drawn from the seed, as many of each task as there are.
+
+    Questions that are answered yes and such that are answered no take turns, so that no liking for a word is taught or
+    measured. A smaller limit gives the beginning of what a larger one gives.
+    """
+    queues: list[list[Sample]] = []
+    for task in tasks:
+        of_task = sorted((s for s in samples if s.meta["task"] == task), key=lambda s: rank(seed, "spread", s.id))
+        if task == "yesno":
+            yes = [sample for sample in of_task if sample.text("assistant") == "yes"]
+            no = [sample for sample in of_task if sample.text("assistant") != "yes"]
+            of_task = _in_turn([yes, no])
+        queues.append(of_task)
+    return _in_turn(queues)[:limit]
+
+
+def held_out(there: Collection[str], wanted: str) -> str | None:
+    """The wanted split, or else the first of :data:`HELD_OUT` that is there: own data have one of them only."""
+    return next((split for split in (wanted, *HELD_OUT) if split in there), None)
+
+
+def _in_turn(queues: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """One of each, then the next of each; who has none left is passed over."""
+    longest = max(map(len, queues), default=0)
+    return [queue[place] for place in range(longest) for queue in queues if place < len(queue)]

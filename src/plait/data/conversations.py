@@ -1,0 +1,135 @@
+"""Batches of conversations for a language-modeling loss: tasks mixed by weight, rows of one shape, views."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from plait.core.errors import ConfigError, DataError
+from plait.core.tensors import Batch, Patches
+from plait.data.collate import collate
+from plait.data.features import FeatureStore
+from plait.data.order import generator
+from plait.data.packing import pack
+from plait.data.template import Rendered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """One rendered sample.
+
+    Attributes:
+        id: Of the sample.
+        task: What it asks.
+        rendered: Its ids.
+    """
+
+    id: str
+    task: str
+    rendered: Rendered
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationBatches:
+    """Source of batches for the training loop: which samples a step sees depends on seed and step alone.
+
+    Each task is gone through in a new random order each epoch; which task comes next is drawn by weight. All batches
+    have one shape: the fewest rows into which each step's samples can be packed, filled up with padding.
+
+    Attributes:
+        conversations: All of them.
+        weights: Share of each task; tasks that are not named are left out.
+        stores: Features of pictures, one store a view; a picture that a view's store has not is seen as it is.
+        grid_out: The connector's token account.
+        batch_size: Samples a step.
+        row: Tokens a row holds.
+        pad: Id of padding.
+        steps: How many steps there are.
+        seed: Of order, tasks and views.
+
+    Raises:
+        ConfigError: No task with a weight has samples.
+        DataError: A sample is longer than a row; names it.
+    """
+
+    conversations: Sequence[Conversation]
+    weights: Mapping[str, float]
+    stores: Sequence[FeatureStore]
+    grid_out: Callable[[Tensor], Tensor]
+    batch_size: int
+    row: int
+    pad: int
+    steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        long = [c for c in self.conversations if len(c.rendered) > self.row]
+        if long:
+            longest = max(len(c.rendered) for c in long)
+            raise DataError(
+                f"{len(long)} of {len(self.conversations)} samples are longer than a row of {self.row} tokens, the "
+                f"longest {longest}",
+                place=f"sample {long[0].id}",
+                remedy=f"set row to {longest} or more",
+            )
+
+    @cached_property
+    def plan(self) -> list[int]:
+        """Samples in the order in which they are trained."""
+        return _plan(self.conversations, self.weights, number=self.steps * self.batch_size, seed=self.seed)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of every batch."""
+        steps = ([len(c.rendered) for c in self._of(step)] for step in range(self.steps))
+        return max(len(pack(lengths, row=self.row)) for lengths in steps)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """The one batch of the update after ``step`` finished steps; always the same one."""
+        chosen = self._of(step)
+        draw = generator(self.seed, "view", step)
+        features: dict[str, Patches] = {}
+        for sha256 in dict.fromkeys(ref.sha256 for c in chosen for ref in c.rendered.media):
+            store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
+            features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
+        return [
+            collate(
+                [(c.id, c.rendered) for c in chosen],
+                features,
+                grid_out=self.grid_out,
+                encoded=True,
+                row=self.row,
+                pad=self.pad,
+                rows=self.rows,
+            )
+        ]
+
+    def _of(self, step: int) -> list[Conversation]:
+        return [self.conversations[i] for i in self.plan[step * self.batch_size : (step + 1) * self.batch_size]]
+
+
+def _plan(conversations: Sequence[Conversation], weights: Mapping[str, float], *, number: int, seed: int) -> list[int]:
+    """Which sample is when; a longer plan begins like a shorter one."""
+    of_task: dict[str, list[int]] = {}
+    for index, conversation in enumerate(conversations):
+        if weights.get(conversation.task, 0.0) > 0:
+            of_task.setdefault(conversation.task, []).append(index)
+    if not of_task:
+        raise ConfigError(
+            f"no sample of the tasks {', '.join(weights)}", place="tasks", remedy="name tasks that the data stage made"
+        )
+    tasks = sorted(of_task)
+    rng = random.Random(f"{seed} tasks")
+    piles: dict[str, list[int]] = {task: [] for task in tasks}
+    plan: list[int] = []
+    for _ in range(number):
+        task = rng.choices(tasks, [weights[task] for task in tasks])[0]
+        if not piles[task]:
+            piles[task] = rng.sample(of_task[task], len(of_task[task]))
+        plan.append(piles[task].pop())
+    return plan

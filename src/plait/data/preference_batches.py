@@ -1,0 +1,146 @@
+"""Batches of preference pairs: one prompt and picture with a right and a wrong answer, packed as two segments.
+
+The pairs are split once into batches that never change, and steps go through these in turn. So whatever is computed
+over all batches beforehand, such as the log-probabilities of a reference model, is computed over the very tensors that
+train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from plait.core.errors import DataError
+from plait.core.tensors import Batch, Patches
+from plait.core.types import AnswerKind, Sample, Text, Turn
+from plait.data.collate import collate
+from plait.data.packing import pack
+from plait.data.template import Rendered, Template
+
+ROW = 128
+"""Tokens a row holds where nobody says and no answer needs more."""
+
+
+def preference(sample: Sample) -> tuple[Turn, Turn] | None:
+    """The trained last turn, and the same turn with the rejected answer; None where no rejected answer is known."""
+    last = sample.turns[-1]
+    wrong = next((answer for answer in sample.answers if answer.kind == "rejected"), None)
+    if wrong is None or last.role != "assistant" or not last.trained or last.parts == (Text(text=wrong.text),):
+        return None
+    return last, replace(last, parts=(Text(text=wrong.text),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """One prompt with two answers.
+
+    Attributes:
+        id: Of the sample.
+        chosen: The conversation with the right answer.
+        rejected: The same with the wrong one.
+    """
+
+    id: str
+    chosen: Rendered
+    rejected: Rendered
+
+    @classmethod
+    def of(cls, sample: Sample, template: Template) -> PreferencePair:
+        """Render both answers of a sample.
+
+        Raises:
+            DataError: It has no wrong answer, or a turn cannot be rendered.
+        """
+        turns = preference(sample)
+        if turns is None:
+            raise DataError(
+                "the sample has no rejected answer to its last turn",
+                place=f"sample {sample.id}",
+                remedy="choose samples for which plait.data.preference_batches.preference finds one",
+            )
+        right, wrong = (template.sample(replace(sample, turns=(*sample.turns[:-1], turn))) for turn in turns)
+        return cls(id=sample.id, chosen=right, rejected=wrong)
+
+    def answers(self) -> list[tuple[str, Rendered]]:
+        """Both, under the ids that :class:`plait.objectives.preference.DirectPreference` reads."""
+        kinds: tuple[tuple[AnswerKind, Rendered], ...] = (("chosen", self.chosen), ("rejected", self.rejected))
+        return [(f"{self.id}#{kind}", rendered) for kind, rendered in kinds]
+
+
+class PreferenceBatches:
+    """Source of preference batches for the training loop.
+
+    All batches have one shape, rows being filled up with padding; only the last one of a pass may hold fewer pairs.
+
+    Args:
+        pairs: In the order in which they are trained.
+        features: Cached features of a picture by its sha256.
+        grid_out: Tokens of these features, as :func:`plait.data.collate.collate` takes it.
+        batch_size: Pairs in a batch.
+        row: Tokens a row holds; 0 takes :data:`ROW`, or what the longest answer needs.
+        pad: Id of padding.
+        device: Where batches are put.
+
+    Raises:
+        DataError: There is no pair, or an answer is longer than a row.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[PreferencePair],
+        *,
+        features: Callable[[Sequence[str]], Patches],
+        grid_out: Callable[[Tensor], Tensor],
+        batch_size: int,
+        row: int,
+        pad: int,
+        device: str = "cpu",
+    ) -> None:
+        if not pairs:
+            raise DataError("there is no preference pair", remedy="ask for tasks whose questions have a wrong answer")
+        self.parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        answers = [[answer for pair in part for answer in pair.answers()] for part in self.parts]
+        longest = max(len(rendered) for part in answers for _, rendered in part)
+        self.row = row or max(ROW, longest)
+        if longest > self.row:
+            name = next(name for part in answers for name, rendered in part if len(rendered) == longest)
+            raise DataError(
+                f"an answer with its prompt has {longest} tokens, a row holds {self.row}",
+                place=f"sample {name}",
+                remedy=f"set the row length to {longest} or more, or to 0",
+            )
+        self.rows = max(len(pack([len(rendered) for _, rendered in part], row=self.row)) for part in answers)
+        self._features, self._grid_out, self._pad = features, grid_out, pad
+        self._device = torch.device(device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch once."""
+        return (self._batch(part) for part in self.parts)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """The one batch of the update after ``step`` finished steps; always the same one."""
+        return [self._batch(self.parts[step % len(self.parts)])]
+
+    def _batch(self, part: Sequence[PreferencePair]) -> Batch:
+        names = dict.fromkeys(ref.sha256 for pair in part for ref in pair.chosen.media)
+        features: Mapping[str, Patches] = {name: self._features([name]) for name in names}
+        answers = [answer for pair in part for answer in pair.answers()]
+        return collate(
+            answers,
+            features,
+            grid_out=self._grid_out,
+            encoded=True,
+            row=self.row,
+            rows=self.rows,
+            pad=self._pad,
+        ).to(self._device)
+
+
+def questions_with_both(samples: Sequence[Sample], tasks: Sequence[str]) -> tuple[list[Sample], int]:
+    """The questions of these tasks that have a right and a wrong answer, and how many have no wrong one."""
+    asked = [sample for sample in samples if sample.meta["task"] in tasks]
+    both = [sample for sample in asked if preference(sample) is not None]
+    return both, len(asked) - len(both)

@@ -1,0 +1,149 @@
+"""Put questions to a multimodal model and to its baselines: itself shown nothing, itself before training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+
+from plait.assembly.multimodal import Multimodal, build_multimodal
+from plait.core.device import seed_everything
+from plait.core.errors import DataError
+from plait.core.events import Events
+from plait.core.tensors import Patches
+from plait.core.types import Completion, MediaRef, Request, Sample, Turn
+from plait.data.collate import joined
+from plait.evaluation.answers import Asked
+from plait.inference.engine import Engine
+
+_WHITE = MediaRef(modality="image", sha256="0" * 64, uri="white")
+_COLOR = (255, 255, 255)
+
+Pictures = Callable[[Sequence[MediaRef]], Patches]
+"""Pictures to features of a model's tower."""
+
+
+def ask(
+    engine: Engine, samples: Sequence[Sample], *, limit: Mapping[str, int], task: str, events: Events
+) -> dict[str, str]:
+    """Answers to the questions of samples, greedily; the same prompt is answered once.
+
+    Args:
+        engine: Of the system.
+        samples: Each ends with the right answer, which is not shown.
+        limit: Longest answer in tokens, by the samples' ``meta["task"]``.
+        task: What progress is called.
+        events: Told progress after each batch.
+
+    Returns:
+        Answer by the sample's id.
+    """
+    asked = {sample.id: (sample.turns[:-1], limit[sample.meta["task"]]) for sample in samples}
+    # Rows of like length are padded least; the order depends on the questions alone.
+    order = sorted(dict.fromkeys(asked.values()), key=lambda prompt: (prompt[1], _characters(prompt[0])))
+    answers: dict[tuple[tuple[Turn, ...], int], Completion] = {}
+    begun = time.perf_counter()
+    for start in range(0, len(order), engine.rows):
+        batch = order[start : start + engine.rows]
+        requests = [
+            Request(id=f"{task} {start + number}", turns=turns, max_new_tokens=longest)
+            for number, (turns, longest) in enumerate(batch)
+        ]
+        answers |= zip(batch, engine(requests), strict=True)
+        rate = len(answers) / (time.perf_counter() - begun)
+        events.progress(task, len(answers), len(order), samples_per_s=round(rate, 1))
+    cut = sum(answer.finish == "length" for answer in answers.values())
+    if cut:
+        events.note(f"{task}: {cut:,} of {len(answers):,} reached their longest length and end there", cut=cut)
+    return {name: answers[prompt].text.strip() for name, prompt in asked.items()}
+
+
+def _characters(turns: Iterable[Turn]) -> int:
+    return sum(len(part.text) for turn in turns for part in turn.parts if not isinstance(part, MediaRef))
+
+
+def blanked(sample: Sample) -> Sample:
+    """The same question about a white picture; :func:`white_pictures` has its features."""
+    turns = (
+        replace(turn, parts=tuple(_WHITE if isinstance(part, MediaRef) else part for part in turn.parts))
+        for turn in sample.turns
+    )
+    return replace(sample, turns=tuple(turns))
+
+
+def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
+    """A white picture, whatever is asked for: prepared and encoded once, as all pictures of the model are.
+
+    Args:
+        built: Whose tower and contract; on the CPU.
+        dtype: Of the features it is compared with, which a cache keeps in 16 bits.
+    """
+    side = built.image.contract.size
+    with torch.inference_mode():
+        white = built.image.encoder(built.image.prepare(Image.new("RGB", (side, side), _COLOR)))
+    white = replace(white, values=white.values.to(dtype))
+
+    def media(refs: Sequence[MediaRef]) -> Patches:
+        return joined([white] * len(refs))
+
+    return media
+
+
+def untuned(built: Multimodal, *, seed: int) -> Multimodal:
+    """The parts of a model as they are before any training, given the model without its adapter.
+
+    The connector is of the same shape, over the same list of words, which does not train, and drawn from the seed.
+
+    Args:
+        built: Loaded with ``adapter=False``; not to be used again.
+        seed: Of the connector's weights; torch's generator is seeded.
+    """
+    seed_everything(seed)
+    fresh = build_multimodal(built.image, built.language, built.sizes, name=built.name, words=built.words)
+    fresh.model.eval()
+    fresh.model.requires_grad_(requires_grad=False)
+    return fresh
+
+
+def collect(samples: Sequence[Sample], said: Mapping[str, Mapping[str, str]]) -> list[Asked]:
+    """Questions with their answers, to be scored.
+
+    Args:
+        samples: Each with the answer that its task names.
+        said: By system, answers by the sample's id; a system that was not asked about a sample has none.
+
+    Raises:
+        DataError: A sample has no right answer.
+    """
+    return [
+        Asked(
+            id=sample.id,
+            split=sample.meta["split"],
+            task=sample.meta["task"],
+            uri=sample.media()[0].uri,
+            question=sample.text("user"),
+            target=target(sample),
+            group=" ".join(sorted(sample.meta["concepts"])),
+            answers={system: answers[sample.id] for system, answers in said.items() if sample.id in answers},
+        )
+        for sample in samples
+    ]
+
+
+def target(sample: Sample) -> str:
+    """The right answer.
+
+    Raises:
+        DataError: There is none.
+    """
+    answer = sample.answer(sample.meta["task"])
+    if answer is None:
+        raise DataError(
+            f"no answer is called {sample.meta['task']!r}",
+            place=f"sample {sample.id}",
+            remedy="make the questions again with the data stage",
+        )
+    return answer

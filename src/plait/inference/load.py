@@ -1,0 +1,85 @@
+"""What a person names (a run, a stage, a checkpoint) to a model that can be asked; imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.core.errors import CheckpointError, DataError, UsageError
+from plait.core.events import Event, Events
+from plait.core.files import RUNS, find_model, find_run, read_done
+
+if TYPE_CHECKING:
+    from plait.assembly.multimodal import Multimodal
+
+_PLAIT, _RECIPE = "plait.json", "recipe.yaml"
+
+
+def find_model_folder(name: str, root: Path = RUNS) -> Path:
+    """Folder of the model that a name means.
+
+    Args:
+        name: A run (``latest``, ``runs/latest``, ``quickstart-0007``: its newest finished stage that made a model), the
+            folder of a finished stage, or of a checkpoint.
+        root: Where run folders are.
+
+    Raises:
+        UsageError: No such run or folder.
+        CheckpointError: It holds no multimodal model; says which stages there are.
+    """
+    given = Path(name)
+    if (given / _PLAIT).is_file():
+        return given.resolve()
+    if (given / "done.json").is_file():
+        return _model_of([given.resolve()])
+    if given.is_dir() and not (given / _RECIPE).is_file() and not (root / name / _RECIPE).is_file():
+        raise UsageError(
+            f"this folder is no run ({_RECIPE}), no finished stage (done.json) and no model ({_PLAIT})",
+            place=str(given),
+            remedy="give a run such as runs/latest, or the folder of a checkpoint",
+        )
+    run = find_run(name, root)
+    return _model_of(sorted(folder for folder in run.glob("[0-9][0-9]-*") if folder.is_dir()))
+
+
+def model_name(folder: Path) -> str:
+    """What a model is called: the name of its run, or of its folder where it is in none."""
+    run = next((parent for parent in folder.parents if (parent / _RECIPE).is_file()), folder)
+    return run.name
+
+
+def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal:
+    """Load a model in eval mode, with torch's thread count set for this machine.
+
+    Args:
+        folder: As :func:`find_model_folder` gives it.
+        say: Told in a line what takes long (a one-time conversion).
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or tower and decoder are not those it was trained with.
+        ResourceError: A package is not fetched.
+    """
+    from plait.assembly.multimodal import load_multimodal
+    from plait.core import device
+
+    def listen(event: Event) -> None:
+        if event.kind in ("note", "warning"):
+            say(event.text)
+
+    device.setup()
+    return load_multimodal(folder, events=Events(None, listeners=(listen,)))
+
+
+def _model_of(stages: list[Path]) -> Path:
+    """Model of the last finished of these stages, or of the nearest one before it."""
+    finished = [folder for folder in stages if read_done(folder) is not None]
+    try:
+        return find_model(finished[-1] if finished else None)
+    except DataError as error:
+        states = [f"{folder.name} ({'finished' if folder in finished else 'not finished'})" for folder in stages]
+        raise CheckpointError(
+            f"no finished stage here made a multimodal model; there is {', '.join(states) or 'no stage'}",
+            place=str(stages[0].parent) if stages else "",
+            remedy="let the run get past 'tune' (`plait resume`), or give the folder of a checkpoint",
+        ) from error

@@ -1,0 +1,435 @@
+"""The align stage: direct preference optimization of the tuned model's adapter, right answers against wrong ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from plait.core.errors import DataError
+from plait.core.estimate import Estimate, Machine
+from plait.core.events import Events
+from plait.core.packages import home
+from plait.stages.stage import Stage, named_setting
+
+if TYPE_CHECKING:
+    from plait.assembly.multimodal import Multimodal
+    from plait.assembly.questions import Questions
+    from plait.core.device import Compute
+    from plait.core.tensors import Batch
+    from plait.core.types import Sample, Score
+    from plait.data.preference_batches import PreferenceBatches
+    from plait.training.settings import FitResult, Settings
+
+Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
+
+REFERENCE = "reference.json"
+"""Log-probabilities under the model that training starts from, in the stage's folder."""
+
+_SHOWN = 6  # held-out questions whose answers are kept before and after
+_SHOWN_TOKENS = 12
+
+# For the estimate, as in the tune stage: tokens of a prompt with its picture and answer, and of the answer alone.
+_ANSWER_TOKENS, _TRAINED_TOKENS, _PICTURE_TOKENS = 30, 4, 6
+_FILLED = 0.85  # share of a row that is not padding
+_RANK = 16
+_SECONDS_START = (2.0, 12.0)  # reading the decoder, and a few answers before and after
+
+
+class Align(Stage):
+    """Prefer the right answer to a plausible wrong one: DPO on the adapter of the newest model before this stage.
+
+    The reference is that model itself. Its log-probabilities are computed once, before the first step, over the very
+    batches that then train, and kept in ``reference.json``: no second model is held, and the margin at step 0 is 0.
+    Writes ``metrics.jsonl``, ``results.csv``, ``samples/<step>.json``, ``checkpoints/<step>/`` and ``scores.json``.
+
+    Example:
+        >>> Align(beta=0.2).batch_size
+        16
+    """
+
+    # The checker cannot know that specs are frozen, so that narrowing a field is safe.
+    kind: Literal["align"] = "align"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Which stage this is."""
+    tasks: tuple[Task, ...] = Field(default=("yesno", "name.en"), min_length=1)
+    """Questions whose answers are compared, as many of each as there are; those without a wrong answer are left out."""
+    max_pairs: int | None = Field(default=None, ge=1)
+    """Most pairs to learn from; by default what the steps need. Fewer are gone through again."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """How strongly the model is held to where it began."""
+    lr: float = Field(default=1e-4, gt=0.0)
+    """Peak learning rate."""
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the steps in which the rate rises."""
+    steps: int = Field(default=12, ge=1)
+    """Updates in all."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pairs in a step."""
+    row: int = Field(default=0, ge=0)
+    """Tokens a packed row holds; 0 takes 128, or what the longest answer needs."""
+    connector: bool = False
+    """Train the connector, too."""
+    test_split: Literal["test-concept", "test-style", "test-both"] = "test-style"
+    """Split whose pairs are scored before and after; where it is missing, another held-out one is."""
+    test_pairs: int = Field(default=64, ge=1)
+    """Most pairs that are scored."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves only the last step."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model is trained: `auto`, `cpu`, `cuda` or `mps`."""
+
+    def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
+        """Do the work; see :meth:`plait.stages.stage.Stage.run`.
+
+        Raises:
+            DataError: There is no data stage or no model before this one, the model has no adapter, or no question has
+                a wrong answer.
+            CheckpointError: The model is damaged.
+            ResourceError: A package is not fetched, or the disk is full.
+            NumericsError: Training went wrong.
+        """
+        from plait.assembly.local import fingerprint
+        from plait.assembly.multimodal import load_multimodal
+        from plait.core.device import setup
+        from plait.core.files import find_model, find_stage, mark_done, seal, write_json
+
+        data, tuned = find_stage(previous, "data"), find_model(previous)
+        compute = setup(device=self.device)
+        built = load_multimodal(tuned, events=events)
+        questions, without = self._questions(built, data / "shards", events)
+        self._unfreeze(built, place=tuned)
+        built.model.to(compute.device)
+        batches = {
+            split: self._batches(built, questions, split=split, compute=compute)
+            for split, samples in questions.samples.items()
+            if samples
+        }
+        origin = {"model": fingerprint(tuned), "data": seal(data)}
+        settings = self._settings(compute, origin)
+        reference = self._reference(built, batches, settings, folder=folder, events=events)
+        fitted = self._fit(
+            built, questions, batches["train"], reference=reference, settings=settings, folder=folder, events=events
+        )
+        scores = self._scores(built, questions, batches, reference=reference, compute=compute)
+        write_json(folder / "scores.json", [_plain(score) for score in scores])
+        pairs = {split: len(samples) for split, samples in questions.samples.items()}
+        summary = {
+            "lines": _lines(self, fitted, scores, pairs=pairs),
+            "model": str(fitted.checkpoint.relative_to(folder)),
+            "steps": fitted.step,
+            "skipped_steps": fitted.skipped,
+            "pairs": pairs,
+            "without_wrong_answer": without,
+            "reference": origin["model"],
+        }
+        for line in summary["lines"]:
+            events.note(line)
+        mark_done(folder, kind=self.kind, previous=previous, summary=summary)
+        return folder
+
+    def check(self, machine: Machine) -> None:
+        """See that the device is here; see :meth:`plait.stages.stage.Stage.check`."""
+        if self.device not in ("auto", "cpu", machine.device):
+            from plait.core.device import choose_device  # imports torch
+
+            with named_setting(f"stages.{self.kind}.device"):
+                choose_device(self.device)
+
+    def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+        """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
+        from plait.training import cost
+
+        shape = cost.SMOLLM2_135M
+        lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
+        length = self.row or 128
+        rows = math.ceil(2 * self.batch_size * _ANSWER_TOKENS / (_FILLED * length))
+        trained = 2 * self.batch_size * _TRAINED_TOKENS
+        passes = math.ceil(self._pairs() / self.batch_size)
+        scored = 2 * math.ceil(self.test_pairs / self.batch_size)
+        sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
+        flops = self.steps * cost.decoder_flops(shape, gradients="through", **sizes)
+        # Without gradients an adapter costs a third of what it does in training, which is little enough to be left so.
+        flops += (passes + scored) * cost.decoder_flops(shape, gradients="none", **sizes)
+        low, high = cost.time_range(flops, machine)
+        kept = cost.decoder_activations(
+            shape, rows=rows, length=length, dtype=machine.dtype, gradients="through", attention="eager", lora=lora
+        )
+        weights = lora.params(shape)
+        memory = cost.peak_memory(
+            machine,
+            frozen=shape.params,
+            frozen_dtype=machine.dtype,
+            trainable=weights,
+            activations=kept + cost.logits_bytes(shape, trained, dtype=machine.dtype),
+        )
+        tokens = (self.steps + passes + scored) * rows * length
+        return Estimate(
+            stage=self.kind,
+            params_trainable=weights,
+            params_frozen=shape.params,
+            tokens=tokens,
+            image_tokens=int(tokens * _FILLED * _PICTURE_TOKENS / _ANSWER_TOKENS),
+            flops=flops,
+            memory=memory,
+            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2),
+            seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
+            notes=(
+                f"{self.steps:,} steps of {self.batch_size:,} pairs, after one pass for the reference",
+                f"sizes are those of smollm2 with adapters of rank {_RANK} on all projections",
+            ),
+        )
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> int:
+        """Most pairs that are learned from."""
+        all_steps = self.steps * self.batch_size
+        return min(all_steps, self.max_pairs or all_steps)
+
+    def _questions(self, built: Multimodal, shards: Path, events: Events) -> tuple[Questions, int]:
+        """Questions that have both answers, of the training split and the scored one; how many have no wrong one."""
+        from plait.assembly.questions import PREFIX, read_questions
+        from plait.data.choice import held_out, spread
+        from plait.data.preference_batches import questions_with_both
+        from plait.data.shards import split_names
+
+        there = [name.removeprefix(PREFIX) for name in split_names(shards) if name.startswith(PREFIX)]
+        test = held_out(there, self.test_split)
+        missing: dict[str, int] = {}
+
+        def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
+            found, missing[split] = questions_with_both(samples, self.tasks)
+            limit = self._pairs() if split == "train" else self.test_pairs
+            chosen = spread(found, self.tasks, limit=limit, seed=self.seed)
+            events.note(
+                f"{split}: {len(chosen):,} of {len(found):,} questions with a right and a wrong answer; "
+                f"{missing[split]:,} have no wrong one"
+            )
+            return chosen
+
+        questions = read_questions(
+            shards,
+            ("train", test) if test else ("train",),
+            built.image,
+            choose=choose,
+            cache=home() / "features",
+            events=events,
+        )
+        return questions, sum(missing.values())
+
+    def _unfreeze(self, built: Multimodal, *, place: Path) -> None:
+        from plait.training.precision import hold_masters
+
+        if built.lora is None:
+            raise DataError(
+                "the model has no adapter to train: it is compressed, or was tuned without one",
+                place=str(place),
+                remedy="put 'align' right after a 'tune' stage with LoRA, before 'compress'",
+            )
+        for name, weight in built.model.named_parameters():
+            weight.requires_grad_("lora_" in name or (self.connector and name.startswith("connectors.")))
+        # The reference is computed in the very numbers that train.
+        hold_masters(weight for weight in built.model.parameters() if weight.requires_grad)
+
+    def _batches(self, built: Multimodal, questions: Questions, *, split: str, compute: Compute) -> PreferenceBatches:
+        from plait.data.preference_batches import PreferenceBatches, PreferencePair
+
+        template = built.template
+        return PreferenceBatches(
+            [PreferencePair.of(sample, template) for sample in questions.samples[split]],
+            features=questions.stores[0],
+            grid_out=built.connector.grid_out,
+            batch_size=self.batch_size,
+            row=self.row,
+            pad=built.stop,
+            device=compute.device,
+        )
+
+    def _reference(
+        self,
+        built: Multimodal,
+        batches: Mapping[str, PreferenceBatches],
+        settings: Settings,
+        *,
+        folder: Path,
+        events: Events,
+    ) -> dict[str, float]:
+        """Log-probability of every answer before the first step: from the folder, or computed and kept there."""
+        from plait.core.files import read_json, write_json
+
+        path, key = folder / REFERENCE, dict(settings.context) | {"dtype": settings.compute.dtype}
+        needed = {name for part in batches.values() for pairs in part.parts for p in pairs for name, _ in p.answers()}
+        if path.is_file():
+            kept = read_json(path)
+            if kept["key"] == key and kept["logprobs"].keys() == needed:
+                return kept["logprobs"]
+        found: dict[str, float] = {}
+        for part in batches.values():
+            found |= _logprobs(built, part, settings.compute)
+            events.progress("reference", len(found), len(needed))
+        write_json(path, {"key": key, "logprobs": found})
+        return found
+
+    def _fit(
+        self,
+        built: Multimodal,
+        questions: Questions,
+        batches: PreferenceBatches,
+        *,
+        reference: Mapping[str, float],
+        settings: Settings,
+        folder: Path,
+        events: Events,
+    ) -> FitResult:
+        from plait.assembly.multimodal import save_multimodal
+        from plait.objectives.preference import DirectPreference
+        from plait.training.loop import fit
+        from plait.training.settings import Hooks
+
+        shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
+
+        def show(step: int) -> None:
+            _show(built, questions, shown, step=step, folder=folder, events=events)
+
+        def on_step(step: int, _: Mapping[str, Any]) -> None:
+            if step == settings.steps:
+                show(step)
+
+        show(0)
+        hooks = Hooks(save_model=lambda target: save_multimodal(built, target), on_step=on_step, task=self.kind)
+        # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
+        built.model.eval()
+        built.model.training = True
+        objective = DirectPreference(reference, beta=self.beta)
+        return fit(built.model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks)
+
+    def _scores(
+        self,
+        built: Multimodal,
+        questions: Questions,
+        batches: Mapping[str, PreferenceBatches],
+        *,
+        reference: Mapping[str, float],
+        compute: Compute,
+    ) -> list[Score]:
+        """How often the right answer is the likelier one, before and after, over all pairs and by task."""
+        from plait.evaluation.preferences import Preferred, score_preferences
+
+        test = next((split for split in batches if split != "train"), None)
+        if test is None:
+            return []
+        after = _logprobs(built, batches[test], compute)
+
+        def gap(logprobs: Mapping[str, float], sample: Sample) -> float:
+            return logprobs[f"{sample.id}#chosen"] - logprobs[f"{sample.id}#rejected"]
+
+        pairs = [
+            Preferred(
+                task=str(sample.meta["task"]),
+                group=" ".join(sorted(map(str, sample.meta["concepts"]))),
+                before=gap(reference, sample),
+                after=gap(after, sample),
+            )
+            for sample in questions.samples[test]
+        ]
+        return score_preferences(pairs, split=test, beta=self.beta)
+
+    def _settings(self, compute: Compute, origin: Mapping[str, str]) -> Settings:
+        from plait.objectives.preference import DirectPreference
+        from plait.training.optim import AdamW
+        from plait.training.schedule import Cosine
+        from plait.training.settings import Settings
+
+        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
+        context = self.model_dump(mode="json", exclude={"steps", "save_every", "device", "test_split", "test_pairs"})
+        return Settings(
+            steps=self.steps,
+            compute=compute,
+            seed=self.seed,
+            optimizer=AdamW(lr=self.lr),
+            schedule=Cosine(warmup=self.warmup),
+            weights=dict.fromkeys(DirectPreference.REPORTED, 0.0),
+            save_every=self.save_every,
+            context={**context, **origin},
+        )
+
+
+def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> dict[str, float]:
+    """Log-probability of every answer, by its id, in the number format of training."""
+    import torch
+
+    from plait.objectives.preference import answer_logprobs
+    from plait.training.precision import autocast
+
+    found: dict[str, float] = {}
+    for batch in batches:
+        with torch.no_grad(), autocast(compute.device, compute.dtype):
+            found |= zip(batch.sample_ids, answer_logprobs(built.model, batch).tolist(), strict=True)
+    return found
+
+
+def _show(
+    built: Multimodal,
+    questions: Questions,
+    shown: Mapping[str, Sequence[Sample]],
+    *,
+    step: int,
+    folder: Path,
+    events: Events,
+) -> None:
+    """Keep the answers to a few held-out questions, and say one; written as a whole, so a repeated step repeats it."""
+    from plait.core.files import write_json
+    from plait.evaluation.asking import ask
+    from plait.inference.build import build_engine
+
+    built.model.eval()
+    engine = build_engine(built, questions.features)
+    records: list[dict[str, Any]] = []
+    for split, samples in shown.items():
+        limit = {str(sample.meta["task"]): _SHOWN_TOKENS for sample in samples}
+        answers = ask(engine, samples, limit=limit, task="answers", events=events)
+        records += [
+            {
+                "id": sample.id,
+                "split": split,
+                "task": sample.meta["task"],
+                "uri": sample.media()[0].uri,
+                "question": sample.text("user"),
+                "target": sample.text("assistant"),
+                "answer": answers[sample.id],
+            }
+            for sample in samples
+        ]
+    (folder / "samples").mkdir(exist_ok=True)
+    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "phase": "align", "samples": records})
+    if records:
+        first = records[0]
+        text = f"step {step}: {first['question']!r} is answered {first['answer']!r} (right: {first['target']!r})"
+        events.emit("sample", text, step=step, **{key: first[key] for key in ("id", "question", "target", "answer")})
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(score)
+
+
+def _lines(stage: Align, fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int]) -> list[str]:
+    lines = [
+        f"{fitted.step:,} steps over {pairs['train']:,} pairs of a right and a wrong answer "
+        f"({', '.join(stage.tasks)}; beta {stage.beta:g})"
+    ]
+    if not scores:
+        return [*lines, "there is no held-out pair: nothing was scored"]
+    after, before, gain, margin = scores[:4]  # over all tasks
+    split = after.name.partition("/")[0]
+    return [
+        *lines,
+        f"{split}: the right answer is likelier in {after.value:.1%} of {after.n:,} pairs "
+        f"(95 % {after.low:.1%} to {after.high:.1%}), before in {before.value:.1%}; "
+        f"difference {gain.low:+.1%} to {gain.high:+.1%}",
+        f"{split}: reward margin {margin.value:+.3f} (95 % {margin.low:+.3f} to {margin.high:+.3f})",
+    ]

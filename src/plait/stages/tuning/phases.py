@@ -1,0 +1,341 @@
+"""The three phases of the tune stage: connector to words, connector through the decoder, adapter with connector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from plait.adapters.lora import Lora, attach
+from plait.assembly.language import load_language
+from plait.assembly.multimodal import ConnectorSizes, build_multimodal, save_multimodal
+from plait.assembly.questions import Questions, read_questions
+from plait.assembly.towers import ImageTower, load_image_tower
+from plait.core.device import Compute, seed_everything, setup
+from plait.core.errors import DataError
+from plait.core.events import Events
+from plait.core.files import sha256_file, write_json
+from plait.core.packages import home
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+from plait.core.types import Request, Sample
+from plait.data.augment.views import View
+from plait.data.choice import spread
+from plait.data.conversations import Conversation, ConversationBatches
+from plait.data.media import decode_image
+from plait.data.shards import ShardReader
+from plait.data.word_batches import WordBatches, WordList
+from plait.inference.build import build_engine
+from plait.models.connector import WordReader
+from plait.objectives.language import NextToken
+from plait.objectives.words import WordTargets
+from plait.stages.tune import Tune
+from plait.stages.tuning.first_batch import draw_first_batch
+from plait.training.loop import fit
+from plait.training.optim import AdamW
+from plait.training.schedule import Cosine
+from plait.training.settings import Batches, FitResult, Hooks, OnDevice, Settings
+
+SHOWN = ("test-style", "test-concept")
+"""Splits from which a few questions are asked again and again while training."""
+
+_SHOWN_EACH = 3
+_SHOWN_TOKENS = 10
+_MILESTONES = 4  # how often they are asked in the last phase
+_FILLER = "\n"  # stands in the places after a name's end: no name has it, and decoders know it
+
+
+def tune(spec: Tune, data: Path, folder: Path, *, events: Events) -> dict[str, Any]:
+    """Run the phases; each continues where it was stopped.
+
+    Args:
+        spec: How.
+        data: Folder of the data stage.
+        folder: Of this stage.
+        events: Told what happens.
+
+    Returns:
+        Summary for the seal.
+    """
+    work = _Tuning(spec, data, folder, events=events)
+    work.show(0, "untuned")
+    results = [work.words(), work.frozen(), work.adapt()]
+    return work.summary(results)
+
+
+class _Tuning:
+    """Model, questions and features, from phase to phase."""
+
+    def __init__(self, spec: Tune, data: Path, folder: Path, *, events: Events) -> None:
+        self.spec, self.folder, self.events = spec, folder, events
+        self.data = sha256_file(data / "done.json")
+        self.compute: Compute = setup(device=spec.device, dtype=spec.dtype)
+        frozen = self.compute.dtype
+        size = spec.resolution
+        image = load_image_tower(spec.image_tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
+        language = load_language(spec.decoder, dtype=frozen, events=events)
+        self.shards = data / "shards"
+        self.questions = self._read(image)
+        tokenizer = language.tokenizer
+        self.names = sorted({s.text("assistant") for s in self._train() if s.meta["task"] == "name.en"})
+        if not self.names:
+            raise DataError(
+                "no question of the training split asks for a name", place=str(data), remedy="keep the task name.en"
+            )
+        self.name_ids = [list(tokenizer(name, add_special_tokens=False).input_ids) for name in self.names]
+        filler = tokenizer(_FILLER, add_special_tokens=False).input_ids[-1]
+        self.words_list = WordList.of(self.name_ids, filler=filler)
+        table = language.model.get_input_embeddings().get_parameter("weight").detach().float()
+        self.name_vectors = torch.stack([table[torch.tensor(ids)].mean(0) for ids in self.name_ids])
+        seed_everything(spec.seed)
+        sizes = ConnectorSizes(
+            d_hidden=spec.connector.d_hidden,
+            dropout=spec.connector.dropout,
+            tokens=spec.connector.tokens,
+            free=spec.connector.free,
+        )
+        words = table[torch.tensor(self.words_list.token_ids)]
+        self.built = build_multimodal(image, language, sizes, name=spec.decoder, words=words)
+        self.built.model.to(self.compute.device)
+        self.built.model.eval()
+        self.steps = 0
+
+    # --- phases ----------------------------------------------------------------------------------------------------
+
+    def words(self) -> FitResult:
+        """The connector learns which words a picture's name has; only tower features and embeddings are needed."""
+        spec = self.spec.words
+        samples = [s for s in self._train() if s.meta["task"] == "name.en"]
+        row = {name: number for number, name in enumerate(self.names)}
+        batches = WordBatches(
+            [s.media()[0].sha256 for s in samples],
+            torch.tensor([row[s.text("assistant")] for s in samples]),
+            targets=self.words_list.targets(self.name_ids, count=self.spec.connector.tokens - self.spec.connector.free),
+            stores=self.questions.stores,
+            batch_size=spec.batch_size,
+            seed=self.spec.seed,
+        )
+        reader = WordReader(self.built.connector, self.name_vectors.to(self.compute.device))
+        reader.train()
+        result = self._fit(
+            "words",
+            reader,
+            objective=WordTargets(),
+            batches=batches,
+            settings=self._settings(spec.steps, AdamW(lr=spec.lr, weight_decay=0.1), dtype="float32"),
+        )
+        reader.eval()
+        self.show(self._done(result), "words")
+        return result
+
+    def frozen(self) -> FitResult:
+        """The connector learns from answers, through a decoder that does not move."""
+        spec = self.spec.frozen
+        batches = self._batches(spec.steps)
+        self._draw(batches.step_batches(0)[0])
+        self.built.connector.train()
+        result = self._fit(
+            "connector",
+            self.built.model,
+            objective=NextToken(),
+            batches=batches,
+            settings=self._settings(spec.steps, AdamW(lr=spec.lr)),
+        )
+        self.built.model.eval()
+        self.show(self._done(result), "connector")
+        return result
+
+    def adapt(self) -> FitResult:
+        """LoRA on the decoder, and the connector on."""
+        spec = self.spec.adapt
+        lora = Lora(rank=spec.rank, alpha=spec.alpha, targets=spec.targets)
+        seed_everything(self.spec.seed)
+        attach(self.built.language.model, lora)
+        self.built = self.built.with_lora(lora)
+        self.built.model.to(self.compute.device)
+        self.built.connector.train()
+        self.built.language.model.train()
+        optimizer = AdamW(lr=spec.lr, parts={"connectors": spec.lr_connector})
+        before = self.steps
+        shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+
+        def on_step(step: int, _: Mapping[str, Any]) -> None:
+            if step in shown:
+                self.show(before + step, "decoder")
+
+        result = self._fit(
+            "decoder",
+            self.built.model,
+            objective=NextToken(),
+            batches=self._batches(spec.steps),
+            settings=self._settings(spec.steps, optimizer),
+            on_step=on_step,
+        )
+        self.built.model.eval()
+        return result
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def show(self, step: int, phase: str) -> None:
+        """Ask a few test questions, keep the answers and say one; written as a whole, so a repeat repeats it."""
+        model = self.built.model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        asked = [
+            (split, sample)
+            for split in SHOWN
+            for sample in spread(
+                self.questions.samples.get(split, ()), ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed
+            )
+        ]
+        engine = build_engine(self.built, self.questions.features)
+        requests = [Request(id=sample.id, turns=sample.turns[:-1], max_new_tokens=_SHOWN_TOKENS) for _, sample in asked]
+        answers = engine(requests)
+        for module, training in modes:
+            module.train(training)
+        samples = [
+            {
+                "id": sample.id,
+                "split": split,
+                "task": sample.meta["task"],
+                "uri": sample.media()[0].uri,
+                "question": sample.text("user"),
+                "target": sample.text("assistant"),
+                "answer": answer.text.strip(),
+            }
+            for (split, sample), answer in zip(asked, answers, strict=True)
+        ]
+        (self.folder / "samples").mkdir(exist_ok=True)
+        write_json(self.folder / "samples" / f"{step:06d}.json", {"step": step, "phase": phase, "samples": samples})
+        if samples:
+            one = samples[0]
+            text = f"{phase}, step {step}: asked {one['question']!r} about a picture of {one['target']!r}, it says "
+            self.events.emit("sample", text + repr(one["answer"]), step=step, phase=phase, **one)
+
+    def summary(self, results: Sequence[FitResult]) -> dict[str, Any]:
+        """For the seal and the closing lines."""
+        trained = sum(weight.numel() for weight in self.built.model.parameters() if weight.requires_grad)
+        total = sum(weight.numel() for weight in self.built.model.parameters())
+        last = results[-1]
+        line = (
+            f"{self.spec.image_tower} + connector + {self.spec.decoder}: {trained:,} of {total:,} weights trained, "
+            f"{len(self._train()):,} questions, loss {last.values.get('loss', float('nan')):.3f} nats a token"
+        )
+        return {
+            "lines": [line],
+            "model": last.checkpoint.relative_to(self.folder).as_posix(),
+            "steps": {name: r.step for name, r in zip(("words", "connector", "decoder"), results, strict=True)},
+            "skipped_steps": sum(result.skipped for result in results),
+            "questions": len(self._train()),
+        }
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _draw(self, batch: Batch) -> None:
+        of_sample = {sample.id: sample.media()[0] for sample in self._train()}
+        with ShardReader(self.shards, "train") as reader:
+
+            def open_picture(name: str) -> Image.Image:
+                ref = of_sample[name]
+                return decode_image(reader.media(ref), place=ref.uri)
+
+            draw_first_batch(
+                batch,
+                self.built,
+                self.folder / "batches" / "first.png",
+                open_picture=open_picture,
+                title="The first batch, as the model gets it",
+            )
+
+    def _read(self, image: ImageTower) -> Questions:
+        wanted = {task for task, share in self.spec.tasks.items() if share > 0} | {"name.en"}
+
+        def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
+            if split == "train":
+                return [sample for sample in samples if sample.meta["task"] in wanted]
+            return spread(samples, ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed)
+
+        return read_questions(
+            self.shards,
+            ("train", *SHOWN),
+            image,
+            choose=choose,
+            cache=home() / "features",
+            events=self.events,
+            views=[View(number, flip=False) for number in range(1, self.spec.views + 1)],
+        )
+
+    def _train(self) -> Sequence[Sample]:
+        return self.questions.samples["train"]
+
+    def _batches(self, steps: int) -> ConversationBatches:
+        template = self.built.template
+        conversations = [
+            Conversation(id=sample.id, task=str(sample.meta["task"]), rendered=template.sample(sample))
+            for sample in self._train()
+        ]
+        return ConversationBatches(
+            conversations=conversations,
+            weights={str(task): share for task, share in self.spec.tasks.items()},
+            stores=self.questions.stores,
+            grid_out=self.built.connector.grid_out,
+            batch_size=self.spec.batch_size,
+            row=self.spec.row,
+            pad=self.built.stop,
+            steps=steps,
+            seed=self.spec.seed,
+        )
+
+    def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
+        context = self.spec.model_dump(mode="json", exclude={"save_every", "device"})
+        keys = [self.built.image.key, self.built.language.key]
+        return Settings(
+            steps=steps,
+            compute=replace(self.compute, dtype=dtype or self.compute.dtype),
+            seed=self.spec.seed,
+            optimizer=optimizer,
+            schedule=Cosine(warmup=0.08),
+            save_every=self.spec.save_every if not dtype else 0,
+            context=context | {"parts": keys, "data": self.data},
+        )
+
+    def _fit(
+        self,
+        phase: str,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        batches: Batches,
+        settings: Settings,
+        on_step: Any = None,
+    ) -> FitResult:
+        place = self.folder / phase
+        place.mkdir(exist_ok=True)
+        hooks = Hooks(
+            save_model=lambda target: save_multimodal(self.built, target), on_step=on_step, task=f"tune: {phase}"
+        )
+        return fit(
+            model,
+            objective,
+            OnDevice(batches, self.compute.device),
+            settings=settings,
+            folder=place,
+            events=self.events,
+            hooks=hooks,
+        )
+
+    def _done(self, result: FitResult) -> int:
+        self.steps += result.step
+        return self.steps
+
+
+def _cells(spec: Tune) -> int:
+    """Feature maps are averaged down to what the connector joins; transformers' towers keep their own grid."""
+    from plait.assembly.local import IMAGE_TOWER
+
+    return 2 if spec.image_tower == IMAGE_TOWER else 0
