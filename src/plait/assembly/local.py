@@ -17,6 +17,7 @@ IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
 """Names of the towers that packages carry; any other name is a folder."""
 
 _SEAL = "converted.json"
+_NOT_OUTPUT = frozenset({"generation_config.json", _SEAL})
 
 
 def converted(name: str, make: Callable[[Path, Path], None], *, version: int, events: Events) -> Path:
@@ -77,6 +78,9 @@ def find_tower(name: str, packaged: str) -> Path:
 def fingerprint(folder: Path) -> str:
     """Digest of everything in a model folder that decides its output: weights, configuration, tokenizer.
 
+    How transformers would generate is no part of it: our engine does not read it, and transformers writes it
+    differently from one version to the next, so that a model trained elsewhere would be refused here.
+
     Raises:
         CheckpointError: There are no safetensors weights.
     """
@@ -87,7 +91,8 @@ def fingerprint(folder: Path) -> str:
             place=str(folder),
             remedy="convert the model with save_pretrained(folder), which writes safetensors",
         )
-    return digest({p.relative_to(folder).as_posix(): sha256_file(p) for p in files})
+    kept = [path for path in files if path.name not in _NOT_OUTPUT]
+    return digest({p.relative_to(folder).as_posix(): sha256_file(p) for p in kept})
 
 
 def digest(value: object) -> str:

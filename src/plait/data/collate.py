@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,6 +85,39 @@ def collate(
 def joined(items: Sequence[Patches]) -> Patches:
     """Several items' patches as one."""
     return Patches(values=torch.cat([i.values for i in items]), grid=torch.cat([i.grid for i in items]))
+
+
+def split_rows(batch: Batch, pieces: int) -> list[Batch]:
+    """A batch of packed rows as so many batches of nearly as many rows each, in order; rows without samples stay.
+
+    Args:
+        batch: From :func:`collate`.
+        pieces: How many; at most one a row comes out.
+    """
+    height = -(-len(batch.token_ids) // pieces)
+    first_sample = [0, *batch.segment_ids.amax(1).cumsum(0).tolist()]
+    found: list[Batch] = []
+    for start in range(0, len(batch.token_ids), height):
+        stop = min(start + height, len(batch.token_ids))
+        media: dict[Modality, Patches] = {}
+        item_row: dict[Modality, Tensor] = {}
+        for modality, patches in batch.media.items():
+            inside = (batch.item_row[modality] >= start) & (batch.item_row[modality] < stop)
+            if inside.any():
+                values = patches.values[inside.repeat_interleave(patches.grid.prod(1))]
+                media[modality] = Patches(values=values, grid=patches.grid[inside])
+                item_row[modality] = batch.item_row[modality][inside] - start
+        piece = replace(
+            batch,
+            token_ids=batch.token_ids[start:stop],
+            labels=batch.labels[start:stop],
+            segment_ids=batch.segment_ids[start:stop],
+            media=media,
+            item_row=item_row,
+            sample_ids=batch.sample_ids[first_sample[start] : first_sample[stop]],
+        )
+        found.append(piece)
+    return found
 
 
 def _fits(sample_id: str, rendered: Rendered, row: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Batch, Patches
-from plait.data.collate import collate
+from plait.data.collate import collate, split_rows
 from plait.data.features import FeatureStore
 from plait.data.order import generator
 from plait.data.packing import pack
@@ -51,6 +51,7 @@ class ConversationBatches:
         pad: Id of padding.
         steps: How many steps there are.
         seed: Of order, tasks and views.
+        pieces: Micro-batches a step: its rows are dealt out evenly, for less memory; the gradient stays the same.
 
     Raises:
         ConfigError: No task with a weight has samples.
@@ -66,6 +67,7 @@ class ConversationBatches:
     pad: int
     steps: int
     seed: int
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         long = [c for c in self.conversations if len(c.rendered) > self.row]
@@ -90,24 +92,23 @@ class ConversationBatches:
         return max(len(pack(lengths, row=self.row)) for lengths in steps)
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The one batch of the update after ``step`` finished steps; always the same one."""
+        """The micro-batches of the update after ``step`` finished steps; always the same ones."""
         chosen = self._of(step)
         draw = generator(self.seed, "view", step)
         features: dict[str, Patches] = {}
         for sha256 in dict.fromkeys(ref.sha256 for c in chosen for ref in c.rendered.media):
             store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
             features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
-        return [
-            collate(
-                [(c.id, c.rendered) for c in chosen],
-                features,
-                grid_out=self.grid_out,
-                encoded=True,
-                row=self.row,
-                pad=self.pad,
-                rows=self.rows,
-            )
-        ]
+        batch = collate(
+            [(c.id, c.rendered) for c in chosen],
+            features,
+            grid_out=self.grid_out,
+            encoded=True,
+            row=self.row,
+            pad=self.pad,
+            rows=self.rows,
+        )
+        return split_rows(batch, self.pieces)
 
     def _of(self, step: int) -> list[Conversation]:
         return [self.conversations[i] for i in self.plan[step * self.batch_size : (step + 1) * self.batch_size]]

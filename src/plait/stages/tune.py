@@ -47,6 +47,9 @@ class Words(Spec):
 
     steps: int = Field(default=500, ge=1)
     """Updates."""
+    share: float = Field(default=0.8, gt=0.0, le=1.0)
+    """Share of the pictures it sees. The decoder then learns from the others, too, how uncertain tokens look: of
+    pictures that the connector knows by heart, every "no" is obvious, and new ones would hardly ever get a "yes"."""
     batch_size: int = Field(default=64, ge=1)
     """Pictures a step."""
     lr: float = Field(default=2e-3, gt=0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import MediaRef
-from plait.data.collate import collate
+from plait.data.collate import collate, joined, split_rows
 from plait.data.template import Rendered
 
 HOLE, PAD = 99, 7
@@ -130,3 +130,28 @@ def test_a_batch_moves_whole() -> None:
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.encoded
     assert moved.sample_ids == ("a",)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SAMPLES, st.integers(1, 6), st.integers(0, 2))
+def test_pieces_put_together_are_the_batch(drawn: list[tuple[int, list[str], int]], pieces: int, spare: int) -> None:
+    samples = [(str(n), rendered(words, tuple(names), answer)) for n, (words, names, answer) in enumerate(drawn)]
+    plain = batch_of(samples, row=12)
+    batch = batch_of(samples, row=12, rows=len(plain.token_ids) + spare)
+    if not len(batch.token_ids):
+        return
+    found = split_rows(batch, pieces)
+    heights = [len(piece.token_ids) for piece in found]
+    assert len(found) <= pieces
+    assert max(heights) == -(-len(batch.token_ids) // pieces)
+    for field in ("token_ids", "labels", "segment_ids"):
+        assert torch.cat([getattr(piece, field) for piece in found]).equal(getattr(batch, field))
+    assert sum((piece.sample_ids for piece in found), ()) == batch.sample_ids
+    for piece in found:
+        holes = (piece.token_ids == HOLE).sum(1).tolist()
+        rows = piece.item_row["image"].tolist() if piece.media else []
+        assert [2 * rows.count(row) for row in range(len(holes))] == holes
+    if batch.media:
+        media = joined([piece.media["image"] for piece in found if piece.media])
+        assert media.values.equal(batch.media["image"].values)
+        assert media.grid.equal(batch.media["image"].grid)

@@ -29,6 +29,7 @@ from plait.data.choice import spread
 from plait.data.conversations import Conversation, ConversationBatches
 from plait.data.media import decode_image
 from plait.data.shards import ShardReader
+from plait.data.sources import rank
 from plait.data.word_batches import WordBatches, WordList
 from plait.inference.build import build_engine
 from plait.models.connector import WordReader
@@ -110,7 +111,9 @@ class _Tuning:
     def words(self) -> FitResult:
         """The connector learns which words a picture's name has; only tower features and embeddings are needed."""
         spec = self.spec.words
-        samples = [s for s in self._train() if s.meta["task"] == "name.en"]
+        asked = [s for s in self._train() if s.meta["task"] == "name.en"]
+        order = sorted(asked, key=lambda s: rank(self.spec.seed, "words", s.media()[0].sha256))
+        samples = order[: max(1, round(len(order) * spec.share))]
         row = {name: number for number, name in enumerate(self.names)}
         batches = WordBatches(
             [s.media()[0].sha256 for s in samples],
