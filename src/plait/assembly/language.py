@@ -4,39 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plait.assembly.local import fingerprint, quiet
+from plait.assembly.local import SMOLLM2, find_decoder, fingerprint, quiet
 from plait.assembly.smollm import LanguageModel, load_smollm
-from plait.core.errors import CheckpointError, ConfigError
+from plait.core.errors import CheckpointError
 from plait.core.events import Events
-from plait.core.packages import locate
-
-SMOLLM2 = "smollm2"
-"""The decoder that a package carries; any other name is a folder."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """ChatML as SmolLM2 was tuned on, without the system text that its own template adds: 18 tokens a sample less."""
-
-
-def find_decoder(name: str) -> Path:
-    """Folder of a decoder's package or of a local model; opens no weights.
-
-    Raises:
-        ConfigError: Neither the known name nor a folder with a ``config.json``.
-        ResourceError: The package is not fetched.
-    """
-    if name == SMOLLM2:
-        return locate(name)
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"no decoder called {name!r}: neither a known name nor a folder with a config.json",
-            place=name,
-            remedy=f"use {SMOLLM2!r}, or the path of a Hugging Face model folder on this disk",
-        )
-    return folder
 
 
 def load_language(name: str, *, dtype: str, events: Events | None = None) -> LanguageModel:

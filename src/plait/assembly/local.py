@@ -15,6 +15,8 @@ from plait.core.packages import home, locate, package, sweep, verify
 
 IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
 """Names of the towers that packages carry; any other name is a folder."""
+SMOLLM2 = "smollm2"
+"""The decoder that a package carries; any other name is a folder."""
 
 _SEAL = "converted.json"
 _NOT_OUTPUT = frozenset({"generation_config.json", _SEAL})
@@ -71,6 +73,25 @@ def find_tower(name: str, packaged: str) -> Path:
             f"no tower called {name!r}: neither a known name nor a folder with a config.json",
             place=name,
             remedy=f"use {packaged!r}, or the path of a Hugging Face model folder on this disk",
+        )
+    return folder
+
+
+def find_decoder(name: str) -> Path:
+    """Folder of a decoder's package or of a local model; opens no weights.
+
+    Raises:
+        ConfigError: Neither the known name nor a folder with a ``config.json``.
+        ResourceError: The package is not fetched.
+    """
+    if name == SMOLLM2:
+        return locate(name)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no decoder called {name!r}: neither a known name nor a folder with a config.json",
+            place=name,
+            remedy=f"use {SMOLLM2!r}, or the path of a Hugging Face model folder on this disk",
         )
     return folder
 

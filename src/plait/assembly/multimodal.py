@@ -303,11 +303,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer warns of a config.json it does not know
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the tokenizer cannot be read: {error}", place=str(folder), remedy="use an undamaged copy"

@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.assembly.dual import Dual
+from plait.assembly.splits import splits_of
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.types import Sample
 from plait.data.features import FeatureStore, cached_features
-from plait.data.shards import ShardReader, split_names
+from plait.data.shards import ShardReader
 from plait.models.dual import pool
 from plait.models.towers.text import TextTower
 
@@ -61,10 +62,11 @@ def read_pairs(
         events: Told progress.
 
     Raises:
-        DataError: The first split is missing, a shard is damaged, a picture has no name, or a name is too long.
+        DataError: The first split is missing, or one that the data stage made; a shard is damaged, a picture has no
+            name, or a name is too long.
         ResourceError: The disk is full.
     """
-    there = split_names(shards)
+    there = splits_of(shards)
     samples: dict[str, list[Sample]] = {}
     holder: dict[str, ShardReader] = {}
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower
 from plait.core.errors import DataError
 from plait.core.events import Events
@@ -15,10 +16,7 @@ from plait.core.tensors import Patches
 from plait.core.types import MediaRef, Sample
 from plait.data.augment.views import View
 from plait.data.features import FeatureStore, cached_features
-from plait.data.shards import ShardReader, split_names
-
-PREFIX = "instruct-"
-"""Before the name of a split: the shards of its questions."""
+from plait.data.shards import ShardReader
 
 Choice = Callable[[str, Sequence[Sample]], Sequence[Sample]]
 """Given a split's name and its questions, the ones that are wanted."""
@@ -66,14 +64,14 @@ def read_questions(
         views: Further views of each picture of the *first* split; a cache each.
 
     Raises:
-        DataError: The first split has no questions, or a shard is damaged.
+        DataError: The first split has no questions, the shards of a split are gone, or one is damaged.
         ResourceError: The disk is full.
     """
-    there = split_names(shards)
+    there = splits_of(shards, prefix=PREFIX)
     samples: dict[str, Sequence[Sample]] = {}
     with ShardReader(shards, PREFIX + splits[0]) as reader:
         for split in splits:
-            if PREFIX + split in there or split == splits[0]:
+            if split in there or split == splits[0]:
                 with ShardReader(shards, PREFIX + split) as asked:
                     samples[split] = choose(split, list(asked))
         if not samples[splits[0]]:

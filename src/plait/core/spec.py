@@ -6,7 +6,7 @@ overrides), checks them, and reports every fault at once, each with its line and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,7 +104,13 @@ def catalogue(kind: type[Spec]) -> Catalogue:
 
 
 def load(
-    kind: type[S], path: Path, overrides: Iterable[str] = (), *, find: Callable[[str, Path], Path] | None = None
+    kind: type[S],
+    path: Path,
+    overrides: Iterable[str] = (),
+    *,
+    find: Callable[[str, Path], Path] | None = None,
+    paths: Collection[Keys] = (),
+    names: Collection[str] = (),
 ) -> Resolved[S]:
     """Read a YAML file with its chain of parents, lay the overrides over it, and check it.
 
@@ -117,11 +123,18 @@ def load(
         overrides: Dotted settings, such as ``stages.pretrain.steps=50``.
         find: Turns what ``extends`` says, and the folder of the file that says it, into a path; by default a path
             relative to that folder.
+        paths: Settings that hold a path: a relative one is meant from the folder of the file that gives it, and from
+            the working directory when an override does.
+        names: Words that are no paths there.
 
     Raises:
         ConfigError: Anything is wrong; names all faults, with the first as the cause.
     """
-    tree = _read_chain(path, find or (lambda name, folder: folder / name), ())
+
+    def read(file: Path) -> Node:
+        return _from_folder(read_file(file), file.parent, paths, names=names)
+
+    tree = _read_chain(path, find or (lambda name, folder: folder / name), (), read=read)
     return resolve(kind, tree, overrides)
 
 
@@ -144,8 +157,20 @@ def resolve(kind: type[S], tree: Node, overrides: Iterable[str] = ()) -> Resolve
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
-def _read_chain(path: Path, find: Callable[[str, Path], Path], seen: tuple[Path, ...]) -> Node:
-    tree = read_file(path)
+def _from_folder(tree: Node, folder: Path, paths: Collection[Keys], *, names: Collection[str]) -> Node:
+    """Settings of a file with its relative paths seen from its folder."""
+    for keys in paths:
+        node, depth = tree.nearest(keys)
+        text = node.value
+        if depth == len(keys) and isinstance(text, str) and text not in names and not text.startswith("~"):
+            tree = put(tree, keys, Node(str(folder / text), node.source))
+    return tree
+
+
+def _read_chain(
+    path: Path, find: Callable[[str, Path], Path], seen: tuple[Path, ...], *, read: Callable[[Path], Node]
+) -> Node:
+    tree = read(path)
     seen = (*seen, path.resolve())
     parent = tree.get("extends")
     if parent is None:
@@ -163,7 +188,7 @@ def _read_chain(path: Path, find: Callable[[str, Path], Path], seen: tuple[Path,
     if target.resolve() in seen:
         circle = " → ".join(p.name for p in (*seen[seen.index(target.resolve()) :], target))
         raise ConfigError(f"`extends` runs in a circle: {circle}", place=place, remedy="take one `extends` out")
-    return merge(_read_chain(target, find, seen), tree.without("extends"))
+    return merge(_read_chain(target, find, seen, read=read), tree.without("extends"))
 
 
 def _with(holder: Any, keys: Keys, value: Any) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SMALL_PER_LARGE = 10
-_ROUNDS = 3
+_ROUNDS = 5
 _BURST_S = 0.05
 _GAIN = 0.95
 
@@ -44,7 +44,8 @@ def probe_threads(dtype: str, cores: int) -> ThreadProbe:
     OpenMP threads spin at a barrier. When another process holds one of the cores, the thread that should run there
     waits for a scheduler slice, and all others wait for it: here an addition of 147,456 numbers went from 0.03 ms to
     8 ms, so two threads lose badly although the matrix product alone may gain. A training step has about ten small
-    operations a matrix product; that mix is scored, and more threads must win by 5 %. Takes 0.2 s when quiet, up to
+    operations a matrix product, here of the size of a thousand tokens; that mix is scored, and more threads must win by
+    5 %. Takes 0.2 s when quiet, up to
     about 1.5 s when not. Leaves torch's thread count as it was.
     """
     import torch
@@ -53,8 +54,8 @@ def probe_threads(dtype: str, cores: int) -> ThreadProbe:
     if counts == [1]:
         return ThreadProbe(threads=1, seconds={}, why="one usable core")
     kind: torch.dtype = getattr(torch, dtype)
-    vector, total = torch.ones(256, 576), torch.empty(256, 576)
-    left = right = torch.ones(768, 768, dtype=kind)
+    vector, total = torch.ones(1024, 576), torch.empty(1024, 576)
+    left = right = torch.ones(1024, 1024, dtype=kind)
     before = torch.get_num_threads()
     rounds: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     begun = time.perf_counter()

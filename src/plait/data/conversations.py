@@ -18,6 +18,9 @@ from plait.data.order import generator
 from plait.data.packing import pack
 from plait.data.template import Rendered
 
+ROW = 128
+"""Tokens a row holds where nobody says and no conversation needs more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
@@ -32,6 +35,27 @@ class Conversation:
     id: str
     task: str
     rendered: Rendered
+
+
+def row_length(conversations: Sequence[Conversation], *, most: int) -> int:
+    """Tokens of a row where nobody says: :data:`ROW`, or what the longest conversation needs.
+
+    Args:
+        conversations: That are to fit.
+        most: Tokens that the decoder reads.
+
+    Raises:
+        DataError: A conversation is longer than that; names it.
+    """
+    long = [c for c in conversations if len(c.rendered) > most]
+    if long:
+        raise DataError(
+            f"{len(long)} of {len(conversations)} samples are longer than the {most:,} tokens that the decoder reads, "
+            f"the longest {max(len(c.rendered) for c in long):,}",
+            place=f"sample {long[0].id}",
+            remedy="shorten their texts or leave them out",
+        )
+    return max(ROW, *(len(c.rendered) for c in conversations)) if conversations else ROW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +101,13 @@ class ConversationBatches:
                 f"{len(long)} of {len(self.conversations)} samples are longer than a row of {self.row} tokens, the "
                 f"longest {longest}",
                 place=f"sample {long[0].id}",
-                remedy=f"set row to {longest} or more",
+                remedy=f"set row to {longest} or more, or to 0: then the longest fits",
+            )
+        if not any(self.weights.get(c.task, 0.0) > 0 for c in self.conversations):
+            raise ConfigError(
+                f"no sample of the tasks {', '.join(self.weights)}",
+                place="tasks",
+                remedy="name tasks that the data stage made",
             )
 
     @cached_property
@@ -120,10 +150,6 @@ def _plan(conversations: Sequence[Conversation], weights: Mapping[str, float], *
     for index, conversation in enumerate(conversations):
         if weights.get(conversation.task, 0.0) > 0:
             of_task.setdefault(conversation.task, []).append(index)
-    if not of_task:
-        raise ConfigError(
-            f"no sample of the tasks {', '.join(weights)}", place="tasks", remedy="name tasks that the data stage made"
-        )
     tasks = sorted(of_task)
     rng = random.Random(f"{seed} tasks")
     piles: dict[str, list[int]] = {task: [] for task in tasks}

@@ -154,13 +154,18 @@ class WordReader(nn.Module):
         self.register_buffer("names", names, persistent=False)
 
     def forward(self, media: Patches) -> tuple[Float[Tensor, "b k word"], Float[Tensor, "b name"]]:
-        """Scores of the words at each mixed token, and of the names over the mean of the free tokens."""
+        """Scores of the words at each mixed token, and of the names over the mean of the free tokens.
+
+        A picture of several cells is read as one: as the mean of its cells.
+        """
         *front, words = self.connector.parts
         assert isinstance(words, ToWords)
         media = Patches(values=media.values.to(words.words.dtype), grid=media.grid)  # cached features have 16 bits
         for part in front:
             media = part(media)
-        groups = media.values.view(-1, words.count, words.d_out)
+        cells: list[int] = (media.grid.prod(1) // words.count).tolist()
+        groups = media.values.view(-1, words.count, words.d_out).split(cells)
+        groups = torch.stack([group.mean(0) for group in groups])
         mixed = words.count - words.free
         directions = nn.functional.normalize(groups[:, mixed:], dim=-1).mean(1)
         return words.scores(groups[:, :mixed]), words.scale * words.cosines(directions, self.names)

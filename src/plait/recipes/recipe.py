@@ -25,6 +25,7 @@ AnyStage: TypeAlias = Annotated[Pretrain | Tune | Align | Compress | Evaluate, F
 """Every stage kind that may follow the data: ``Pretrain | Tune | …``. This union is the catalogue."""
 
 _FOLDER = Path(__file__).parent
+_PATHS = (("data", "source"), ("data", "source", "path"), ("data", "source", "root"))
 _NAME = r"^[a-z0-9][a-z0-9._-]*$"
 
 
@@ -118,6 +119,8 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
     """Find, read and check a recipe; see :func:`plait.core.spec.load`.
 
+    A relative path of own data in a recipe file is seen from the folder of that file.
+
     Args:
         name: As for :func:`find_recipe`.
         overrides: Dotted settings, such as ``data.source=./pairs.csv``.
@@ -125,7 +128,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
     Raises:
         ConfigError: Anything about it is wrong.
     """
-    return load(Recipe, find_recipe(name), overrides, find=find_recipe)
+    return load(Recipe, find_recipe(name), overrides, find=find_recipe, paths=_PATHS, names=("emoji",))
 
 
 def _list(known: Iterable[str]) -> str:

@@ -191,17 +191,27 @@ class Align(Stage):
 
     def _questions(self, built: Multimodal, shards: Path, events: Events) -> tuple[Questions, int]:
         """Questions that have both answers, of the training split and the scored one; how many have no wrong one."""
-        from plait.assembly.questions import PREFIX, read_questions
+        from plait.assembly.questions import read_questions
+        from plait.assembly.splits import PREFIX, splits_of
         from plait.data.choice import held_out, spread
         from plait.data.preference_batches import questions_with_both
-        from plait.data.shards import split_names
 
-        there = [name.removeprefix(PREFIX) for name in split_names(shards) if name.startswith(PREFIX)]
-        test = held_out(there, self.test_split)
+        test = held_out(splits_of(shards, prefix=PREFIX), self.test_split)
+        if test != self.test_split:
+            instead = f"those of {test} are scored" if test else "nothing is scored"
+            events.note(f"there are no questions of {self.test_split}: {instead}")
         missing: dict[str, int] = {}
 
         def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
             found, missing[split] = questions_with_both(samples, self.tasks)
+            if split == "train" and not found:
+                raise DataError(
+                    f"no question of 'train' is left: {missing[split]:,} of the tasks {', '.join(self.tasks)} have a "
+                    "right answer, none has a wrong one",
+                    place=str(shards),
+                    remedy="ask for tasks that have wrong answers, give the pictures texts that differ more, or do "
+                    f"without the stage: stages.{self.kind}=null",
+                )
             limit = self._pairs() if split == "train" else self.test_pairs
             chosen = spread(found, self.tasks, limit=limit, seed=self.seed)
             events.note(

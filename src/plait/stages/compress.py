@@ -151,12 +151,11 @@ class Compress(Stage):
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _questions(self, built: Multimodal, shards: Path, events: Events) -> tuple[Questions, str]:
-        from plait.assembly.questions import PREFIX, read_questions
+        from plait.assembly.questions import read_questions
+        from plait.assembly.splits import PREFIX, splits_of
         from plait.data.choice import held_out, spread
-        from plait.data.shards import split_names
 
-        there = [name.removeprefix(PREFIX) for name in split_names(shards) if name.startswith(PREFIX)]
-        split = held_out(there, self.test_split) or "train"
+        split = held_out(splits_of(shards, prefix=PREFIX), self.test_split) or "train"
         if split != self.test_split:
             events.note(f"there are no questions of {self.test_split}: those of {split} are asked")
 

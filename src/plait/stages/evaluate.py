@@ -152,6 +152,12 @@ class Evaluate(Stage):
         decoder = cost.SMOLLM2_135M
         known = before["data"].samples if "data" in before else {}
         samples = {split: known[split] for split in TESTS if split in known}
+        if known and not any(samples.values()):
+            raise DataError(
+                "nothing is held out: there will be nothing to score",
+                place=f"stages.{self.kind}",
+                remedy=f"set data.source.test_fraction above 0, or do without the stage: stages.{self.kind}=null",
+            )
         canvases = sum(self._expected("count", number) for number in samples.values()) // 2
         pictures, answers = sum(samples.values()) + canvases, 0
         flops, tokens, longest = 0.0, 0, 0
@@ -284,7 +290,10 @@ class Evaluate(Stage):
         wanted = [(split, task) for split in TESTS for task in dict.fromkeys(self.tasks)]
         missing = [f"{split}/{task}" for split, task in wanted if not asked[split, task]]
         if missing:
-            events.note(f"not asked, as the data stage made no such questions: {', '.join(missing)}", missing=missing)
+            absent = [split for split in TESTS if split not in questions.samples]
+            parts = [f"all of {split}" for split in absent]
+            parts += [part for part in missing if part.split("/")[0] not in absent]
+            events.note(f"not asked, as the data stage made no such questions: {', '.join(parts)}", missing=missing)
         left = {f"{s}/{t}": made[s][t] - asked[s, t] for s, t in wanted if asked[s, t] and made[s][t] > asked[s, t]}
         if left:
             told = ", ".join(f"{count:,} of {part}" for part, count in left.items())
@@ -310,7 +319,7 @@ class Evaluate(Stage):
 
 def _training_answers(shards: Path) -> dict[str, list[str]]:
     """Right answers of the training questions, by task."""
-    from plait.assembly.questions import PREFIX
+    from plait.assembly.splits import PREFIX
     from plait.data.shards import ShardReader
     from plait.evaluation.asking import target
 

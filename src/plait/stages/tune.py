@@ -59,8 +59,8 @@ class Words(Spec):
 class Frozen(Spec):
     """Second phase: the connector learns from the answers through the decoder, which stays as it is."""
 
-    steps: int = Field(default=5, ge=1)
-    """Updates."""
+    steps: int = Field(default=5, ge=2)
+    """Updates; the rate of the first one is 0."""
     lr: float = Field(default=5e-4, gt=0.0)
     """Peak learning rate."""
 
@@ -110,6 +110,8 @@ class Tune(Stage):
     """Number format of the frozen weights; what trains is always float32."""
     tasks: Mapping[Task, float] = Field(default_factory=lambda: {"name.en": 1.0, "yesno": 1.0})
     """Share of each kind of question."""
+    new_pictures: float = Field(default=0.4, ge=0.0, lt=1.0)
+    """Share of the questions that are about pictures which the first phase did not see (see `words.share`)."""
     connector: Connect = Field(default_factory=Connect)
     """Shape of the connector."""
     words: Words = Field(default_factory=Words)
@@ -120,8 +122,8 @@ class Tune(Stage):
     """Third phase."""
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
-    row: int = Field(default=96, ge=16)
-    """Tokens a packed row holds."""
+    row: int = Field(default=0, ge=0)
+    """Tokens a packed row holds; 0 takes 128, or what the longest question with its answer needs."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -146,8 +148,7 @@ class Tune(Stage):
 
     def check(self, machine: Machine) -> None:
         """See that tower, decoder and device are here; see :meth:`plait.stages.stage.Stage.check`."""
-        from plait.assembly.language import find_decoder
-        from plait.assembly.local import IMAGE_TOWER, find_tower
+        from plait.assembly.local import IMAGE_TOWER, find_decoder, find_tower
 
         with named_setting(f"stages.{self.kind}.image_tower"):
             find_tower(self.image_tower, IMAGE_TOWER)
@@ -186,13 +187,12 @@ class Tune(Stage):
         wide = self.connector.tokens * SMOLLM2_135M.d_model
         connector = _IMAGE_WIDTH * 4 * (2 + self.connector.d_hidden) + self.connector.d_hidden * (wide + 1) + wide
         adapter = _lora_weights(self.adapt.rank, self.adapt.targets)
-        rows = math.ceil(self.batch_size * _SAMPLE_TOKENS / self.row)
+        row = self.row or 128
+        rows = math.ceil(self.batch_size * _SAMPLE_TOKENS / row)
         steps = self.frozen.steps + self.adapt.steps
         trained = self.batch_size * _TRAINED_TOKENS
-        flops = steps * decoder_flops(
-            SMOLLM2_135M, rows=rows, length=self.row, gradients="through", head_positions=trained
-        )
-        flops += linear_flops(adapter, steps * rows * self.row, "full")
+        flops = steps * decoder_flops(SMOLLM2_135M, rows=rows, length=row, gradients="through", head_positions=trained)
+        flops += linear_flops(adapter, steps * rows * row, "full")
         words = linear_flops(connector, self.words.steps * self.words.batch_size, "full")
         low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)
         spare = time_range(words, machine, dtype="float32", efficiency=(0.15, 0.7))
@@ -200,7 +200,7 @@ class Tune(Stage):
         seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
         cells = 4 * pictures
         activations = decoder_activations(
-            SMOLLM2_135M, rows=rows, length=self.row, dtype=machine.dtype, gradients="through", attention="eager"
+            SMOLLM2_135M, rows=rows, length=row, dtype=machine.dtype, gradients="through", attention="eager"
         ) + logits_bytes(SMOLLM2_135M, trained, dtype=machine.dtype)
         memory = peak_memory(
             machine,
@@ -215,7 +215,7 @@ class Tune(Stage):
             samples=dict(known),
             params_trainable=adapter + connector,
             params_frozen=_IMAGE_WEIGHTS + _DECODER_WEIGHTS,
-            tokens=steps * rows * self.row,
+            tokens=steps * rows * row,
             image_tokens=steps * self.batch_size * self.connector.tokens,
             flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
             memory=memory,

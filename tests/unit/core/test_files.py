@@ -97,6 +97,25 @@ def test_stages_are_found_backwards_through_their_seals(tmp_path: Path) -> None:
     moved.rename(tmp_path)
 
 
+def test_the_newest_model_is_found_backwards_and_an_unfinished_stage_ends_the_walk(tmp_path: Path) -> None:
+    kinds = ("data", "tune", "evaluate", "align")
+    data, tune, evaluate, align = (files.stage_folder(tmp_path, n, k) for n, k in enumerate(kinds, 1))
+    for folder in (data, tune, evaluate, align):
+        folder.mkdir()
+    files.mark_done(data, kind="data", previous=None, summary={})
+    for nothing in (None, data, align):
+        with pytest.raises(DataError, match="no finished stage before this one made a multimodal model") as caught:
+            files.find_model(nothing)
+        assert caught.value.place == str(nothing)
+    files.mark_done(tune, kind="tune", previous=data, summary={"model": "decoder/checkpoints/000003"})
+    files.mark_done(evaluate, kind="evaluate", previous=tune, summary={"model": None})
+    expected = (tune / "decoder" / "checkpoints" / "000003").resolve()
+    assert files.find_model(evaluate).resolve() == expected
+    files.mark_done(align, kind="align", previous=evaluate, summary={"model": "checkpoints/000002"})
+    assert files.find_model(align).resolve() == (align / "checkpoints" / "000002").resolve()
+    assert files.find_model(tune).resolve() == expected
+
+
 def test_a_run_is_held_by_one_living_process_only(tmp_path: Path) -> None:
     code = "import sys, pathlib; from plait.core.files import lock\nwith lock(pathlib.Path(sys.argv[1])): pass"
     with files.lock(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
-from plait.models.connector import Chain, Mlp, PixelShuffle
+from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords, WordReader
 
 
 def media(*grids: tuple[int, int, int], d: int = 2) -> Patches:
@@ -38,7 +38,8 @@ def test_grids_that_do_not_divide_are_padded_with_zeros_not_cut() -> None:
 @pytest.mark.row("S2-07")
 def test_every_connector_keeps_the_token_account(grids: tuple[tuple[int, int, int], ...]) -> None:
     chain = Chain(PixelShuffle(2, 2), Mlp(8, 16, 4))
-    for connector in (PixelShuffle(2, 2), Mlp(2, 16, 4), chain):
+    reader = Chain(PixelShuffle(2, 2), Mlp(8, 16, 12), Split(12, 3), ToWords(torch.randn(5, 4), count=3, free=1))
+    for connector in (PixelShuffle(2, 2), Mlp(2, 16, 4), Split(2, 2), chain, reader):
         assert isinstance(connector, Encoder)
         given = media(*grids)
         out = connector(given)
@@ -50,3 +51,111 @@ def test_every_weight_gets_a_gradient() -> None:
     chain = Chain(PixelShuffle(2, 2), Mlp(8, 16, 4))
     chain(media((1, 4, 4))).values.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in chain.parameters())
+
+
+# --- tokens in the space of words ----------------------------------------------------------------------------------
+
+WORDS, WIDTH, COUNT, FREE = 6, 10, 4, 1
+
+
+def to_words() -> ToWords:
+    """More dimensions than words, so that the mixture's weights can be solved for; words far from the origin."""
+    words = torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    return ToWords(words, count=COUNT, free=FREE).double()
+
+
+def tokens(groups: int = 5) -> Patches:
+    values = torch.randn(groups * COUNT, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return Patches(values=values, grid=torch.tensor([[1, 1, groups * COUNT]]))
+
+
+def test_split_is_the_inverse_of_joining() -> None:
+    narrow = torch.randn(12, 5)
+    joined = Patches(values=narrow.view(4, 15), grid=torch.tensor([[1, 1, 2], [1, 2, 1]]))
+    out = Split(15, 3)(joined)
+    assert torch.equal(out.values, narrow)
+    assert out.grid.tolist() == [[1, 1, 6], [1, 2, 3]]
+    assert torch.equal(torch.cat([out.values[i::3] for i in range(3)], dim=1), joined.values)
+
+
+def test_mixed_tokens_are_softmax_mixtures_of_the_words() -> None:
+    onto, given = to_words(), tokens()
+    mixed = onto(given).values.view(-1, COUNT, WIDTH)[:, : COUNT - FREE].detach()
+    # mixed = weights @ words has one solution, as the words are linearly independent.
+    weights = torch.linalg.lstsq(onto.words.T, mixed.reshape(-1, WIDTH).T).solution.T
+    torch.testing.assert_close(weights @ onto.words, mixed.reshape(-1, WIDTH), rtol=1e-9, atol=1e-9)
+    assert bool((weights > 0).all())
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights), dtype=torch.float64), rtol=1e-9, atol=0)
+    center = onto.words.mean(0)
+    inputs = given.values.view(-1, COUNT, WIDTH)[:, : COUNT - FREE].reshape(-1, WIDTH)
+    cosine = torch.nn.functional.cosine_similarity(inputs[:, None], (onto.words - center)[None], dim=-1)
+    torch.testing.assert_close(weights, (12.0 * cosine).softmax(-1), rtol=1e-9, atol=1e-12)
+
+
+def test_free_tokens_keep_their_direction_at_the_distance_of_words() -> None:
+    onto, given = to_words(), tokens()
+    center = onto.words.mean(0)
+    away = onto(given).values.view(-1, COUNT, WIDTH)[:, COUNT - FREE :].detach() - center
+    torch.testing.assert_close(away.norm(dim=-1), onto.length.detach().expand(5, FREE), rtol=1e-12, atol=0)
+    torch.testing.assert_close(onto.length.detach(), (onto.words - center).norm(dim=1).mean(), rtol=1e-12, atol=0)
+    cosine = torch.nn.functional.cosine_similarity(away, given.values.view(-1, COUNT, WIDTH)[:, COUNT - FREE :], dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-12, atol=0)
+
+
+def test_scale_and_length_are_learned_and_words_are_kept_but_not_learned() -> None:
+    onto = to_words()
+    onto(tokens()).values.square().sum().backward()
+    assert {name for name, _ in onto.named_parameters()} == {"scale", "length"}
+    assert all(p.grad is not None and float(p.grad.abs()) > 0 for p in onto.parameters())
+    assert set(onto.state_dict()) == {"scale", "length", "words"}
+
+
+def reader(names: int = 3) -> tuple[WordReader, Chain]:
+    torch.manual_seed(3)
+    onto = to_words().float()
+    chain = Chain(PixelShuffle(2, 2), Mlp(8, 16, WIDTH * COUNT), Split(WIDTH * COUNT, COUNT), onto)
+    return WordReader(chain, torch.randn(names, WIDTH)), chain
+
+
+def test_a_reader_scores_words_as_the_connector_mixes_them() -> None:
+    asked, chain = reader()
+    given = media((1, 2, 2), (1, 2, 2), (1, 1, 2))  # one joined cell each
+    words, names = asked(given)
+    assert (words.shape, names.shape) == ((3, COUNT - FREE, WORDS), (3, 3))
+    onto = chain.parts[-1]
+    assert isinstance(onto, ToWords)
+    groups = chain(given).values.view(3, COUNT, WIDTH)
+    torch.testing.assert_close(words.softmax(-1) @ onto.words, groups[:, : COUNT - FREE], rtol=1e-5, atol=1e-5)
+    directions = torch.nn.functional.normalize(groups[:, COUNT - FREE :] - onto.center, dim=-1).mean(1)
+    expected = onto.scale * torch.nn.functional.cosine_similarity(
+        directions[:, None], (asked.names - onto.center)[None], dim=-1
+    )
+    torch.testing.assert_close(names, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_takes_a_picture_of_several_cells_as_one() -> None:
+    asked, _ = reader()
+    values = torch.randn(4, 2, generator=torch.Generator().manual_seed(5))
+    small = Patches(values=values, grid=torch.tensor([[1, 2, 2]]))
+    # The same joined cell four times: the mean is that cell. A second picture of one cell beside it.
+    square = torch.cat([values.view(1, 2, 1, 2, 2).expand(2, 2, 2, 2, 2).reshape(16, 2), values])
+    both = Patches(values=square, grid=torch.tensor([[1, 4, 4], [1, 2, 2]]))
+    for alone, beside in zip(asked(small), asked(both), strict=True):
+        assert len(beside) == 2
+        torch.testing.assert_close(beside[1:], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(beside[:1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reader_takes_cached_features_of_16_bits_and_trains_the_connector_in_place() -> None:
+    asked, chain = reader()
+    given = media((1, 2, 2))
+    words, names = asked(Patches(values=given.values.half(), grid=given.grid))
+    (words.sum() + names.sum()).backward()
+    assert words.dtype == torch.float32
+    assert all(p.grad is not None for name, p in chain.named_parameters() if name != "parts.3.length")
+
+
+def test_names_are_not_saved_with_a_reader() -> None:
+    asked, chain = reader()
+    assert set(asked.state_dict()) == {f"connector.{name}" for name in chain.state_dict()}
+    assert "names" in dict(asked.named_buffers())

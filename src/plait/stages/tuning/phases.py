@@ -11,22 +11,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from plait.adapters.lora import Lora, attach
+from plait.adapters.lora import Lora, attach, cast_inputs
 from plait.assembly.language import load_language
 from plait.assembly.multimodal import ConnectorSizes, build_multimodal, save_multimodal
 from plait.assembly.questions import Questions, read_questions
+from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import Compute, seed_everything, setup
 from plait.core.errors import DataError
 from plait.core.events import Events
-from plait.core.files import sha256_file, write_json
+from plait.core.files import read_jsonl, sha256_file, write_json
 from plait.core.packages import home
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.core.types import Request, Sample
 from plait.data.augment.views import View
-from plait.data.choice import spread
-from plait.data.conversations import Conversation, ConversationBatches
+from plait.data.choice import HELD_OUT, spread
+from plait.data.conversations import Conversation, ConversationBatches, row_length
 from plait.data.media import decode_image
 from plait.data.shards import ShardReader
 from plait.data.sources import rank
@@ -38,16 +39,17 @@ from plait.objectives.words import WordTargets
 from plait.stages.tune import Tune
 from plait.stages.tuning.first_batch import draw_first_batch
 from plait.training.loop import fit
+from plait.training.monitor import METRICS
 from plait.training.optim import AdamW
+from plait.training.precision import autocast
 from plait.training.schedule import Cosine
 from plait.training.settings import Batches, FitResult, Hooks, OnDevice, Settings
 
-SHOWN = ("test-style", "test-concept")
-"""Splits from which a few questions are asked again and again while training."""
-
+_SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
 _SHOWN_EACH = 3
 _SHOWN_TOKENS = 10
 _MILESTONES = 4  # how often they are asked in the last phase
+_NEW = " of new pictures"  # marks questions about pictures that the first phase did not see
 _FILLER = "\n"  # stands in the places after a name's end: no name has it, and decoders know it
 
 
@@ -81,6 +83,8 @@ class _Tuning:
         image = load_image_tower(spec.image_tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
         language = load_language(spec.decoder, dtype=frozen, events=events)
         self.shards = data / "shards"
+        there = splits_of(self.shards, prefix=PREFIX)
+        self.shown = [split for split in HELD_OUT if split in there][:_SHOWN_SPLITS]
         self.questions = self._read(image)
         tokenizer = language.tokenizer
         self.names = sorted({s.text("assistant") for s in self._train() if s.meta["task"] == "name.en"})
@@ -104,6 +108,18 @@ class _Tuning:
         self.built = build_multimodal(image, language, sizes, name=spec.decoder, words=words)
         self.built.model.to(self.compute.device)
         self.built.model.eval()
+        template = self.built.template
+        self.learned = self._learned()
+        self.conversations = [
+            Conversation(
+                id=sample.id,
+                task=str(sample.meta["task"]) + ("" if sample.media()[0].sha256 in self.learned else _NEW),
+                rendered=template.sample(sample),
+            )
+            for sample in self._train()
+        ]
+        self.row = spec.row or row_length(self.conversations, most=self.built.context)
+        self._batches(1)  # what does not fit a row, or has no samples, is said now and not after the first phase
         self.steps = 0
 
     # --- phases ----------------------------------------------------------------------------------------------------
@@ -112,13 +128,20 @@ class _Tuning:
         """The connector learns which words a picture's name has; only tower features and embeddings are needed."""
         spec = self.spec.words
         asked = [s for s in self._train() if s.meta["task"] == "name.en"]
-        order = sorted(asked, key=lambda s: rank(self.spec.seed, "words", s.media()[0].sha256))
-        samples = order[: max(1, round(len(order) * spec.share))]
+        samples = [s for s in asked if s.media()[0].sha256 in self.learned]
         row = {name: number for number, name in enumerate(self.names)}
+        first = self.spec.connector.tokens - self.spec.connector.free
+        long = sum(len(ids) > first for ids in self.name_ids)
+        if long:
+            self.events.note(
+                f"{long:,} of {len(self.name_ids):,} names have more than {first} tokens: of these the connector "
+                f"learns the first {first} and the mean of all",
+                long=long,
+            )
         batches = WordBatches(
             [s.media()[0].sha256 for s in samples],
             torch.tensor([row[s.text("assistant")] for s in samples]),
-            targets=self.words_list.targets(self.name_ids, count=self.spec.connector.tokens - self.spec.connector.free),
+            targets=self.words_list.targets(self.name_ids, count=first),
             stores=self.questions.stores,
             batch_size=spec.batch_size,
             seed=self.spec.seed,
@@ -159,6 +182,7 @@ class _Tuning:
         lora = Lora(rank=spec.rank, alpha=spec.alpha, targets=spec.targets)
         seed_everything(self.spec.seed)
         attach(self.built.language.model, lora)
+        cast_inputs(self.built.language.model, enabled=self.compute.dtype == "float32")
         self.built = self.built.with_lora(lora)
         self.built.model.to(self.compute.device)
         self.built.connector.train()
@@ -191,14 +215,15 @@ class _Tuning:
         model.eval()
         asked = [
             (split, sample)
-            for split in SHOWN
+            for split in self.shown
             for sample in spread(
-                self.questions.samples.get(split, ()), ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed
+                self.questions.samples[split], ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed
             )
         ]
         engine = build_engine(self.built, self.questions.features)
         requests = [Request(id=sample.id, turns=sample.turns[:-1], max_new_tokens=_SHOWN_TOKENS) for _, sample in asked]
-        answers = engine(requests)
+        with autocast(self.compute.device, self.compute.dtype):  # as in training
+            answers = engine(requests)
         for module, training in modes:
             module.train(training)
         samples = [
@@ -224,14 +249,16 @@ class _Tuning:
         """For the seal and the closing lines."""
         trained = sum(weight.numel() for weight in self.built.model.parameters() if weight.requires_grad)
         total = sum(weight.numel() for weight in self.built.model.parameters())
-        last = results[-1]
+        # From the file: a phase that was complete when the stage was resumed has no values of a last step.
+        loss = read_jsonl(self.folder / "decoder" / METRICS)[-1]["loss"]
+        said = "not finite" if loss is None else f"{loss:.3f} nats a token"
         line = (
             f"{self.spec.image_tower} + connector + {self.spec.decoder}: {trained:,} of {total:,} weights trained, "
-            f"{len(self._train()):,} questions, loss {last.values.get('loss', float('nan')):.3f} nats a token"
+            f"{len(self._train()):,} questions, loss {said}"
         )
         return {
             "lines": [line],
-            "model": last.checkpoint.relative_to(self.folder).as_posix(),
+            "model": results[-1].checkpoint.relative_to(self.folder).as_posix(),
             "steps": {name: r.step for name, r in zip(("words", "connector", "decoder"), results, strict=True)},
             "skipped_steps": sum(result.skipped for result in results),
             "questions": len(self._train()),
@@ -263,32 +290,49 @@ class _Tuning:
                 return [sample for sample in samples if sample.meta["task"] in wanted]
             return spread(samples, ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed)
 
-        return read_questions(
+        found = read_questions(
             self.shards,
-            ("train", *SHOWN),
+            ("train", *self.shown),
             image,
             choose=choose,
             cache=home() / "features",
             events=self.events,
             views=[View(number, flip=False) for number in range(1, self.spec.views + 1)],
         )
+        lacking = sorted(wanted - {str(sample.meta["task"]) for sample in found.samples["train"]})
+        if lacking:
+            self.events.note(f"left out, as the data stage made no such questions: {', '.join(lacking)}", tasks=lacking)
+        if not self.shown:
+            self.events.note("there is no test split: no answers are shown while training")
+        return found
 
     def _train(self) -> Sequence[Sample]:
         return self.questions.samples["train"]
 
+    def _learned(self) -> frozenset[str]:
+        """Pictures that the first phase learns by heart."""
+        named = {s.media()[0].sha256 for s in self._train() if s.meta["task"] == "name.en"}
+        order = sorted(named, key=lambda sha256: rank(self.spec.seed, "words", sha256))
+        return frozenset(order[: max(1, round(len(order) * self.spec.words.share))])
+
+    def _weights(self) -> dict[str, float]:
+        """Share of each task, divided between pictures of the first phase and others; canvases count as others."""
+        there = {conversation.task for conversation in self.conversations}
+        found: dict[str, float] = {}
+        for task, share in self.spec.tasks.items():
+            old, new = str(task) in there, str(task) + _NEW in there
+            part = self.spec.new_pictures if old and new else float(new)
+            found |= {str(task): share * (1 - part), str(task) + _NEW: share * part}
+        return found
+
     def _batches(self, steps: int) -> ConversationBatches:
-        template = self.built.template
-        conversations = [
-            Conversation(id=sample.id, task=str(sample.meta["task"]), rendered=template.sample(sample))
-            for sample in self._train()
-        ]
         return ConversationBatches(
-            conversations=conversations,
-            weights={str(task): share for task, share in self.spec.tasks.items()},
+            conversations=self.conversations,
+            weights=self._weights(),
             stores=self.questions.stores,
             grid_out=self.built.connector.grid_out,
             batch_size=self.spec.batch_size,
-            row=self.spec.row,
+            row=self.row,
             pad=self.built.stop,
             steps=steps,
             seed=self.spec.seed,

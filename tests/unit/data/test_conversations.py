@@ -1,0 +1,177 @@
+"""Conversation batches: one shape, tasks by weight, each task's samples in turn, and the same ones at every call."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.core.errors import ConfigError, DataError
+from plait.core.tensors import IGNORE, Batch
+from plait.core.types import MediaRef
+from plait.data.conversations import ROW, Conversation, ConversationBatches, row_length
+from plait.data.features import FeatureStore
+from plait.data.template import Rendered
+
+
+def sha(number: int) -> str:
+    return f"{number:064}"
+
+
+def conversation(number: int, task: str, length: int) -> Conversation:
+    """Two placeholders (99) and ids of its own; the last is trained."""
+    ref = MediaRef(modality="image", sha256=sha(number), uri=f"{number}.png")
+    ids = (99, 99, *(1000 * number + place for place in range(length - 2)))
+    trained = tuple(place == length - 1 for place in range(length))
+    return Conversation(
+        id=f"q{number}", task=task, rendered=Rendered(token_ids=ids, trained=trained, media=(ref,), slots=(2,))
+    )
+
+
+def store(view: int, pictures: int) -> FeatureStore:
+    """Picture 5 in view 2: two cells with the features 5, 2."""
+    made = FeatureStore(2, torch.float32)
+    for picture in range(pictures):
+        made.add(torch.tensor([[float(picture), float(view)]] * 2), [(sha(picture), 1, 1, 2)])
+    return made
+
+
+LENGTHS = {"name": [5, 9, 14], "yesno": [7, 8, 20, 11, 6], "left": [10, 4]}
+
+
+def source(**changes: Any) -> ConversationBatches:
+    of_task = [(task, length) for task, lengths in LENGTHS.items() for length in lengths]
+    conversations = [conversation(number, *one) for number, one in enumerate(of_task)]
+    given_: dict[str, Any] = {
+        "conversations": conversations,
+        "weights": {"name": 1.0, "yesno": 3.0, "left": 0.0, "above": 2.0},
+        "stores": [store(0, 10), store(1, 10)],
+        "grid_out": lambda grid: grid,
+        "batch_size": 4,
+        "row": 24,
+        "pad": 0,
+        "steps": 6,
+        "seed": 0,
+    }
+    return ConversationBatches(**given_ | changes)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    pairs = [(one.token_ids, other.token_ids), (one.labels, other.labels), (one.segment_ids, other.segment_ids)]
+    pairs += [(one.media["image"].values, other.media["image"].values)]
+    return all(torch.equal(a, b) for a, b in pairs) and one.sample_ids == other.sample_ids
+
+
+def test_a_step_is_the_same_whatever_came_before() -> None:
+    used, fresh = source(), source()
+    for step in (4, 0, 5):
+        (now,) = used.step_batches(step)
+    assert same(now, fresh.step_batches(5)[0])
+    assert not same(now, source(seed=1).step_batches(5)[0])
+
+
+@settings(deadline=None)
+@given(short=st.integers(1, 12), more=st.integers(0, 30), seed=st.integers(0, 5))
+def test_a_longer_plan_begins_like_a_shorter_one(short: int, more: int, seed: int) -> None:
+    begun = source(steps=short, seed=seed).plan
+    assert source(steps=short + more, seed=seed).plan[: len(begun)] == begun
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 9), row=st.integers(20, 60), seed=st.integers(0, 3), steps=st.integers(1, 8))
+def test_all_batches_have_one_shape_and_hold_the_planned_samples_whole(
+    size: int, row: int, seed: int, steps: int
+) -> None:
+    batches = source(batch_size=size, row=row, seed=seed, steps=steps)
+    of_id = {c.id: c for c in batches.conversations}
+    shapes: set[tuple[int, ...]] = set()
+    filled = 0
+    for step in range(steps):
+        (batch,) = batches.step_batches(step)
+        shapes.add(tuple(batch.token_ids.shape))
+        planned = [batches.conversations[i].id for i in batches.plan[step * size : (step + 1) * size]]
+        assert sorted(batch.sample_ids) == sorted(planned)
+        names = iter(batch.sample_ids)
+        for ids, labels, segments in zip(batch.token_ids, batch.labels, batch.segment_ids, strict=True):
+            for segment in range(1, int(segments.max()) + 1):
+                here = segments == segment
+                rendered = of_id[next(names)].rendered
+                assert tuple(ids[here].tolist()) == rendered.token_ids
+                assert [x for x in labels[here].tolist() if x != IGNORE] == [rendered.token_ids[-1]]
+            assert bool((labels[segments == 0] == IGNORE).all())
+        filled = max(filled, int((batch.segment_ids != 0).any(1).sum()))
+    ((rows, width),) = shapes
+    assert width == row
+    assert rows == filled, "more rows than any step needs"
+
+
+def test_weights_are_shares_and_unwanted_tasks_never_come() -> None:
+    batches = source(steps=1000)
+    seen = Counter(batches.conversations[i].task for i in batches.plan)
+    assert set(seen) == {"name", "yesno"}
+    # 4,000 draws at one quarter: 4 standard errors are 110. "above" has a weight and no samples: it takes no share.
+    assert abs(seen["name"] - 1000) < 110
+
+
+def test_each_task_is_gone_through_before_a_sample_comes_again() -> None:
+    batches = source(steps=100)
+    for task, lengths in LENGTHS.items():
+        came = [i for i in batches.plan if batches.conversations[i].task == task]
+        epochs = [tuple(came[at : at + len(lengths)]) for at in range(0, len(came) - len(lengths) + 1, len(lengths))]
+        assert all(len(set(epoch)) == len(lengths) for epoch in epochs)
+        assert task == "left" or len(set(epochs)) > 1, "every epoch has the same order"
+
+
+def test_views_are_mixed_and_a_picture_without_one_is_seen_as_it_is() -> None:
+    batches = source(stores=[store(0, 10), store(1, 4)], steps=200)
+    views: Counter[tuple[bool, int]] = Counter()
+    for step in range(200):
+        (batch,) = batches.step_batches(step)
+        pictures = [int(name[1:]) for name in batch.sample_ids]  # features stand in the order of the placeholders
+        values = batch.media["image"].values
+        assert values[::2, 0].tolist() == pictures
+        assert torch.equal(values[::2], values[1::2])
+        views.update((picture < 4, int(view)) for picture, view in zip(pictures, values[::2, 1].tolist(), strict=True))
+    assert views[(False, 1)] == 0
+    share = views[(True, 1)] / (views[(True, 0)] + views[(True, 1)])
+    assert abs(share - 0.5) < 0.12  # some 400 draws, 4 standard errors and a bit
+
+
+def test_pieces_are_the_rows_of_the_whole_dealt_out() -> None:
+    whole, pieces = source(batch_size=9), source(batch_size=9, pieces=3)
+    for step in range(3):
+        (batch,) = whole.step_batches(step)
+        split = pieces.step_batches(step)
+        assert len(split) > 1
+        assert torch.equal(torch.cat([piece.token_ids for piece in split]), batch.token_ids)
+        assert tuple(itertools.chain(*(piece.sample_ids for piece in split))) == batch.sample_ids
+        values = torch.cat([piece.media["image"].values for piece in split if piece.media])
+        assert torch.equal(values, batch.media["image"].values)
+
+
+def test_a_sample_longer_than_a_row_is_named() -> None:
+    with pytest.raises(DataError, match="2 of 10 samples are longer than a row of 12 tokens, the longest 20") as caught:
+        source(row=12)
+    assert caught.value.place == "sample q2"
+    assert caught.value.remedy.startswith("set row to 20 or more")
+
+
+def test_a_row_that_nobody_sets_holds_the_longest_unless_the_decoder_cannot_read_it() -> None:
+    conversations = source().conversations
+    assert row_length(conversations, most=256) == ROW > 20
+    longer = [*conversations, conversation(20, "name", ROW + 7)]
+    assert row_length(longer, most=ROW + 7) == ROW + 7
+    with pytest.raises(DataError, match=f"1 of 11 samples are longer than the {ROW + 6} tokens") as caught:
+        row_length(longer, most=ROW + 6)
+    assert caught.value.place == "sample q20"
+
+
+@pytest.mark.parametrize("weights", [{"above": 1.0, "count": 1.0}, {"name": 0.0}, {}])
+def test_tasks_without_samples_are_refused_at_once(weights: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="no sample of the tasks"):
+        source(weights=weights)

@@ -1,0 +1,257 @@
+"""Tune: what it leaves fits together, a stopped one ends with the bits of a quiet one, and faults are named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from plait.core.errors import ConfigError, DataError, PlaitError, ResourceError, Stopped
+from plait.core.estimate import Machine
+from plait.core.events import Event, Events
+from plait.core.files import find_model, mark_done, read_done, read_json, read_jsonl
+from plait.core.types import Request
+from plait.data.shards import ShardReader
+from plait.stages.tune import Tune
+from plait.training.monitor import TIMING
+
+MACHINE = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**35, gemm_fp32=1e11, gemm_bf16=1e11, measured=True)
+PHASES = ("words", "connector", "decoder")
+STEPS = {"words": 3, "connector": 2, "decoder": 3}
+
+Folders = dict[str, Path]
+
+
+def spec(folders: Folders, **settings: Any) -> Tune:
+    sizes: dict[str, Any] = {
+        "image_tower": str(folders["image"]),
+        "resolution": 0,
+        "views": 1,
+        "decoder": str(folders["decoder"]),
+        "dtype": "float32",
+        "connector": {"d_hidden": 16, "tokens": 3, "free": 1},
+        "words": {"steps": 3, "batch_size": 8},
+        "frozen": {"steps": 2},
+        "adapt": {"steps": 3, "rank": 2, "targets": ["q_proj", "down_proj"]},
+        "batch_size": 4,
+        "row": 192,
+        "save_every": 1,
+        "device": "cpu",
+    }
+    return Tune.model_validate(sizes | settings)
+
+
+def tune(data: Path, stage: Tune, name: str = "02-tune", *, interrupt: tuple[str, int] | None = None) -> Path:
+    """Run a stage; ``interrupt`` is Ctrl-C in the step of a phase that has the same number."""
+    folder = data.parent / name
+    folder.mkdir(exist_ok=True)
+
+    def listener(event: Event) -> None:
+        if event.kind == "progress" and interrupt is not None:
+            phase, step = interrupt
+            if (event.text, event.fields["done"]) == (f"tune: {phase}", step):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    stage.run(data, folder, events=Events(listeners=(listener,)))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Connector and adapter of the sealed model."""
+    model = find_model(folder)
+    return load_file(model / "model.safetensors") | load_file(model / "adapter" / "adapter_model.safetensors")
+
+
+def lasting(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of each phase without what tells about the machine."""
+    return {
+        phase: [{k: v for k, v in r.items() if k not in TIMING} for r in read_jsonl(folder / phase / "metrics.jsonl")]
+        for phase in PHASES
+    }
+
+
+def shown(folder: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted((folder / "samples").iterdir())]
+
+
+def assert_each_learned_in_its_phase(folder: Path) -> None:
+    """Only connector and adapter, and the adapter only in the last phase."""
+    words, connector, decoder = (folder / phase / "checkpoints" / f"{steps:06d}" for phase, steps in STEPS.items())
+    for before, after in ((words, connector), (connector, decoder)):
+        one, other = (load_file(path / "model.safetensors") for path in (before, after))
+        assert one.keys() == other.keys()
+        assert torch.equal(one["parts.3.words"], other["parts.3.words"]), "the words are the decoder's own"
+        assert not torch.equal(one["parts.1.up.weight"], other["parts.1.up.weight"])
+    assert not (connector / "adapter").exists()
+    adapter = load_file(decoder / "adapter" / "adapter_model.safetensors")
+    assert all(bool(value.abs().sum() > 0) for value in adapter.values()), "an adapter did not leave its start"
+
+
+@pytest.mark.row("S2-10", "S2-32")
+def test_all_files_are_there_and_the_sealed_model_gives_the_answers_shown_last(
+    data_stage: Path, tiny_folders: Folders
+) -> None:
+    from plait.assembly.multimodal import load_multimodal
+    from plait.inference.build import build_engine, encode_pictures
+
+    folder = tune(data_stage, spec(tiny_folders))
+    done = read_done(folder)
+    assert done is not None
+    assert done["summary"]["steps"] == STEPS
+    assert done["summary"]["model"] == "decoder/checkpoints/000003"
+    assert done["summary"]["skipped_steps"] == 0
+    with Image.open(folder / "batches" / "first.png") as drawing:
+        drawing.load()
+        assert drawing.width > 300
+    for phase, steps in STEPS.items():
+        assert [record["step"] for record in read_jsonl(folder / phase / "metrics.jsonl")] == [*range(1, steps + 1)]
+        assert (folder / phase / "results.csv").is_file()
+        assert (folder / phase / "checkpoints" / f"{steps:06d}" / "plait.json").is_file()
+    # Steps count on over the phases; of the four times in the last phase, three steps leave three.
+    assert [(record["step"], record["phase"]) for record in shown(folder)] == [
+        (0, "untuned"),
+        (3, "words"),
+        (5, "connector"),
+        (6, "decoder"),
+        (7, "decoder"),
+        (8, "decoder"),
+    ]
+    samples = shown(folder)[-1]["samples"]
+    assert {(sample["split"], sample["task"]) for sample in samples} == {
+        ("test-concept", "name.en"),
+        ("test-concept", "yesno"),
+    }
+    built = load_multimodal(find_model(folder))
+    with ShardReader(data_stage / "shards", "instruct-test-concept") as asked:
+        of_id = {sample.id: sample for sample in asked}
+    with ShardReader(data_stage / "shards", "test-concept") as reader:
+        engine = build_engine(built, encode_pictures(built, reader.media))
+        answers = engine(
+            [Request(id=s["id"], turns=of_id[s["id"]].turns[:-1], max_new_tokens=10) for s in samples],
+        )
+    assert [answer.text.strip() for answer in answers] == [sample["answer"] for sample in samples]
+    assert_each_learned_in_its_phase(folder)
+
+
+def test_stopped_in_every_phase_it_ends_like_one_that_ran_through(data_stage: Path, tiny_folders: Folders) -> None:
+    whole = tune(data_stage, spec(tiny_folders), "whole")
+    parts = data_stage.parent / "parts"
+    for phase, step in (("words", 2), ("connector", 1), ("decoder", 2)):
+        with pytest.raises(Stopped):
+            tune(data_stage, spec(tiny_folders), "parts", interrupt=(phase, step))
+        assert read_done(parts) is None
+        assert max(p.name for p in (parts / phase / "checkpoints").glob("0*")) == f"{step:06d}"
+    tune(data_stage, spec(tiny_folders), "parts")
+    one, other = weights(whole), weights(parts)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert lasting(whole) == lasting(parts)
+    assert shown(whole) == shown(parts)
+    assert read_done(whole) == read_done(parts)
+    # Killed after the last checkpoint, before the seal: nothing is left to train, and all there is to say is said.
+    (parts / "done.json").unlink()
+    tune(data_stage, spec(tiny_folders), "parts")
+    assert read_done(whole) == read_done(parts)
+
+
+def test_other_settings_or_data_do_not_continue_a_phase(data_stage: Path, tiny_folders: Folders) -> None:
+    with pytest.raises(Stopped):
+        tune(data_stage, spec(tiny_folders), interrupt=("words", 2))
+    with pytest.raises(ConfigError, match=r"context\.words\.lr: "):
+        tune(data_stage, spec(tiny_folders, words={"steps": 3, "batch_size": 8, "lr": 0.5}))
+    done = read_done(data_stage)
+    assert done is not None
+    mark_done(data_stage, kind="data", previous=None, summary=done["summary"] | {"other": "data"})
+    with pytest.raises(ConfigError, match=r"context\.data: "):
+        tune(data_stage, spec(tiny_folders))
+
+
+# --- what cannot be trained ----------------------------------------------------------------------------------------
+
+
+def test_without_a_data_stage_nothing_begins(tmp_path: Path, tiny_folders: Folders) -> None:
+    for previous in (None, tmp_path):
+        with pytest.raises(DataError, match="no finished 'data' stage before this one"):
+            spec(tiny_folders).run(previous, tmp_path, events=Events())
+    assert list(tmp_path.iterdir()) == []
+
+
+def untrained(data: Path) -> bool:
+    return not list((data.parent / "02-tune").glob("*/metrics.jsonl"))
+
+
+def test_tasks_that_the_data_do_not_have_are_named_before_training(data_stage: Path, tiny_folders: Folders) -> None:
+    with pytest.raises(ConfigError, match="no sample of the tasks left, count"):
+        tune(data_stage, spec(tiny_folders, tasks={"left": 1.0, "count": 1.0}))
+    assert untrained(data_stage)
+
+
+def test_a_sample_longer_than_a_row_is_named_before_training(data_stage: Path, tiny_folders: Folders) -> None:
+    with pytest.raises(DataError, match=r"are longer than a row of 64 tokens, the longest \d+") as caught:
+        tune(data_stage, spec(tiny_folders, row=64))
+    assert caught.value.place.startswith("sample ")
+    assert caught.value.remedy.startswith("set row to ")
+    assert untrained(data_stage)
+
+
+def test_data_that_ask_for_no_name_are_refused(
+    data_stage: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.stages.tuning import phases
+
+    def nameless(*args: Any, **named: Any) -> Any:
+        choose = named.pop("choose")
+
+        def without_names(split: str, samples: Any) -> Any:
+            return [sample for sample in choose(split, samples) if sample.meta["task"] != "name.en"]
+
+        return whole(*args, **named, choose=without_names)
+
+    whole = phases.read_questions
+    monkeypatch.setattr(phases, "read_questions", nameless)
+    with pytest.raises(DataError, match="no question of the training split asks for a name") as caught:
+        tune(data_stage, spec(tiny_folders))
+    assert caught.value.place == str(data_stage)
+
+
+def refused(stage: Tune, kind: type[PlaitError], setting: str) -> PlaitError:
+    with pytest.raises(kind) as caught:
+        stage.check(MACHINE)
+    assert caught.value.place == f"stages.tune.{setting}"
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_what_is_not_here_is_said_before_anything_runs(
+    tiny_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec(tiny_folders).check(MACHINE)
+    refused(spec(tiny_folders, image_tower="foo"), ConfigError, "image_tower")
+    refused(spec(tiny_folders, decoder=str(tmp_path / "none")), ConfigError, "decoder")
+    refused(spec(tiny_folders, connector={"tokens": 2, "free": 2}), ConfigError, "connector.free")
+    monkeypatch.setenv("PLAIT_HOME", str(tmp_path))
+    fault = refused(spec(tiny_folders, decoder="smollm2"), ResourceError, "decoder")
+    assert fault.remedy == "run `plait data fetch smollm2`"
+    if sys.platform != "darwin":
+        refused(spec(tiny_folders, device="mps"), ResourceError, "device")
+
+
+def test_checking_loads_no_torch(tiny_folders: Folders) -> None:
+    code = f"""
+import sys
+from plait.core.estimate import Machine
+from plait.stages.tune import Tune
+machine = Machine(cores=1, memory_bytes=1, disk_bytes=1, gemm_fp32=1.0, gemm_bf16=1.0, measured=False)
+Tune(image_tower={str(tiny_folders["image"])!r}, decoder={str(tiny_folders["decoder"])!r}).check(machine)
+print("torch" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False"]

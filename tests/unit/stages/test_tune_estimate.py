@@ -1,0 +1,86 @@
+"""The estimate of tune counts what its models really have; settings that cost more say so; importing loads no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plait.core.estimate import Estimate, Machine
+from plait.stages import tune
+from plait.stages.tune import Adapt, Connect, Tune
+
+MACHINE = Machine(
+    cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
+)
+DATA = Estimate(stage="data", samples={"train": 1127, "test-concept": 200, "test-style": 200, "test-both": 200})
+
+
+def test_importing_the_settings_loads_no_torch() -> None:
+    code = "import sys, plait.stages.tune; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("connect", [Connect(), Connect(tokens=4, d_hidden=256, free=1)])
+def test_weights_are_those_of_connector_and_adapter(connect: Connect) -> None:
+    import torch
+
+    from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords
+    from plait.training.cost import SMOLLM2_135M, Lora
+
+    shuffle, width = PixelShuffle(tune._IMAGE_WIDTH, 2), SMOLLM2_135M.d_model
+    with torch.device("meta"):
+        wide = width * connect.tokens
+        connector = Chain(
+            shuffle,
+            Mlp(shuffle.d_out, connect.d_hidden, wide),
+            Split(wide, connect.tokens),
+            ToWords(torch.zeros(7, width), count=connect.tokens, free=connect.free),
+        )
+    targets = ("q_proj", "down_proj")
+    stage = Tune(connector=connect, adapt=Adapt(rank=8, targets=targets))
+    expected = sum(weight.numel() for weight in connector.parameters())
+    expected += Lora(rank=8, targets=targets).params(SMOLLM2_135M)
+    # The two numbers that ToWords learns, scale and length, are left out of the estimate.
+    assert stage.estimate(MACHINE, {"data": DATA}).params_trainable == expected - 2
+
+
+def test_more_of_anything_costs_more() -> None:
+    base = Tune().estimate(MACHINE, {"data": DATA})
+    assert 0 < base.seconds[0] < base.seconds[1]
+    assert set(base.samples) == {"train", "test-concept", "test-style", "test-both"}
+    for larger in (
+        {"resolution": 224},
+        {"views": 8},
+        {"batch_size": 64},
+        {"adapt": {"steps": 500}},
+        {"words": {"steps": 2000}},
+    ):
+        more = Tune.model_validate(larger).estimate(MACHINE, {"data": DATA})
+        assert more.flops > base.flops, larger
+        assert more.seconds[1] > base.seconds[1], larger
+    wider = Tune(connector=Connect(d_hidden=4096)).estimate(MACHINE, {"data": DATA})
+    assert sum(wider.memory.values()) > sum(base.memory.values())
+    assert wider.disk_bytes > base.disk_bytes
+    assert Tune(views=8).estimate(MACHINE, {"data": DATA}).home_bytes > base.home_bytes
+    assert Tune().estimate(MACHINE, {}).params_trainable == base.params_trainable
+
+
+def test_the_tower_is_the_real_one() -> None:
+    from plait.models.towers.convnet import EfficientNetLite
+
+    tower = EfficientNetLite()
+    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (tune._IMAGE_WIDTH, tune._IMAGE_WEIGHTS)
+
+
+@pytest.mark.real
+def test_the_decoder_is_the_real_one(packages: Callable[[str], Path]) -> None:
+    from plait.assembly.smollm import load_smollm
+
+    packages("smollm2")
+    decoder = load_smollm(dtype="bfloat16").model
+    assert sum(weight.numel() for weight in decoder.parameters()) == tune._DECODER_WEIGHTS
