@@ -59,7 +59,7 @@ class Words(Spec):
 class Frozen(Spec):
     """Second phase: the connector learns from the answers through the decoder, which stays as it is."""
 
-    steps: int = Field(default=5, ge=2)
+    steps: int = Field(default=5, ge=1)
     """Updates; the rate of the first one is 0."""
     lr: float = Field(default=5e-4, gt=0.0)
     """Peak learning rate."""

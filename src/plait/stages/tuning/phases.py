@@ -321,7 +321,10 @@ class _Tuning:
         found: dict[str, float] = {}
         for task, share in self.spec.tasks.items():
             old, new = str(task) in there, str(task) + _NEW in there
-            part = self.spec.new_pictures if old and new else float(new)
+            if not new:
+                found[str(task)] = share
+                continue
+            part = self.spec.new_pictures if old else 1.0
             found |= {str(task): share * (1 - part), str(task) + _NEW: share * part}
         return found
 
