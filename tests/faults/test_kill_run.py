@@ -18,6 +18,7 @@ pytestmark = pytest.mark.real
 
 SETTINGS = ["data.source.max_train=120", "data.source.max_test=20", "stages.pretrain.steps=40"]
 SETTINGS += ["stages.pretrain.save_every=10", "stages.pretrain.batch_size=64"]
+SETTINGS += [f"stages.{later}=null" for later in ("tune", "align", "evaluate", "compress")]  # see test_kill_tune
 RESULTS = ("01-data/ledger.jsonl", "01-data/card.md", "02-pretrain/scores.json", "02-pretrain/predictions.jsonl")
 
 
