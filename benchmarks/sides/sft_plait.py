@@ -5,12 +5,12 @@ Run: ``python benchmarks/sides/sft_plait.py job.json``.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401 (before the clock, like the peer's imports: attach would import it)
 import torch
 from measure import Start, read_job, read_questions, write_result
 from safetensors.torch import load_file
@@ -36,6 +36,8 @@ from plait.training.optim import AdamW
 from plait.training.precision import autocast
 from plait.training.schedule import Cosine
 from plait.training.settings import Settings
+
+importlib.import_module("peft")  # before the clock, like the peer's imports: attach would import it
 
 TASK = "question"
 

@@ -55,13 +55,7 @@ def attach(decoder: nn.Module, lora: Lora) -> tuple[str, ...]:
     Raises:
         ConfigError: A target matches no linear layer.
     """
-    linears = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [target for target in lora.targets if target not in linears]:
-        raise ConfigError(
-            f"no linear layer is called {', '.join(missing)}; there are {', '.join(sorted(linears))}",
-            place="lora.targets",
-            remedy="choose among these names",
-        )
+    check_targets(decoder, lora)
     from peft import inject_adapter_in_model
 
     with _quiet():
@@ -69,6 +63,21 @@ def attach(decoder: nn.Module, lora: Lora) -> tuple[str, ...]:
     for name, weight in decoder.named_parameters():
         weight.requires_grad_("lora_" in name)
     return tuple(name for name, weight in decoder.named_parameters() if weight.requires_grad)
+
+
+def check_targets(decoder: nn.Module, lora: Lora) -> None:
+    """See that every target names a linear layer; cheap, so that it can be asked before anything trains.
+
+    Raises:
+        ConfigError: A target matches none.
+    """
+    linears = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [target for target in lora.targets if target not in linears]:
+        raise ConfigError(
+            f"no linear layer is called {', '.join(missing)}; there are {', '.join(sorted(linears))}",
+            place="lora.targets",
+            remedy="choose among these names",
+        )
 
 
 def save_adapter(decoder: nn.Module, lora: Lora, folder: Path, *, base: str) -> None:

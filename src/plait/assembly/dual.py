@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from plait.assembly.local import load_weights
 from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower
 from plait.core.errors import CheckpointError, DataError
 from plait.core.events import Events
@@ -175,7 +175,7 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
                 remedy="fetch the version of the tower that was used, or train the heads again",
             )
     dual = build_dual(image, text, sizes, scale=1.0)
-    _load_weights(dual.model, folder / _WEIGHTS)
+    load_weights(dual.model, folder / _WEIGHTS)
     dual.model.eval()
     return dual
 
@@ -190,21 +190,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError("not a JSON object", place=str(path), remedy="use an undamaged copy of the folder")
     return record
-
-
-def _load_weights(model: DualEncoder, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{len(wrong)} of {len(wanted)} tensors do not fit, such as {wrong[0]}: "
-            f"expected {wanted.get(wrong[0])}, came {found.get(wrong[0])}",
-            place=str(path),
-            remedy="config.json and model.safetensors must come from the same checkpoint",
-        )
-    model.load_state_dict(weights)

@@ -7,11 +7,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import folder_atomic, read_json, sha256_file, write_json
 from plait.core.packages import home, locate, package, sweep, verify
+
+if TYPE_CHECKING:
+    from torch import nn
 
 IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
 """Names of the towers that packages carry; any other name is a folder."""
@@ -65,16 +69,7 @@ def find_tower(name: str, packaged: str) -> Path:
         ConfigError: Neither that name nor a folder with a ``config.json``.
         ResourceError: The package is not fetched.
     """
-    if name == packaged:
-        return locate(name)
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"no tower called {name!r}: neither a known name nor a folder with a config.json",
-            place=name,
-            remedy=f"use {packaged!r}, or the path of a Hugging Face model folder on this disk",
-        )
-    return folder
+    return _find(name, packaged, what="tower")
 
 
 def find_decoder(name: str) -> Path:
@@ -84,14 +79,18 @@ def find_decoder(name: str) -> Path:
         ConfigError: Neither the known name nor a folder with a ``config.json``.
         ResourceError: The package is not fetched.
     """
-    if name == SMOLLM2:
+    return _find(name, SMOLLM2, what="decoder")
+
+
+def _find(name: str, packaged: str, *, what: str) -> Path:
+    if name == packaged:
         return locate(name)
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"no decoder called {name!r}: neither a known name nor a folder with a config.json",
+            f"no {what} called {name!r}: neither a known name nor a folder with a config.json",
             place=name,
-            remedy=f"use {SMOLLM2!r}, or the path of a Hugging Face model folder on this disk",
+            remedy=f"use {packaged!r}, or the path of a Hugging Face model folder on this disk",
         )
     return folder
 
@@ -119,6 +118,32 @@ def fingerprint(folder: Path) -> str:
 def digest(value: object) -> str:
     """Hex digest of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Put the tensors of a safetensors file into a module that has exactly these.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another shape; names a tensor with both shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{len(wrong)} of {len(wanted)} tensors do not fit, such as {wrong[0]}: "
+            f"expected {wanted.get(wrong[0])}, came {found.get(wrong[0])}",
+            place=str(path),
+            remedy="config.json and model.safetensors must come from the same checkpoint",
+        )
+    module.load_state_dict(weights)
 
 
 @contextlib.contextmanager

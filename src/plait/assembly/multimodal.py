@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.adapters.lora import Lora, load_adapter, save_adapter
 from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language
-from plait.assembly.local import quiet
+from plait.assembly.local import load_weights, quiet
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.errors import CheckpointError, DataError, PlaitError
@@ -238,7 +237,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
             place=str(folder / PLAIT),
             remedy="tokenizer and plait.json must come from the same checkpoint",
         )
-    load_connector(built, folder)
+    load_weights(built.connector, folder / _WEIGHTS)
     if has_adapter and adapter:
         built = built.with_lora(load_adapter(language.model, folder / ADAPTER))
     built.model.eval()
@@ -253,30 +252,6 @@ def _same(what: str, found: str, wanted: object, *, folder: Path) -> None:
             place=str(folder / PLAIT),
             remedy=f"fetch the version of the {what} that was used, or train again",
         )
-
-
-def load_connector(built: Multimodal, folder: Path) -> None:
-    """Put the connector of a folder into a model of the same shape.
-
-    Raises:
-        CheckpointError: It is damaged, or of another shape.
-    """
-    path = folder / _WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
-    wanted = {name: tuple(value.shape) for name, value in built.connector.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{len(wrong)} of {len(wanted)} tensors do not fit, such as {wrong[0]}: "
-            f"expected {wanted.get(wrong[0])}, came {found.get(wrong[0])}",
-            place=str(path),
-            remedy="config.json and model.safetensors must come from the same checkpoint",
-        )
-    built.connector.load_state_dict(weights)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

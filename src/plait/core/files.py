@@ -285,23 +285,25 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
+def _back(folder: Path | None) -> Generator[tuple[Path, dict[str, Any]]]:
+    """A finished stage's folder with its seal, then those of the stages before it, newest first."""
+    while folder is not None and (done := read_done(folder)) is not None:
+        yield folder, done
+        folder = (folder / done["previous"]).resolve() if done["previous"] else None
+
+
 def find_stage(folder: Path | None, kind: str) -> Path:
     """Walk back from a finished stage folder to the nearest one of ``kind``.
 
     Raises:
         DataError: There is none on the way.
     """
-    start = folder
-    while folder is not None:
-        done = read_done(folder)
-        if done is None:
-            break
+    for at, done in _back(folder):
         if done["kind"] == kind:
-            return folder
-        folder = (folder / done["previous"]).resolve() if done["previous"] else None
+            return at
     raise DataError(
         f"no finished {kind!r} stage before this one",
-        place=str(start),
+        place=str(folder),
         remedy=f"put a {kind!r} stage earlier in the recipe, or finish it with `plait resume`",
     )
 
@@ -314,17 +316,12 @@ def find_model(folder: Path | None) -> Path:
     Raises:
         DataError: There is none on the way.
     """
-    start = folder
-    while folder is not None:
-        done = read_done(folder)
-        if done is None:
-            break
+    for at, done in _back(folder):
         if model := done["summary"].get("model"):
-            return folder / str(model)
-        folder = (folder / done["previous"]).resolve() if done["previous"] else None
+            return at / str(model)
     raise DataError(
         "no finished stage before this one made a multimodal model",
-        place=str(start),
+        place=str(folder),
         remedy="put a 'tune' stage earlier in the recipe, or finish it with `plait resume`",
     )
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from plait.adapters.lora import Lora, attach, cast_inputs
+from plait.adapters.lora import Lora, attach, cast_inputs, check_targets
 from plait.assembly.language import load_language
 from plait.assembly.multimodal import ConnectorSizes, build_multimodal, save_multimodal
 from plait.assembly.questions import Questions, read_questions
@@ -36,6 +36,7 @@ from plait.inference.build import build_engine
 from plait.models.connector import WordReader
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
+from plait.stages.stage import named_setting
 from plait.stages.tune import Tune
 from plait.stages.tuning.first_batch import draw_first_batch
 from plait.training.loop import fit
@@ -82,6 +83,9 @@ class _Tuning:
         size = spec.resolution
         image = load_image_tower(spec.image_tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
         language = load_language(spec.decoder, dtype=frozen, events=events)
+        self.lora = Lora(rank=spec.adapt.rank, alpha=spec.adapt.alpha, targets=spec.adapt.targets)
+        with named_setting(f"stages.{spec.kind}.adapt.targets"):
+            check_targets(language.model, self.lora)  # now, and not after two phases
         self.shards = data / "shards"
         there = splits_of(self.shards, prefix=PREFIX)
         self.shown = [split for split in HELD_OUT if split in there][:_SHOWN_SPLITS]
@@ -179,7 +183,7 @@ class _Tuning:
     def adapt(self) -> FitResult:
         """LoRA on the decoder, and the connector on."""
         spec = self.spec.adapt
-        lora = Lora(rank=spec.rank, alpha=spec.alpha, targets=spec.targets)
+        lora = self.lora
         seed_everything(self.spec.seed)
         attach(self.built.language.model, lora)
         cast_inputs(self.built.language.model, enabled=self.compute.dtype == "float32")
