@@ -58,6 +58,7 @@ def tiny_model(tiny_folders: dict[str, Path]) -> Any:
         ConnectorSizes(shuffle=2, d_hidden=24, tokens=3, free=1),
         name=name,
         words=torch.randn(7, 32) * 0.2,
+        shape=torch.eye(32),
     )
     built.model.eval()
     return built

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -18,20 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.assembly.local import load_weights
+from plait.assembly.record import PLAIT, read_fields, read_record, write_record
 from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower
-from plait.core.errors import CheckpointError, DataError
+from plait.core.errors import CheckpointError
 from plait.core.events import Events
-from plait.core.files import read_json, write_json
+from plait.core.files import write_json
 from plait.core.tensors import Patches
 from plait.models.dual import DualEncoder, rows
 from plait.models.heads import ProjectionHead
 
-FORMAT = 1
-"""Version of the folder; a newer one is refused."""
-
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_PLAIT = "plait.json"
 _BATCH = 16
 
 
@@ -138,7 +134,7 @@ def save_dual(dual: Dual, folder: Path) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in dual.model.state_dict().items()}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     write_json(folder / _CONFIG, config)
-    write_json(folder / _PLAIT, {"format": FORMAT, "kind": "dual", "composition": composition, "media": media})
+    write_record(folder, kind="dual", composition=composition, media=media)
 
 
 def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
@@ -149,20 +145,14 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
             the heads were trained on.
         ResourceError: A tower's package is not fetched.
     """
-    record, config = _read(folder / _PLAIT), _read(folder / _CONFIG)
-    if record.get("kind") != "dual" or record.get("format", 0) > FORMAT:
-        raise CheckpointError(
-            f"kind {record.get('kind')!r}, format {record.get('format')}; expected 'dual', at most {FORMAT}",
-            place=str(folder / _PLAIT),
-            remedy="give the folder of a pretrain checkpoint, or load it with the version of plait that wrote it",
-        )
+    record, config = read_record(folder, kind="dual"), read_fields(folder / _CONFIG)
     try:
         settings = {side: dict(record["composition"][side]) for side in ("image", "text")}
         keys = {side: settings[side].pop("key") for side in settings}
         sizes = HeadSizes(**{name: config[name] for name in ("d_hidden", "d_shared", "dropout")})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"a field is missing: {error}", place=str(folder / _PLAIT), remedy="use an undamaged copy of the folder"
+            f"a field is missing: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy of the folder"
         ) from error
     image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
     text = load_text_tower(settings["text"].pop("name"), **settings["text"])
@@ -171,22 +161,10 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
             raise CheckpointError(
                 f"the {side} tower {tower.settings['name']!r} has digest {tower.key[:12]}, "
                 f"the heads were trained on {keys[side][:12]}",
-                place=str(folder / _PLAIT),
+                place=str(folder / PLAIT),
                 remedy="fetch the version of the tower that was used, or train the heads again",
             )
     dual = build_dual(image, text, sizes, scale=1.0)
     load_weights(dual.model, folder / _WEIGHTS)
     dual.model.eval()
     return dual
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing", place=str(path.parent), remedy="give a checkpoint folder")
-    try:
-        record = read_json(path)
-    except DataError as error:
-        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
-    if not isinstance(record, dict):
-        raise CheckpointError("not a JSON object", place=str(path), remedy="use an undamaged copy of the folder")
-    return record

@@ -21,9 +21,10 @@ from plait.adapters.lora import Lora, load_adapter, save_adapter
 from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language
 from plait.assembly.local import load_weights, quiet
+from plait.assembly.record import PLAIT, read_record, write_record
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, load_image_tower
-from plait.core.errors import CheckpointError, DataError, PlaitError
+from plait.core.errors import CheckpointError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
 from plait.core.types import MediaRef
@@ -32,10 +33,6 @@ from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords
 from plait.models.multimodal import MultimodalLM
 from plait.models.quantized import quantized_layers
 
-FORMAT = 1
-"""Version of the folder; a newer one is refused."""
-
-PLAIT = "plait.json"
 ADAPTER = "adapter"
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -88,11 +85,11 @@ class Multimodal:
         return found
 
     @property
-    def words(self) -> Tensor:
-        """Embeddings that picture tokens are mixed from, ``word d``."""
-        onto = self.connector.parts[-1]
-        assert isinstance(onto, ToWords)
-        return onto.words
+    def onto(self) -> ToWords:
+        """The connector's last part."""
+        found = self.connector.parts[-1]
+        assert isinstance(found, ToWords)
+        return found
 
     @property
     def slots_per_picture(self) -> int:
@@ -129,7 +126,7 @@ class Multimodal:
 
 
 def build_multimodal(
-    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, words: Tensor
+    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, words: Tensor, shape: Tensor
 ) -> Multimodal:
     """A new connector, drawn from torch's generator, between a tower and a decoder.
 
@@ -139,11 +136,12 @@ def build_multimodal(
         sizes: Of the connector.
         name: Name or folder the decoder was loaded by.
         words: Embeddings of the words that picture tokens are mixed from, ``word d``.
+        shape: How the decoder's embeddings spread (:func:`plait.models.connector.shape_of`), ``d d``.
     """
     shuffle = PixelShuffle(image.encoder.d_out, sizes.shuffle)
     wide = words.shape[1] * sizes.tokens
     mlp = Mlp(shuffle.d_out, sizes.d_hidden, wide, dropout=sizes.dropout)
-    onto = ToWords(words.float(), count=sizes.tokens, free=sizes.free)
+    onto = ToWords(words.float(), shape, count=sizes.tokens, free=sizes.free)
     connector = Chain(shuffle, mlp, Split(wide, sizes.tokens), onto)
     encoder = image.encoder
     assert isinstance(encoder, torch.nn.Module)
@@ -167,7 +165,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         "model_type": "plait-multimodal",
         "image_width": built.image.encoder.d_out,
         "text_config": built.language.model.config.to_dict(),
-        "connector": {**asdict(built.sizes), "words": len(built.words)},
+        "connector": {**asdict(built.sizes), "words": len(built.onto.words)},
     }
     write_json(folder / _CONFIG, config)
     with quiet():
@@ -185,7 +183,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         "placeholder": built.model.placeholder,
     }
     media = {"image": {**built.image.contract.as_dict(), "tokens": built.slots_per_picture}}
-    write_json(folder / PLAIT, {"format": FORMAT, "kind": "multimodal", "composition": composition, "media": media})
+    write_record(folder, kind="multimodal", composition=composition, media=media)
 
 
 def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None = None) -> Multimodal:
@@ -201,7 +199,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
             those the folder was trained with; or the adapter cannot be left out, being merged into 8-bit weights.
         ResourceError: A package is not fetched.
     """
-    record = read_record(folder)
+    record = read_record(folder, kind="multimodal")
     try:
         parts: Mapping[str, Any] = record["composition"]
         settings = dict(parts["image"])
@@ -230,7 +228,9 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
     else:
         language = replace(load_language(name, dtype=dtype, events=events), tokenizer=tokenizer)
         _same("decoder", language.key, decoder["key"], folder=folder)
-    built = build_multimodal(image, language, sizes, name=name, words=torch.zeros(words, language.width))
+    width = language.width
+    blank = {"words": torch.zeros(words, width), "shape": torch.zeros(width, width)}  # read from the folder below
+    built = build_multimodal(image, language, sizes, name=name, **blank)
     if built.model.placeholder != placeholder:
         raise CheckpointError(
             f"the placeholder is {placeholder}, tokenizer and decoder make it {built.model.placeholder}",
@@ -252,29 +252,6 @@ def _same(what: str, found: str, wanted: object, *, folder: Path) -> None:
             place=str(folder / PLAIT),
             remedy=f"fetch the version of the {what} that was used, or train again",
         )
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """``plait.json`` of a multimodal model.
-
-    Raises:
-        CheckpointError: It is missing, damaged, of a later format or of another kind.
-    """
-    path = folder / PLAIT
-    if not path.is_file():
-        raise CheckpointError(f"{PLAIT} is missing", place=str(folder), remedy="give a checkpoint folder")
-    try:
-        record = read_json(path)
-    except DataError as error:
-        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
-    kind, format_ = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
-    if kind != "multimodal" or not isinstance(format_, int) or format_ > FORMAT:
-        raise CheckpointError(
-            f"kind {kind!r}, format {format_}; expected 'multimodal', at most {FORMAT}",
-            place=str(path),
-            remedy="give the folder of a tune checkpoint, or load it with the version of plait that wrote it",
-        )
-    return record
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -62,12 +62,14 @@ def row_length(conversations: Sequence[Conversation], *, most: int) -> int:
 class ConversationBatches:
     """Source of batches for the training loop: which samples a step sees depends on seed and step alone.
 
-    Each task is gone through in a new random order each epoch; which task comes next is drawn by weight. All batches
-    have one shape: the fewest rows into which each step's samples can be packed, filled up with padding.
+    Each task is gone through in a new random order each epoch; which task comes next is drawn by weight, from some step
+    on by other weights if wanted. All batches have one shape: the fewest rows into which each step's samples can be
+    packed, filled up with padding.
 
     Attributes:
         conversations: All of them.
         weights: Share of each task; tasks that are not named are left out.
+        late: The first step that has other weights, and these; None keeps the weights to the end.
         stores: Features of pictures, one store a view; a picture that a view's store has not is seen as it is.
         grid_out: The connector's token account.
         batch_size: Samples a step.
@@ -92,6 +94,7 @@ class ConversationBatches:
     steps: int
     seed: int
     pieces: int = 1
+    late: tuple[int, Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
         long = [c for c in self.conversations if len(c.rendered) > self.row]
@@ -103,17 +106,19 @@ class ConversationBatches:
                 place=f"sample {long[0].id}",
                 remedy=f"set row to {longest} or more, or to 0: then the longest fits",
             )
-        if not any(self.weights.get(c.task, 0.0) > 0 for c in self.conversations):
-            raise ConfigError(
-                f"no sample of the tasks {', '.join(self.weights)}",
-                place="tasks",
-                remedy="name tasks that the data stage made",
-            )
+        for _, weights in self._shares():
+            if not any(weights.get(c.task, 0.0) > 0 for c in self.conversations):
+                raise ConfigError(
+                    f"no sample of the tasks {', '.join(weights)}",
+                    place="tasks",
+                    remedy="name tasks that the data stage made",
+                )
 
     @cached_property
     def plan(self) -> list[int]:
         """Samples in the order in which they are trained."""
-        return _plan(self.conversations, self.weights, number=self.steps * self.batch_size, seed=self.seed)
+        shares = [(step * self.batch_size, weights) for step, weights in self._shares()]
+        return _plan(self.conversations, shares, number=self.steps * self.batch_size, seed=self.seed)
 
     @cached_property
     def rows(self) -> int:
@@ -140,23 +145,33 @@ class ConversationBatches:
         )
         return split_rows(batch, self.pieces)
 
+    def _shares(self) -> list[tuple[int, Mapping[str, float]]]:
+        return [(0, self.weights), *([self.late] if self.late else [])]
+
     def _of(self, step: int) -> list[Conversation]:
         return [self.conversations[i] for i in self.plan[step * self.batch_size : (step + 1) * self.batch_size]]
 
 
-def _plan(conversations: Sequence[Conversation], weights: Mapping[str, float], *, number: int, seed: int) -> list[int]:
-    """Which sample is when; a longer plan begins like a shorter one."""
+def _plan(
+    conversations: Sequence[Conversation],
+    shares: Sequence[tuple[int, Mapping[str, float]]],
+    *,
+    number: int,
+    seed: int,
+) -> list[int]:
+    """Which sample is when, given from which one on which weights hold; a longer plan begins like a shorter one."""
     of_task: dict[str, list[int]] = {}
     for index, conversation in enumerate(conversations):
-        if weights.get(conversation.task, 0.0) > 0:
-            of_task.setdefault(conversation.task, []).append(index)
-    tasks = sorted(of_task)
+        of_task.setdefault(conversation.task, []).append(index)
     rng = random.Random(f"{seed} tasks")
-    piles: dict[str, list[int]] = {task: [] for task in tasks}
+    piles: dict[str, list[int]] = {task: [] for task in of_task}
     plan: list[int] = []
-    for _ in range(number):
-        task = rng.choices(tasks, [weights[task] for task in tasks])[0]
-        if not piles[task]:
-            piles[task] = rng.sample(of_task[task], len(of_task[task]))
-        plan.append(piles[task].pop())
+    for begin, end in zip(shares, [*shares[1:], (number, {})], strict=True):
+        weights = begin[1]
+        tasks = sorted(task for task in of_task if weights.get(task, 0.0) > 0)
+        while len(plan) < min(end[0], number):
+            task = rng.choices(tasks, [weights[task] for task in tasks])[0]
+            if not piles[task]:
+                piles[task] = rng.sample(of_task[task], len(of_task[task]))
+            plan.append(piles[task].pop())
     return plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.device import seed_everything
 from plait.core.errors import DataError
 from plait.core.events import Events
+from plait.core.files import write_json
 from plait.core.tensors import Patches
 from plait.core.types import Completion, MediaRef, Request, Sample, Turn
 from plait.data.collate import joined
@@ -61,6 +63,53 @@ def ask(
     return {name: answers[prompt].text.strip() for name, prompt in asked.items()}
 
 
+def show_answers(
+    engine: Engine,
+    shown: Mapping[str, Sequence[Sample]],
+    *,
+    step: int,
+    phase: str,
+    longest: int,
+    folder: Path,
+    events: Events,
+) -> None:
+    """Answer a few questions while a model trains: all go to ``samples/<step>.json``, and one of them is said.
+
+    The file is written as a whole, so that a step that is repeated after a resume repeats it.
+
+    Args:
+        engine: Of the model as it is now.
+        shown: Questions by split.
+        step: Updates so far.
+        phase: What is being trained.
+        longest: Most tokens of an answer.
+        folder: Of the stage.
+        events: Told.
+    """
+    asked = [(split, sample) for split, samples in shown.items() for sample in samples]
+    requests = [Request(id=sample.id, turns=sample.turns[:-1], max_new_tokens=longest) for _, sample in asked]
+    records = [
+        {
+            "id": sample.id,
+            "split": split,
+            "task": sample.meta["task"],
+            "uri": sample.media()[0].uri,
+            "question": sample.text("user"),
+            "target": sample.text("assistant"),
+            "answer": answer.text.strip(),
+        }
+        for (split, sample), answer in zip(asked, engine(requests) if requests else (), strict=True)
+    ]
+    (folder / "samples").mkdir(exist_ok=True)
+    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "phase": phase, "samples": records})
+    if records:
+        one = records[0]
+        said = f"asked {one['question']!r} about a picture of {one['target']!r}, it says {one['answer']!r}"
+        if one["task"] == "yesno":
+            said = f"asked {one['question']!r}, it says {one['answer']!r} (right: {one['target']!r})"
+        events.emit("sample", f"{phase}, step {step}: {said}", step=step, phase=phase, **one)
+
+
 def _characters(turns: Iterable[Turn]) -> int:
     return sum(len(part.text) for turn in turns for part in turn.parts if not isinstance(part, MediaRef))
 
@@ -102,7 +151,9 @@ def untuned(built: Multimodal, *, seed: int) -> Multimodal:
         seed: Of the connector's weights; torch's generator is seeded.
     """
     seed_everything(seed)
-    fresh = build_multimodal(built.image, built.language, built.sizes, name=built.name, words=built.words)
+    fresh = build_multimodal(
+        built.image, built.language, built.sizes, name=built.name, words=built.onto.words, shape=built.onto.shape
+    )
     fresh.model.eval()
     fresh.model.requires_grad_(requires_grad=False)
     return fresh

@@ -13,7 +13,7 @@ from plait.core.errors import DataError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
-from plait.stages.stage import Stage, named_setting
+from plait.stages.stage import Stage, Task, named_setting
 
 if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from plait.core.types import Sample, Score
     from plait.data.preference_batches import PreferenceBatches
     from plait.training.settings import FitResult, Settings
-
-Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
 
 REFERENCE = "reference.json"
 """Log-probabilities under the model that training starts from, in the stage's folder."""
@@ -295,6 +293,8 @@ class Align(Stage):
         events: Events,
     ) -> FitResult:
         from plait.assembly.multimodal import save_multimodal
+        from plait.evaluation.asking import show_answers
+        from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
         from plait.training.loop import fit
         from plait.training.settings import Hooks
@@ -302,7 +302,16 @@ class Align(Stage):
         shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
 
         def show(step: int) -> None:
-            _show(built, questions, shown, step=step, folder=folder, events=events)
+            built.model.eval()
+            show_answers(
+                build_engine(built, questions.features),
+                shown,
+                step=step,
+                phase=self.kind,
+                longest=_SHOWN_TOKENS,
+                folder=folder,
+                events=events,
+            )
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             if step == settings.steps:
@@ -379,46 +388,6 @@ def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> 
         with torch.no_grad(), autocast(compute.device, compute.dtype):
             found |= zip(batch.sample_ids, answer_logprobs(built.model, batch).tolist(), strict=True)
     return found
-
-
-def _show(
-    built: Multimodal,
-    questions: Questions,
-    shown: Mapping[str, Sequence[Sample]],
-    *,
-    step: int,
-    folder: Path,
-    events: Events,
-) -> None:
-    """Keep the answers to a few held-out questions, and say one; written as a whole, so a repeated step repeats it."""
-    from plait.core.files import write_json
-    from plait.evaluation.asking import ask
-    from plait.inference.build import build_engine
-
-    built.model.eval()
-    engine = build_engine(built, questions.features)
-    records: list[dict[str, Any]] = []
-    for split, samples in shown.items():
-        limit = {str(sample.meta["task"]): _SHOWN_TOKENS for sample in samples}
-        answers = ask(engine, samples, limit=limit, task="answers", events=events)
-        records += [
-            {
-                "id": sample.id,
-                "split": split,
-                "task": sample.meta["task"],
-                "uri": sample.media()[0].uri,
-                "question": sample.text("user"),
-                "target": sample.text("assistant"),
-                "answer": answers[sample.id],
-            }
-            for sample in samples
-        ]
-    (folder / "samples").mkdir(exist_ok=True)
-    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "phase": "align", "samples": records})
-    if records:
-        first = records[0]
-        text = f"step {step}: {first['question']!r} is answered {first['answer']!r} (right: {first['target']!r})"
-        events.emit("sample", text, step=step, **{key: first[key] for key in ("id", "question", "target", "answer")})
 
 
 def _plain(score: Score) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import Field
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
-from plait.stages.stage import Stage
+from plait.stages.stage import Stage, Task
 
 if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from plait.compression.quantize import Quantized
     from plait.core.types import Sample, Score
     from plait.evaluation.answers import Asked
-
-Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
 
 BEFORE = "uncompressed"
 """What the compressed model is compared with: itself before, adapter and all."""

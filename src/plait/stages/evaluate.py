@@ -14,14 +14,13 @@ from plait.core.errors import DataError, PlaitError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
-from plait.stages.stage import Stage
+from plait.stages.stage import Stage, Task
 
 if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
     from plait.assembly.questions import Questions
     from plait.core.types import Sample
 
-Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
 Baseline = Literal["blank", "untuned"]
 
 TESTS = ("test-concept", "test-style", "test-both")

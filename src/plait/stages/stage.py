@@ -6,11 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from plait.core.errors import PlaitError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.spec import Spec
+
+Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
+"""Kinds of questions that the data stage can make."""
 
 
 class Stage(Spec, ABC):

@@ -13,9 +13,7 @@ from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.spec import Spec
-from plait.stages.stage import Stage, named_setting
-
-Task = Literal["name.en", "name.zh", "yesno", "group", "left", "right", "above", "count"]
+from plait.stages.stage import Stage, Task, named_setting
 
 # Sizes of the default parts, for the estimate; tests compare them with the weights.
 _IMAGE_WEIGHTS, _IMAGE_WIDTH = 4_652_008, 1280
@@ -35,7 +33,8 @@ class Connect(Spec):
     d_hidden: int = Field(default=1024, ge=1)
     """Width between its two layers."""
     dropout: float = Field(default=0.3, ge=0.0, lt=1.0)
-    """Share of features and hidden units dropped while training."""
+    """Share of features and hidden units dropped in the first phase; later nothing is, as a decoder learns to compare
+    word and picture from clear tokens first."""
     tokens: int = Field(default=6, ge=1)
     """Tokens a picture becomes."""
     free: int = Field(default=2, ge=1)
@@ -45,12 +44,12 @@ class Connect(Spec):
 class Words(Spec):
     """First phase: the connector alone learns to hit the word embeddings of names; the decoder is not run."""
 
-    steps: int = Field(default=500, ge=1)
+    steps: int = Field(default=150, ge=1)
     """Updates."""
-    share: float = Field(default=0.8, gt=0.0, le=1.0)
-    """Share of the pictures it sees. The decoder then learns from the others, too, how uncertain tokens look: of
-    pictures that the connector knows by heart, every "no" is obvious, and new ones would hardly ever get a "yes"."""
-    batch_size: int = Field(default=64, ge=1)
+    share: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of the pictures it sees. From the others the decoder learns later how uncertain tokens look: of pictures
+    that the connector knows by heart, every "no" is obvious, and new ones would hardly ever get a "yes"."""
+    batch_size: int = Field(default=256, ge=1)
     """Pictures a step."""
     lr: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate."""
@@ -110,8 +109,12 @@ class Tune(Stage):
     """Number format of the frozen weights; what trains is always float32."""
     tasks: Mapping[Task, float] = Field(default_factory=lambda: {"name.en": 1.0, "yesno": 1.0})
     """Share of each kind of question."""
-    new_pictures: float = Field(default=0.4, ge=0.0, lt=1.0)
-    """Share of the questions that are about pictures which the first phase did not see (see `words.share`)."""
+    new_pictures: float = Field(default=0.6, ge=0.0, lt=1.0)
+    """Share of the questions that are about pictures which the first phase did not see (see `words.share`), late in the
+    third phase."""
+    new_from: float = Field(default=0.75, ge=0.0, le=1.0)
+    """Share of the third phase after which there are such questions: comparing picture and word is learned much sooner
+    from pictures that the connector knows; how sure to be is learned from others."""
     connector: Connect = Field(default_factory=Connect)
     """Shape of the connector."""
     words: Words = Field(default_factory=Words)

@@ -118,6 +118,17 @@ def test_weights_are_shares_and_unwanted_tasks_never_come() -> None:
     assert abs(seen["name"] - 1000) < 110
 
 
+def test_late_weights_hold_from_their_step_on_and_change_nothing_before() -> None:
+    batches = source(steps=60, late=(40, {"yesno": 1.0}))
+    tasks = [batches.conversations[i].task for i in batches.plan]
+    assert len(tasks) == 240
+    assert set(tasks[:160]) == {"name", "yesno"}
+    assert set(tasks[160:]) == {"yesno"}
+    assert batches.plan[:160] == source(steps=60).plan[:160]
+    with pytest.raises(ConfigError, match="no sample of the tasks above"):
+        source(late=(1, {"above": 1.0}))
+
+
 def test_each_task_is_gone_through_before_a_sample_comes_again() -> None:
     batches = source(steps=100)
     for task, lengths in LENGTHS.items():

@@ -75,7 +75,7 @@ def test_untuned_has_the_decoder_as_it_was_and_another_connector_over_the_same_w
     last = f"parts.{len(list(fresh.connector.parts)) - 1}"
     # Norms and the scale begin at constants, which the tiny model never left.
     same = {name for name in before if torch.equal(before[name], after[name])} - {f"{last}.scale"}
-    assert {name for name in same if "norm" not in name} == {f"{last}.words"}
+    assert {name for name in same if "norm" not in name} == {f"{last}.words", f"{last}.shape"}
     original = AutoModelForCausalLM.from_pretrained(tiny_folders["decoder"]).state_dict()
     found = fresh.language.model.state_dict()
     assert original.keys() == found.keys()

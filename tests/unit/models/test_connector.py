@@ -5,7 +5,7 @@ import torch
 
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
-from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords, WordReader
+from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords, WordReader, shape_of
 
 
 def media(*grids: tuple[int, int, int], d: int = 2) -> Patches:
@@ -38,7 +38,9 @@ def test_grids_that_do_not_divide_are_padded_with_zeros_not_cut() -> None:
 @pytest.mark.row("S2-07")
 def test_every_connector_keeps_the_token_account(grids: tuple[tuple[int, int, int], ...]) -> None:
     chain = Chain(PixelShuffle(2, 2), Mlp(8, 16, 4))
-    reader = Chain(PixelShuffle(2, 2), Mlp(8, 16, 12), Split(12, 3), ToWords(torch.randn(5, 4), count=3, free=1))
+    reader = Chain(
+        PixelShuffle(2, 2), Mlp(8, 16, 12), Split(12, 3), ToWords(torch.randn(5, 4), torch.eye(4), count=3, free=1)
+    )
     for connector in (PixelShuffle(2, 2), Mlp(2, 16, 4), Split(2, 2), chain, reader):
         assert isinstance(connector, Encoder)
         given = media(*grids)
@@ -61,7 +63,9 @@ WORDS, WIDTH, COUNT, FREE = 6, 10, 4, 1
 def to_words() -> ToWords:
     """More dimensions than words, so that the mixture's weights can be solved for; words far from the origin."""
     words = torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
-    return ToWords(words, count=COUNT, free=FREE).double()
+    table = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    shape = shape_of(table * torch.arange(1, WIDTH + 1)).double()
+    return ToWords(words, shape, count=COUNT, free=FREE).double()
 
 
 def tokens(groups: int = 5) -> Patches:
@@ -92,14 +96,32 @@ def test_mixed_tokens_are_softmax_mixtures_of_the_words() -> None:
     torch.testing.assert_close(weights, (12.0 * cosine).softmax(-1), rtol=1e-9, atol=1e-12)
 
 
-def test_free_tokens_keep_their_direction_at_the_distance_of_words() -> None:
+def test_free_tokens_are_shaped_and_at_the_distance_of_words() -> None:
     onto, given = to_words(), tokens()
     center = onto.words.mean(0)
     away = onto(given).values.view(-1, COUNT, WIDTH)[:, COUNT - FREE :].detach() - center
     torch.testing.assert_close(away.norm(dim=-1), onto.length.detach().expand(5, FREE), rtol=1e-12, atol=0)
     torch.testing.assert_close(onto.length.detach(), (onto.words - center).norm(dim=1).mean(), rtol=1e-12, atol=0)
-    cosine = torch.nn.functional.cosine_similarity(away, given.values.view(-1, COUNT, WIDTH)[:, COUNT - FREE :], dim=-1)
+    shaped = given.values.view(-1, COUNT, WIDTH)[:, COUNT - FREE :] @ onto.shape
+    cosine = torch.nn.functional.cosine_similarity(away, shaped, dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-12, atol=0)
+
+
+def test_whitened_directions_land_on_the_embeddings_they_are_of() -> None:
+    onto = to_words()
+    found = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    landed = onto.whitened(found) @ onto.shape
+    cosine = torch.nn.functional.cosine_similarity(landed, found - onto.center, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-9, atol=0)
+    torch.testing.assert_close(onto.whitened(found).norm(dim=-1), torch.ones(8, dtype=torch.float64))
+
+
+def test_whitened_embeddings_vary_alike_in_all_directions() -> None:
+    """Without a floor the covariance of ``table @ shape^-1`` is the identity times the squared mean deviation."""
+    table = torch.randn(500, 6, generator=torch.Generator().manual_seed(7)) @ torch.diag(torch.arange(1.0, 7.0))
+    deviations = torch.linalg.eigvalsh(torch.cov(table.T)).sqrt()
+    white = table @ torch.linalg.inv(shape_of(table, floor=0.0))
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(6) * deviations.mean() ** 2, rtol=1e-3, atol=1e-3)
 
 
 def test_scale_and_length_are_learned_and_words_are_kept_but_not_learned() -> None:
@@ -107,14 +129,14 @@ def test_scale_and_length_are_learned_and_words_are_kept_but_not_learned() -> No
     onto(tokens()).values.square().sum().backward()
     assert {name for name, _ in onto.named_parameters()} == {"scale", "length"}
     assert all(p.grad is not None and float(p.grad.abs()) > 0 for p in onto.parameters())
-    assert set(onto.state_dict()) == {"scale", "length", "words"}
+    assert set(onto.state_dict()) == {"scale", "length", "words", "shape"}
 
 
 def reader(names: int = 3) -> tuple[WordReader, Chain]:
     torch.manual_seed(3)
     onto = to_words().float()
     chain = Chain(PixelShuffle(2, 2), Mlp(8, 16, WIDTH * COUNT), Split(WIDTH * COUNT, COUNT), onto)
-    return WordReader(chain, torch.randn(names, WIDTH)), chain
+    return WordReader(chain, torch.randn(names, WIDTH, generator=torch.Generator().manual_seed(8))), chain
 
 
 def test_a_reader_scores_words_as_the_connector_mixes_them() -> None:
@@ -126,10 +148,11 @@ def test_a_reader_scores_words_as_the_connector_mixes_them() -> None:
     assert isinstance(onto, ToWords)
     groups = chain(given).values.view(3, COUNT, WIDTH)
     torch.testing.assert_close(words.softmax(-1) @ onto.words, groups[:, : COUNT - FREE], rtol=1e-5, atol=1e-5)
-    directions = torch.nn.functional.normalize(groups[:, COUNT - FREE :] - onto.center, dim=-1).mean(1)
-    expected = onto.scale * torch.nn.functional.cosine_similarity(
-        directions[:, None], (asked.names - onto.center)[None], dim=-1
-    )
+    # One free token a picture: back from where it landed, then compared with the names as they are before shaping.
+    back = torch.linalg.solve(onto.shape.T, (groups[:, COUNT - FREE] - onto.center).T).T
+    embeddings = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(8))
+    white = torch.linalg.solve(onto.shape.T, (embeddings - onto.center).T).T
+    expected = onto.scale * torch.nn.functional.cosine_similarity(back[:, None], white[None], dim=-1)
     torch.testing.assert_close(names, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -39,7 +39,7 @@ def test_weights_are_those_of_connector_and_adapter(connect: Connect) -> None:
             shuffle,
             Mlp(shuffle.d_out, connect.d_hidden, wide),
             Split(wide, connect.tokens),
-            ToWords(torch.zeros(7, width), count=connect.tokens, free=connect.free),
+            ToWords(torch.zeros(7, width), torch.zeros(width, width), count=connect.tokens, free=connect.free),
         )
     targets = ("q_proj", "down_proj")
     stage = Tune(connector=connect, adapt=Adapt(rank=8, targets=targets))

@@ -1,7 +1,7 @@
 """Views: the same drawing in another hand, so that what is learned is the thing and not one artist's style.
 
 A view is a pure function of the picture and its number, so that its features can be cached like the picture's own.
-Flips are left out where a question may be about left and right.
+It is never mirrored: names and questions say left and right.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ class View:
 
     Attributes:
         number: Which copy, from 1.
-        flip: Whether half of the copies are mirrored.
 
     Raises:
         ConfigError: The number is below 1.
     """
 
     number: int
-    flip: bool = True
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -41,14 +39,12 @@ class View:
 
     def key(self, base: str) -> str:
         """Key of a feature cache of this view, from that of the pictures as they are."""
-        return hashlib.sha256(f"{base} view {_VERSION} {self.number} {self.flip}".encode()).hexdigest()
+        return hashlib.sha256(f"{base} view {_VERSION} {self.number} False".encode()).hexdigest()
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """RGB picture to RGB picture of the same size; the same every time."""
         seed = hashlib.sha256(picture.tobytes() + f"{picture.size} {self.number}".encode()).hexdigest()
         rng = random.Random(seed)
-        if self.flip and rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return _placed(_outlined(_colored(picture, rng), rng), rng)
 
 

@@ -20,11 +20,11 @@ from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import Compute, seed_everything, setup
 from plait.core.errors import DataError
 from plait.core.events import Events
-from plait.core.files import read_jsonl, sha256_file, write_json
+from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
-from plait.core.types import Request, Sample
+from plait.core.types import Sample
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, row_length
@@ -32,8 +32,9 @@ from plait.data.media import decode_image
 from plait.data.shards import ShardReader
 from plait.data.sources import rank
 from plait.data.word_batches import WordBatches, WordList
+from plait.evaluation.asking import show_answers
 from plait.inference.build import build_engine
-from plait.models.connector import WordReader
+from plait.models.connector import WordReader, shape_of
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.stage import named_setting
@@ -109,7 +110,7 @@ class _Tuning:
             free=spec.connector.free,
         )
         words = table[torch.tensor(self.words_list.token_ids)]
-        self.built = build_multimodal(image, language, sizes, name=spec.decoder, words=words)
+        self.built = build_multimodal(image, language, sizes, name=spec.decoder, words=words, shape=shape_of(table))
         self.built.model.to(self.compute.device)
         self.built.model.eval()
         template = self.built.template
@@ -123,7 +124,7 @@ class _Tuning:
             for sample in self._train()
         ]
         self.row = spec.row or row_length(self.conversations, most=self.built.context)
-        self._batches(1)  # what does not fit a row, or has no samples, is said now and not after the first phase
+        self._batches(1, late=1)  # what does not fit a row, or has no samples, is said before the first phase
         self.steps = 0
 
     # --- phases ----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class _Tuning:
         spec = self.spec.frozen
         batches = self._batches(spec.steps)
         self._draw(batches.step_batches(0)[0])
-        self.built.connector.train()
+        self._clear()
         result = self._fit(
             "connector",
             self.built.model,
@@ -189,7 +190,7 @@ class _Tuning:
         cast_inputs(self.built.language.model, enabled=self.compute.dtype == "float32")
         self.built = self.built.with_lora(lora)
         self.built.model.to(self.compute.device)
-        self.built.connector.train()
+        self._clear()
         self.built.language.model.train()
         optimizer = AdamW(lr=spec.lr, parts={"connectors": spec.lr_connector})
         before = self.steps
@@ -203,7 +204,7 @@ class _Tuning:
             "decoder",
             self.built.model,
             objective=NextToken(),
-            batches=self._batches(spec.steps),
+            batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from)),
             settings=self._settings(spec.steps, optimizer),
             on_step=on_step,
         )
@@ -217,37 +218,22 @@ class _Tuning:
         model = self.built.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        asked = [
-            (split, sample)
+        shown = {
+            split: spread(self.questions.samples[split], ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed)
             for split in self.shown
-            for sample in spread(
-                self.questions.samples[split], ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed
-            )
-        ]
-        engine = build_engine(self.built, self.questions.features)
-        requests = [Request(id=sample.id, turns=sample.turns[:-1], max_new_tokens=_SHOWN_TOKENS) for _, sample in asked]
+        }
         with autocast(self.compute.device, self.compute.dtype):  # as in training
-            answers = engine(requests)
+            show_answers(
+                build_engine(self.built, self.questions.features),
+                shown,
+                step=step,
+                phase=phase,
+                longest=_SHOWN_TOKENS,
+                folder=self.folder,
+                events=self.events,
+            )
         for module, training in modes:
             module.train(training)
-        samples = [
-            {
-                "id": sample.id,
-                "split": split,
-                "task": sample.meta["task"],
-                "uri": sample.media()[0].uri,
-                "question": sample.text("user"),
-                "target": sample.text("assistant"),
-                "answer": answer.text.strip(),
-            }
-            for (split, sample), answer in zip(asked, answers, strict=True)
-        ]
-        (self.folder / "samples").mkdir(exist_ok=True)
-        write_json(self.folder / "samples" / f"{step:06d}.json", {"step": step, "phase": phase, "samples": samples})
-        if samples:
-            one = samples[0]
-            text = f"{phase}, step {step}: asked {one['question']!r} about a picture of {one['target']!r}, it says "
-            self.events.emit("sample", text + repr(one["answer"]), step=step, phase=phase, **one)
 
     def summary(self, results: Sequence[FitResult]) -> dict[str, Any]:
         """For the seal and the closing lines."""
@@ -301,7 +287,7 @@ class _Tuning:
             choose=choose,
             cache=home() / "features",
             events=self.events,
-            views=[View(number, flip=False) for number in range(1, self.spec.views + 1)],
+            views=[View(number) for number in range(1, self.spec.views + 1)],
         )
         lacking = sorted(wanted - {str(sample.meta["task"]) for sample in found.samples["train"]})
         if lacking:
@@ -319,7 +305,7 @@ class _Tuning:
         order = sorted(named, key=lambda sha256: rank(self.spec.seed, "words", sha256))
         return frozenset(order[: max(1, round(len(order) * self.spec.words.share))])
 
-    def _weights(self) -> dict[str, float]:
+    def _weights(self, new_pictures: float) -> dict[str, float]:
         """Share of each task, divided between pictures of the first phase and others; canvases count as others."""
         there = {conversation.task for conversation in self.conversations}
         found: dict[str, float] = {}
@@ -328,14 +314,16 @@ class _Tuning:
             if not new:
                 found[str(task)] = share
                 continue
-            part = self.spec.new_pictures if old else 1.0
+            part = new_pictures if old else 1.0
             found |= {str(task): share * (1 - part), str(task) + _NEW: share * part}
         return found
 
-    def _batches(self, steps: int) -> ConversationBatches:
+    def _batches(self, steps: int, *, late: int | None = None) -> ConversationBatches:
+        """Questions about pictures of the first phase; from step ``late`` on, about others, too."""
         return ConversationBatches(
             conversations=self.conversations,
-            weights=self._weights(),
+            weights=self._weights(0.0),
+            late=None if late is None else (late, self._weights(self.spec.new_pictures)),
             stores=self.questions.stores,
             grid_out=self.built.connector.grid_out,
             batch_size=self.spec.batch_size,
@@ -382,6 +370,13 @@ class _Tuning:
             events=self.events,
             hooks=hooks,
         )
+
+    def _clear(self) -> None:
+        """Training mode for the connector, which from now on drops nothing."""
+        self.built.connector.train()
+        for part in self.built.connector.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
 
     def _done(self, result: FitResult) -> int:
         self.steps += result.step

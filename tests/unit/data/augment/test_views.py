@@ -38,13 +38,13 @@ def test_size_and_mode_stay(size: tuple[int, int]) -> None:
 
 def test_the_background_stays_white() -> None:
     for number in range(1, 21):
-        view = np.asarray(View(number, flip=False)(drawing((96, 96)))).astype(int)
+        view = np.asarray(View(number)(drawing((96, 96)))).astype(int)
         # Brightness is between 0.75 and 1.25, so that white is never darker than three quarters.
         assert view[0, 0].min() > 150, f"view {number}"
 
 
-def test_without_flips_left_stays_left() -> None:
-    """Where a question may be about left and right, no copy may be mirrored."""
+def test_left_stays_left() -> None:
+    """Names and questions say left and right, so no copy may be mirrored."""
     picture = Image.new("RGB", (64, 64), (255, 255, 255))
     ImageDraw.Draw(picture).rectangle((8, 20, 24, 44), fill=(0, 0, 0))
 
@@ -53,14 +53,12 @@ def test_without_flips_left_stays_left() -> None:
         dark[dark < 128] = 0
         return float((dark.sum(0) * np.arange(64)).sum() / dark.sum()) < 32
 
-    assert all(is_left(View(number, flip=False)(picture)) for number in range(1, 31))
-    mirrored = sum(not is_left(View(number)(picture)) for number in range(1, 61))
-    assert 15 < mirrored < 45  # half of 60; 3.9 standard errors
+    assert all(is_left(View(number)(picture)) for number in range(1, 61))
 
 
-def test_a_feature_cache_is_keyed_by_tower_number_and_flips() -> None:
-    keys = [view.key(base) for view in (View(1), View(2), View(1, flip=False)) for base in ("a" * 64, "b" * 64)]
-    assert len(set(keys)) == 6
+def test_a_feature_cache_is_keyed_by_tower_and_number() -> None:
+    keys = [view.key(base) for view in (View(1), View(2)) for base in ("a" * 64, "b" * 64)]
+    assert len(set(keys)) == 4
     assert View(1).key("a") == View(1).key("a")
     assert not {"a" * 64, "b" * 64} & set(keys)
 
