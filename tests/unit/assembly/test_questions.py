@@ -101,8 +101,8 @@ def test_pictures_of_chosen_questions_are_encoded_once_and_no_others(shards: Pat
 
 
 def test_views_are_of_the_first_split_only_and_are_what_the_tower_sees(shards: Path, tower: ImageTower) -> None:
-    view = View(2, flip=False)
-    found, _ = read(shards, tower, views=[View(1, flip=False), view])
+    view = View(2)
+    found, _ = read(shards, tower, views=[View(1), view])
     assert len(found.stores) == 3
     outside = [hashlib.sha256(png(number)).hexdigest() for number in (6, 7)]
     assert all(sha256 in found.stores[0] for sha256 in outside)
