@@ -148,12 +148,18 @@ class ToWords(nn.Module):
         return self.scale * nn.functional.normalize(values, dim=-1) @ directions.T
 
     def whitened(self, embeddings: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Directions of free tokens, before they are shaped, that would land on embeddings."""
+        """Unit vectors of free tokens, before they are shaped, that would land on embeddings.
+
+        Raises:
+            torch.linalg.LinAlgError: The shape is singular: floor 0 and embeddings that leave out a direction.
+        """
         return nn.functional.normalize(torch.linalg.solve(self.shape, (embeddings - self.center).T).T, dim=-1)
 
 
 def shape_of(table: Float[Tensor, "word d"], *, floor: float = 0.1) -> Float[Tensor, "d d"]:
     """Square root of the covariance of embeddings, in units of the mean deviation; a shape for :class:`ToWords`.
+
+    Its inverse whitens, as is done to sentence embeddings that are compared (arXiv 2103.15316); the floor is ours.
 
     Args:
         table: A decoder's embeddings.

@@ -123,6 +123,9 @@ class _Tuning:
             )
             for sample in self._train()
         ]
+        new = sum(conversation.task.endswith(_NEW) for conversation in self.conversations)
+        if not new and spec.new_pictures > 0:
+            events.note("no question is about a picture that the first phase does not see: new_pictures has no effect")
         self.row = spec.row or row_length(self.conversations, most=self.built.context)
         self._batches(1, late=1)  # what does not fit a row, or has no samples, is said before the first phase
         self.steps = 0
