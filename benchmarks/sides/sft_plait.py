@@ -1,4 +1,4 @@
-"""Plait's side of ``sft_vs_trl.py``: what the tune stage does in its last phase, on the benchmark's model and data.
+"""Plait's side of ``sft_vs_trl.py``: the tune stage's pieces, training connector and LoRA on the benchmark's data.
 
 Run: ``python benchmarks/sides/sft_plait.py job.json``.
 """

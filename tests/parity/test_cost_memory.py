@@ -128,6 +128,6 @@ def test_predicted_peak_is_near_the_measured_rss(tmp_path: Path) -> None:
     assert shape.params == params
     machine = survey(tmp_path)
     live = decoder_activations(shape, rows=rows, length=length, dtype="float32", gradients="full", attention="eager")
-    live += logits_bytes(shape, rows * length, dtype="float32")
+    live += logits_bytes(shape, rows * length)
     parts = peak_memory(machine, trainable=params, activations=live)
     assert sum(parts.values()) == pytest.approx(peak, rel=0.20), {name: part >> 20 for name, part in parts.items()}

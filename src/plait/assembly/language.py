@@ -15,6 +15,9 @@ CHATML = (
 )
 """ChatML as SmolLM2 was tuned on, without the system text that its own template adds: 18 tokens a sample less."""
 
+_SCORE_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# What Gemma 2, Cohere and Granite do to their scores beyond the head.
+
 
 def load_language(name: str, *, dtype: str, events: Events | None = None) -> LanguageModel:
     """Load a decoder with its tokenizer, in eval mode, its weights frozen.
@@ -61,6 +64,13 @@ def _load_folder(folder: Path, dtype: str) -> LanguageModel:
         raise CheckpointError(
             f"{type(model).__name__} has no lm_head",
             place=str(folder),
-            remedy="use a decoder of the Llama, Qwen, Mistral or Gemma kind",
+            remedy="use a decoder of the Llama, Qwen or Mistral kind",
+        )
+    scaled = [name for name in _SCORE_SETTINGS if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    if scaled:
+        raise CheckpointError(
+            f"{type(model).__name__} changes its scores after the head ({', '.join(scaled)}), which Plait does not do",
+            place=str(folder),
+            remedy="use a decoder without these settings, such as Llama, Qwen or Mistral",
         )
     return LanguageModel(model=model.eval(), tokenizer=tokenizer, folder=folder, key=key)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Batch, Patches
+from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.collate import collate, split_rows
 from plait.data.features import FeatureStore
 from plait.data.order import generator
@@ -30,11 +31,15 @@ class Conversation:
         id: Of the sample.
         task: What it asks.
         rendered: Its ids.
+        pair: Conversations of one task that have the same are trained one after the other; "" stands alone. Two
+            questions about one picture with opposite answers, say: side by side, what picture and answer have in
+            themselves cancels in the gradient, and what is left is how they fit.
     """
 
     id: str
     task: str
     rendered: Rendered
+    pair: str = ""
 
 
 def row_length(conversations: Sequence[Conversation], *, most: int) -> int:
@@ -64,7 +69,7 @@ class ConversationBatches:
 
     Each task is gone through in a new random order each epoch; which task comes next is drawn by weight, from some step
     on by other weights if wanted. All batches have one shape: the fewest rows into which each step's samples can be
-    packed, filled up with padding.
+    packed, filled up with padding. A step may end within a pair.
 
     Attributes:
         conversations: All of them.
@@ -78,6 +83,7 @@ class ConversationBatches:
         steps: How many steps there are.
         seed: Of order, tasks and views.
         pieces: Micro-batches a step: its rows are dealt out evenly, for less memory; the gradient stays the same.
+        dropout: Of the features of a step; None leaves them as they are.
 
     Raises:
         ConfigError: No task with a weight has samples.
@@ -95,6 +101,7 @@ class ConversationBatches:
     seed: int
     pieces: int = 1
     late: tuple[int, Mapping[str, float]] | None = None
+    dropout: FeatureDropout | None = None
 
     def __post_init__(self) -> None:
         long = [c for c in self.conversations if len(c.rendered) > self.row]
@@ -134,6 +141,8 @@ class ConversationBatches:
         for sha256 in dict.fromkeys(ref.sha256 for c in chosen for ref in c.rendered.media):
             store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
             features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
+        if self.dropout is not None:
+            features = self.dropout(features, step)
         batch = collate(
             [(c.id, c.rendered) for c in chosen],
             features,
@@ -160,18 +169,22 @@ def _plan(
     seed: int,
 ) -> list[int]:
     """Which sample is when, given from which one on which weights hold; a longer plan begins like a shorter one."""
-    of_task: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for index, conversation in enumerate(conversations):
-        of_task.setdefault(conversation.task, []).append(index)
+        groups.setdefault((conversation.task, conversation.pair or f"alone {index}"), []).append(index)
+    of_task: dict[str, list[list[int]]] = {}
+    for (task, _), group in groups.items():
+        of_task.setdefault(task, []).append(group)
+    size = {task: sum(map(len, found)) / len(found) for task, found in of_task.items()}
     rng = random.Random(f"{seed} tasks")
-    piles: dict[str, list[int]] = {task: [] for task in of_task}
+    piles: dict[str, list[list[int]]] = {task: [] for task in of_task}
     plan: list[int] = []
     for begin, end in zip(shares, [*shares[1:], (number, {})], strict=True):
         weights = begin[1]
         tasks = sorted(task for task in of_task if weights.get(task, 0.0) > 0)
         while len(plan) < min(end[0], number):
-            task = rng.choices(tasks, [weights[task] for task in tasks])[0]
+            task = rng.choices(tasks, [weights[task] / size[task] for task in tasks])[0]
             if not piles[task]:
                 piles[task] = rng.sample(of_task[task], len(of_task[task]))
-            plan.append(piles[task].pop())
-    return plan
+            plan += piles[task].pop()
+    return plan[:number]

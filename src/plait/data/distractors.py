@@ -71,16 +71,21 @@ def _similar(one: frozenset[str], other: frozenset[str]) -> bool:
     return common == min(len(one), len(other)) or common >= _TOO_SIMILAR * len(one | other)
 
 
-def wrong_names(samples: Sequence[Sample], *, seed: int) -> list[Sample | None]:
+def wrong_names(samples: Sequence[Sample], *, seed: int, hard: bool = True) -> list[Sample | None]:
     """For each picture another one whose name is wrong for it; every name is used once if that is possible.
 
-    The hardest name is taken: of the same subgroup, else with a word in common, else of the same group, else any. Names
-    that are hard to place come first; whoever is left over swaps with another picture. None where every name of the
-    others might be true.
+    The hardest name is taken: of the same subgroup, else with a word in common, else of the same group, else any; or
+    any from the start. Names that are hard to place come first; whoever is left over swaps with another picture. None
+    where every name of the others might be true.
+
+    Args:
+        samples: Pictures with names.
+        seed: Of the choice.
+        hard: Whether hard names are wanted.
     """
     labels = [Label.of(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: rank(seed, "wrong", samples[i].id))
-    pools = _Pools(labels, order)
+    pools = _Pools(labels, order, hard=hard)
     chosen: dict[int, int] = {}
     # Broad names fit only pictures of other groups, so they choose their picture before the pictures choose their name.
     for named in (i for i in order if labels[i].broad):
@@ -129,8 +134,8 @@ def _place_left_over(picture: int, chosen: dict[int, int], pools: _Pools, *, tri
 class _Pools:
     """Names not used yet, by what makes them hard."""
 
-    def __init__(self, labels: Sequence[Label], order: Iterable[int]) -> None:
-        self.labels = labels
+    def __init__(self, labels: Sequence[Label], order: Iterable[int], *, hard: bool) -> None:
+        self.labels, self._hard = labels, hard
         self._free = dict.fromkeys(order)
         self._by_key: dict[tuple[str, str], dict[int, None]] = defaultdict(dict)
         for index in self._free:
@@ -158,6 +163,8 @@ class _Pools:
         return list(self._free)[:_TRIES]
 
     def _keys(self, index: int) -> list[tuple[str, str]]:
+        if not self._hard:
+            return [("any", "")]
         label = self.labels[index]
         keys = [("subgroup", label.subgroup)] if label.subgroup else []
         keys += [("word", word) for word in sorted(label.words[0] if label.words else ())]

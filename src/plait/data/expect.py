@@ -47,17 +47,21 @@ class Expected:
     media_bytes: int
     notes: tuple[str, ...]
 
-    def estimate(self, *, asked: int, canvases: tuple[int, int], tile: int, runtime_bytes: int) -> Estimate:
+    def estimate(
+        self, *, asked: int, more_in_training: int, canvases: tuple[int, int], tile: int, runtime_bytes: int
+    ) -> Estimate:
         """The stage's estimate.
 
         Args:
             asked: Questions a picture.
+            more_in_training: More of them for pictures of the training split.
             canvases: For training, and for each test split.
             tile: Pixels of a picture on a canvas.
             runtime_bytes: RAM of the interpreter with its libraries; 0 if not known.
         """
         drawn = {split: canvases[split != "train"] for split in self.splits}
-        questions = {split: asked * n + round(1.8 * drawn[split]) for split, n in self.splits.items()}
+        each = {split: asked + (more_in_training if split == "train" else 0) for split in self.splits}
+        questions = {split: each[split] * n + round(1.8 * drawn[split]) for split, n in self.splits.items()}
         pictures = sum(self.splits.values())
         seconds = (
             _SECONDS_START

@@ -77,14 +77,19 @@ def ask_names(samples: Sequence[Sample], *, chinese: bool, seed: int) -> list[Sa
     return asked
 
 
-def ask_yes_no(samples: Sequence[Sample], *, rounds: int, seed: int) -> list[Sample]:
+def ask_yes_no(samples: Sequence[Sample], *, rounds: int, easy: int = 0, seed: int) -> list[Sample]:
     """Is it this? A round asks of each picture once with its name, once with a hard wrong one: exactly half are yes.
+
+    ``easy`` more rounds take any wrong name.
+
+    The two have the same ``pair`` in their meta, so that they can be trained together.
 
     A picture for which no certainly wrong name exists is not asked at all.
     """
     asked: list[Sample] = []
-    for number in range(rounds):
-        for sample, wrong in zip(samples, wrong_names(samples, seed=seed + number), strict=True):
+    for number in range(rounds + easy):
+        chosen = wrong_names(samples, seed=seed + number, hard=number < rounds)
+        for sample, wrong in zip(samples, chosen, strict=True):
             if wrong is None:
                 continue
             for named, answer, other in ((sample, "yes", "no"), (wrong, "no", "yes")):
@@ -98,7 +103,7 @@ def ask_yes_no(samples: Sequence[Sample], *, rounds: int, seed: int) -> list[Sam
                     answer=answer,
                     rejected=other,
                     key=f"{key} {named.id}",
-                    named=named.id,
+                    about={"named": named.id, "pair": f"{sample.id} {number}"},
                 )
                 asked.append(turn)
     return asked
@@ -243,7 +248,7 @@ def _asked(
     answer: str,
     rejected: str | None = None,
     key: str = "",
-    named: str = "",
+    about: Mapping[str, str] | None = None,
 ) -> Sample:
     first = pictures[0]
     answers = [Answer(kind="reference", name=task, text=answer)]
@@ -258,7 +263,7 @@ def _asked(
             Turn(role="assistant", parts=(Text(text=answer),), trained=True),
         ),
         answers=tuple(answers),
-        meta=meta | ({"named": named} if named else {}),
+        meta=meta | dict(about or {}),
     )
 
 

@@ -169,11 +169,12 @@ def read_metrics(run: RunFolder, path: Path) -> Metrics:
     return metrics
 
 
-def draw_metrics(charts: Charts, metrics: Metrics) -> Html:
-    """Curves side by side, what was left out of them, and a table of some steps."""
+def draw_metrics(charts: Charts, metrics: Metrics, *, level: int = 4) -> Html:
+    """Curves side by side, under headings of a level, what was left out of them, and a table of some steps."""
     groups = metrics.groups()
     plots = [
-        _draw_group(charts, head, {name: metrics.curves[name] for name in names}) for head, names in groups.items()
+        _draw_group(charts, head, {name: metrics.curves[name] for name in names}, level=level)
+        for head, names in groups.items()
     ]
     names = [name for its in groups.values() for name in its]
     told: list[str] = []
@@ -191,7 +192,7 @@ def draw_metrics(charts: Charts, metrics: Metrics) -> Html:
     )
 
 
-def _draw_group(charts: Charts, head: str, curves: Mapping[str, Curve]) -> Html:
+def _draw_group(charts: Charts, head: str, curves: Mapping[str, Curve], *, level: int) -> Html:
     data: list[Figure] = []
     for at, (name, curve) in enumerate(curves.items()):
         steps, values = curve.thin()
@@ -214,7 +215,7 @@ def _draw_group(charts: Charts, head: str, curves: Mapping[str, Curve]) -> Html:
             }
         ),
     }
-    return charts.place(figure, title=title, said=f"{title} over steps: {'; '.join(ends)}")
+    return charts.place(figure, title=title, said=f"{title} over steps: {'; '.join(ends)}", level=level)
 
 
 def _table_of(metrics: Metrics, names: Sequence[str]) -> Html:

@@ -93,6 +93,14 @@ class RunFolder:
         upto = self.stages[: self.stages.index(stage) + 1]
         return next((s.path / "shards" for s in reversed(upto) if (s.path / "shards").is_dir()), None)
 
+    def size(self, stage: StageFolder) -> int:
+        """Bytes of a stage's files; those that cannot be looked at count as a fault."""
+        try:
+            return sum(path.stat().st_size for path in stage.path.rglob("*") if path.is_file())
+        except OSError as error:
+            self.fault(f"{self.relative(stage.path)}: size unknown: {error}")
+            return 0
+
     def relative(self, path: Path) -> str:
         """A path as the page names it."""
         return path.relative_to(self.path).as_posix()

@@ -113,6 +113,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def mebibytes(size: int | float) -> str:
+    """Bytes as people say them.
+
+    Example:
+        >>> mebibytes(312_701_952), mebibytes(52_000)
+        ('298.2 MiB', '0.05 MiB')
+    """
+    shown = size / 2**20
+    return f"{shown:,.1f} MiB" if shown >= 1 else f"{shown:.2f} MiB"
+
+
 def number(value: object) -> str:
     """A number or word for a cell: thousands apart, four digits that count.
 

@@ -13,13 +13,14 @@ from plait.core.yamltext import is_mapping
 from plait.report import pictures
 from plait.report.charts import Charts, draw_metrics, read_metrics
 from plait.report.folder import RunFolder, StageFolder, number_of
-from plait.report.markup import Html, alert, el, join, number, origin, table
+from plait.report.markup import Html, alert, el, join, mebibytes, number, origin, table
 from plait.report.samples import same
 from plait.report.scores import Score, read_scores
 
 _PICTURE_LIMIT = 2 * 2**20  # bytes of first.png that are put into the page
 _PHASES = ("words", "connector", "decoder")
 _SHOWN = 12
+_WHOLE, _PARTS = "bytes", "parts."  # keys of compress.json
 _KNOWN = frozenset({"id", "split", "task", "uri", "question", "target", "answer"})
 
 
@@ -55,7 +56,7 @@ def phases(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
         metrics = read_metrics(run, found[name])
         if metrics.curves:
             title = el("h4", f"Phase {name}", el("span", f" – {number(metrics.records)} steps", cls="quiet"))
-            parts += [title, draw_metrics(charts, metrics), origin(run.relative(found[name]))]
+            parts += [title, draw_metrics(charts, metrics, level=5), origin(run.relative(found[name]))]
     return join(el("h3", "How it learned, phase by phase"), parts) if parts else None
 
 
@@ -67,8 +68,13 @@ def sizes(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
     if not is_mapping(before) or not is_mapping(after):
         return None
     old, new = _numbers(before), _numbers(after)
-    rows = [[key, _size(old.get(key)), _size(new.get(key)), _ratio(old.get(key), new.get(key))] for key in old | new]
-    drawn = table(["bytes of", "before", "after", "of what it was"], rows, label="Sizes before and after")
+    keys = sorted(old | new, key=lambda key: key == _WHOLE)  # the sum comes last
+    names = ["all but the tower" if key == _WHOLE else key.removeprefix(_PARTS) for key in keys]
+    rows = [
+        [name, _size(old.get(key)), _size(new.get(key)), _ratio(old.get(key), new.get(key))]
+        for name, key in zip(names, keys, strict=True)
+    ]
+    drawn = table(["", "before", "after", "of what it was"], rows, label="Sizes before and after")
     return join(el("h3", "How much smaller it is"), drawn, origin(run.relative(path)))
 
 
@@ -201,9 +207,7 @@ def _numbers(value: Mapping[str, Any], before: str = "") -> dict[str, float]:
 
 
 def _size(size: float | None) -> str:
-    if size is None:
-        return "–"
-    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size:,.0f}"
+    return "–" if size is None else mebibytes(size)
 
 
 def _ratio(old: float | None, new: float | None) -> str:

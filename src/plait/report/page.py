@@ -16,7 +16,7 @@ from pathlib import Path
 from plait.core.files import write_atomic
 from plait.report.charts import MISSING, Charts, plotly_source
 from plait.report.folder import RunFolder, moment
-from plait.report.markup import Html, alert, duration, el, fold, join, number, origin
+from plait.report.markup import Html, alert, duration, el, fold, join, mebibytes, number, origin
 from plait.report.model_sections import chat_command
 from plait.report.sections import draw_stage, facts_list, sentences
 
@@ -131,8 +131,14 @@ def _timeline(run: RunFolder) -> Html:
         # A bar without a length would still show its least width.
         bar = el("span", attrs={"style": share}) if stage.seconds else None
         name = el("a", stage.path.name, attrs={"href": f"#stage-{stage.path.name}"})
-        rows.append(el("li", name, el("div", bar, cls="bar"), el("span", time, cls="time")))
-    return el("section", el("h2", "Time"), el("ol", rows, cls="timeline"), origin("events.jsonl"))
+        size = None if stage.state == "waiting" else el("span", f" · {mebibytes(run.size(stage))}", cls="quiet")
+        rows.append(el("li", name, el("div", bar, cls="bar"), el("span", time, size, cls="time")))
+    return el(
+        "section",
+        el("h2", "Time and size on disk"),
+        el("ol", rows, cls="timeline"),
+        origin("events.jsonl"),
+    )
 
 
 def _recipe(run: RunFolder) -> Html | None:

@@ -89,14 +89,17 @@ class Align(Stage):
             ResourceError: A package is not fetched, or the disk is full.
             NumericsError: Training went wrong.
         """
+        import torch
+
         from plait.assembly.local import fingerprint
         from plait.assembly.multimodal import load_multimodal
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, mark_done, seal, write_json
 
         data, tuned = find_stage(previous, "data"), find_model(previous)
-        compute = setup(device=self.device)
         built = load_multimodal(tuned, events=events)
+        # A model that was tuned in float32 is aligned in float32.
+        compute = setup(device=self.device, dtype="float32" if built.language.model.dtype == torch.float32 else "auto")
         questions, without = self._questions(built, data / "shards", events)
         self._unfreeze(built, place=tuned)
         built.model.to(compute.device)
@@ -161,7 +164,8 @@ class Align(Stage):
             frozen=shape.params,
             frozen_dtype=machine.dtype,
             trainable=weights,
-            activations=kept + cost.logits_bytes(shape, trained, dtype=machine.dtype),
+            activations=kept + cost.logits_bytes(shape, trained),
+            caches=cost.head_copy_bytes(shape, dtype=machine.dtype),
         )
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(

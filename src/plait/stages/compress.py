@@ -70,7 +70,7 @@ class Compress(Stage):
             NumericsError: A weight is not finite.
             ResourceError: A package is not fetched, or the disk is full.
         """
-        from dataclasses import asdict, replace
+        from dataclasses import asdict
 
         from plait.assembly.multimodal import load_multimodal, save_multimodal
         from plait.compression.quantize import part_bytes, quantize_decoder
@@ -87,10 +87,9 @@ class Compress(Stage):
         with folder_atomic(folder / MODEL) as target:
             save_multimodal(made.built, target)
         after = part_bytes(made.built)
-        # What is scored is what was written; the one in memory makes room for it.
-        del built
-        made = replace(made, built=load_multimodal(folder / MODEL, events=events))
-        said["model"] = self._answers(made.built, questions, split, task="answers after", events=events)
+        # What is scored is what was written.
+        built = load_multimodal(folder / MODEL, events=events)
+        said["model"] = self._answers(built, questions, split, task="answers after", events=events)
         asked = _asked(questions.samples[split], said, split)
         scores = _scores(asked)
         record = _record(before, after, made, model=folder / MODEL)
@@ -131,8 +130,10 @@ class Compress(Stage):
             # Merging is done in float32; the weights before go one by one as those after come.
             frozen=shape.params,
             frozen_dtype="float32",
-            activations=kept + cost.logits_bytes(shape, self.rows, dtype=machine.dtype, gradients="none"),
-            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=machine.dtype) + shape.linear_params,
+            activations=kept + cost.logits_bytes(shape, self.rows, gradients="none"),
+            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=machine.dtype)
+            + shape.linear_params
+            + cost.head_copy_bytes(shape, dtype=machine.dtype),
         )
         return Estimate(
             stage=self.kind,

@@ -70,7 +70,11 @@ class Questions(Spec):
     chinese: bool = True
     """Ask for the Chinese name too, where it is known."""
     yes_no: int = Field(default=1, ge=0, le=8)
-    """Rounds of yes/no questions; each asks of each picture once with its name and once with a wrong one."""
+    """Rounds of yes/no questions; each asks of each picture once with its name and once with a wrong one that is hard:
+    a similar thing's name."""
+    yes_no_easy: int = Field(default=1, ge=0, le=8)
+    """More rounds with any wrong name, in the training split only. Of hard ones alone a model learns that names are
+    rarely far off, and says no to whatever is not surely right."""
     groups: bool = True
     """Ask for the group, where it is known."""
     canvases: int = Field(default=300, ge=0)
@@ -164,7 +168,13 @@ class Data(Stage):
         asked = 1 + 2 * self.questions.yes_no
         asked += (self.questions.chinese + self.questions.groups) if isinstance(self.source, EmojiSource) else 0
         tile = self.source.size if isinstance(self.source, EmojiSource) else 0
-        return expected.estimate(asked=asked, canvases=canvases, tile=tile, runtime_bytes=machine.runtime_bytes)
+        return expected.estimate(
+            asked=asked,
+            more_in_training=2 * self.questions.yes_no_easy,
+            canvases=canvases,
+            tile=tile,
+            runtime_bytes=machine.runtime_bytes,
+        )
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -214,7 +224,8 @@ class Data(Stage):
         for done, (split, samples) in enumerate(pictures.items()):
             events.progress("questions", done, len(pictures))
             asked = ask_names(samples, chinese=self.questions.chinese, seed=self.seed)
-            asked += ask_yes_no(samples, rounds=self.questions.yes_no, seed=self.seed)
+            easy = self.questions.yes_no_easy if split == "train" else 0
+            asked += ask_yes_no(samples, rounds=self.questions.yes_no, easy=easy, seed=self.seed)
             asked += ask_groups(samples, groups, seed=self.seed) if self.questions.groups else []
             entries: list[Entry] = [(sample, {}) for sample in asked]
             if isinstance(self.source, EmojiSource):

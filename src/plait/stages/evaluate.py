@@ -189,8 +189,10 @@ class Evaluate(Stage):
                 frozen=decoder.params + _TOWER_WEIGHTS,
                 frozen_dtype=machine.dtype,
                 activations=cost.decoder_activations(decoder, **shape, gradients="none", attention="eager")
-                + cost.logits_bytes(decoder, self.rows, dtype=machine.dtype, gradients="none"),
-                caches=cost.kv_cache_bytes(decoder, **shape) + features,
+                + cost.logits_bytes(decoder, self.rows, gradients="none"),
+                caches=cost.kv_cache_bytes(decoder, **shape)
+                + features
+                + cost.head_copy_bytes(decoder, dtype=machine.dtype),
             ),
             disk_bytes=answers * 250,
             home_bytes=canvases * _CELLS * _FEATURE_WIDTH * 2,

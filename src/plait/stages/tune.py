@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
@@ -33,8 +33,8 @@ class Connect(Spec):
     d_hidden: int = Field(default=1024, ge=1)
     """Width between its two layers."""
     dropout: float = Field(default=0.3, ge=0.0, lt=1.0)
-    """Share of features and hidden units dropped in the first phase; later nothing is, as a decoder learns to compare
-    word and picture from clear tokens first."""
+    """Share of features and hidden units dropped in the first phase. Later the connector itself drops nothing: a
+    decoder learns to compare word and picture from clear tokens first (and then from others, see `adapt.drop`)."""
     tokens: int = Field(default=6, ge=1)
     """Tokens a picture becomes."""
     free: int = Field(default=2, ge=1)
@@ -64,15 +64,44 @@ class Frozen(Spec):
     """Peak learning rate."""
 
 
+class Drop(Spec):
+    """Part of the pictures' features, dropped late in the third phase.
+
+    Of a picture that the connector knows by heart, the decoder gets a sharp word; of a new one, a faint mixture of
+    many, and from these it must be able to answer, too. It first learns to compare words and pictures where they are
+    sharp, then where they are not.
+    """
+
+    least: float = Field(default=0.3, ge=0.0, lt=1.0)
+    """Share dropped of a picture at least."""
+    most: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """And at most; each picture of a step has its own share. 0 drops nothing."""
+    start: float = Field(default=0.45, ge=0.0, le=1.0)
+    """Share of the phase after which it begins."""
+    full: float = Field(default=0.6, ge=0.0, le=1.0)
+    """Share of the phase after which it is complete."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Drop:
+        if self.most and self.least > self.most:
+            raise ValueError(f"least {self.least} is above most {self.most}")
+        if self.start >= self.full:
+            raise ValueError(f"start {self.start} is not before full {self.full}")
+        return self
+
+
 class Adapt(Spec):
-    """Third phase: LoRA on the decoder, together with the connector."""
+    """Third phase: LoRA on the decoder."""
 
     steps: int = Field(default=120, ge=1)
     """Updates."""
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of the adapter."""
-    lr_connector: float = Field(default=3e-4, gt=0.0)
-    """Peak learning rate of the connector."""
+    lr_connector: float = Field(default=0.0, ge=0.0)
+    """Peak learning rate of the connector; 0 leaves it as it is. Its gradient is longer than the adapter's, so that
+    clipping the two together holds the adapter back, and it soon undoes what `drop` is for."""
+    drop: Drop = Field(default_factory=Drop)
+    """Features dropped in the course of the phase."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     alpha: float = Field(default=32.0, gt=0.0)
@@ -176,6 +205,7 @@ class Tune(Stage):
             checkpoint_bytes,
             decoder_activations,
             decoder_flops,
+            head_copy_bytes,
             linear_flops,
             logits_bytes,
             peak_memory,
@@ -190,6 +220,7 @@ class Tune(Stage):
         wide = self.connector.tokens * SMOLLM2_135M.d_model
         connector = _IMAGE_WIDTH * 4 * (2 + self.connector.d_hidden) + self.connector.d_hidden * (wide + 1) + wide
         adapter = _lora_weights(self.adapt.rank, self.adapt.targets)
+        learns = connector if self.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
         row = self.row or 128
         rows = math.ceil(self.batch_size * _SAMPLE_TOKENS / row)
         steps = self.frozen.steps + self.adapt.steps
@@ -204,15 +235,17 @@ class Tune(Stage):
         cells = 4 * pictures
         activations = decoder_activations(
             SMOLLM2_135M, rows=rows, length=row, dtype=machine.dtype, gradients="through", attention="eager"
-        ) + logits_bytes(SMOLLM2_135M, trained, dtype=machine.dtype)
+        ) + logits_bytes(SMOLLM2_135M, trained)
+        dtype = machine.dtype if self.dtype == "auto" else self.dtype
         memory = peak_memory(
             machine,
             frozen=_IMAGE_WEIGHTS + _DECODER_WEIGHTS,
-            frozen_dtype=machine.dtype if self.dtype == "auto" else self.dtype,
-            trainable=adapter + connector,
+            frozen_dtype=dtype,
+            trainable=adapter + learns,
             activations=activations,
-            caches=4 * _WORDS * SMOLLM2_135M.d_model,
+            caches=4 * _WORDS * SMOLLM2_135M.d_model + head_copy_bytes(SMOLLM2_135M, dtype=dtype),
         )
+        memory["weights"] += 4 * (connector - learns)
         return Estimate(
             stage=self.kind,
             samples=dict(known),

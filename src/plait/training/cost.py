@@ -281,10 +281,14 @@ def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, att
     return sum(shared.values())
 
 
-def logits_bytes(shape: DecoderShape, positions: int, *, dtype: str, gradients: Gradients = "through") -> int:
-    """Peak bytes around the head: logits and a float32 copy; for a loss also log-probabilities and two gradients."""
-    s = BYTES[dtype]
-    return positions * shape.vocab * (s + 4 if gradients == "none" else 2 * s + 12)
+def logits_bytes(shape: DecoderShape, positions: int, *, gradients: Gradients = "through") -> int:
+    """Peak bytes of float32 logits; for a loss also of log-probabilities and two gradients."""
+    return positions * shape.vocab * (4 if gradients == "none" else 16)
+
+
+def head_copy_bytes(shape: DecoderShape, *, dtype: str) -> int:
+    """Bytes of the float32 copy of a frozen 16-bit head (:mod:`plait.models.output_head`)."""
+    return 0 if dtype == "float32" else 4 * shape.vocab * shape.d_model
 
 
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch
 from plait.core.types import MediaRef
+from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.conversations import ROW, Conversation, ConversationBatches, row_length
 from plait.data.features import FeatureStore
 from plait.data.template import Rendered
@@ -127,6 +130,35 @@ def test_late_weights_hold_from_their_step_on_and_change_nothing_before() -> Non
     assert batches.plan[:160] == source(steps=60).plan[:160]
     with pytest.raises(ConfigError, match="no sample of the tasks above"):
         source(late=(1, {"above": 1.0}))
+
+
+def test_pairs_stay_together_and_change_no_shares() -> None:
+    plain = [conversation(number, "name", 6) for number in range(40)]
+    pairs = [replace(conversation(40 + n, "yesno", 6), pair=f"p{n // 2}") for n in range(0, 60)]
+    batches = source(conversations=[*plain, *pairs], weights={"name": 1.0, "yesno": 3.0}, steps=500)
+    chosen = [batches.conversations[i] for i in batches.plan]
+    assert len(chosen) == 2000
+    asked = [c.pair for c in chosen if c.pair]
+    assert asked[0 : 2 * (len(asked) // 2) : 2] == asked[1::2]
+    together = sum(a.pair == b.pair for a, b in pairwise(chosen) if a.pair)
+    assert together >= len(asked) // 2, "no other task comes between the two"
+    assert abs(len(asked) / len(chosen) - 0.75) < 0.05
+
+
+def test_pairs_of_two_tasks_are_kept_apart() -> None:
+    one, two = (replace(conversation(n, task, 6), pair="same") for n, task in enumerate(("name", "yesno")))
+    batches = source(conversations=[one, two], weights={"name": 1.0}, steps=3, batch_size=2)
+    assert set(batches.plan) == {0}
+
+
+def test_features_are_dropped_from_a_step_on_and_the_same_again() -> None:
+    drop = FeatureDropout(least=0.5, most=0.9, first=3, full=4, seed=0)
+    plain, dropped = source(steps=8), source(steps=8, dropout=drop)
+    for step in range(8):
+        (as_is,), (seen,), (again,) = (b.step_batches(step) for b in (plain, dropped, dropped))
+        assert torch.equal(seen.media["image"].values, again.media["image"].values)
+        assert torch.equal(seen.token_ids, as_is.token_ids)
+        assert torch.equal(seen.media["image"].values, as_is.media["image"].values) == (step < 4)
 
 
 def test_each_task_is_gone_through_before_a_sample_comes_again() -> None:

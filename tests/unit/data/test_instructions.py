@@ -89,6 +89,29 @@ def test_yes_and_no_are_exactly_balanced_and_true(samples: list[Sample]) -> None
         assert shown is named or not may_be_true(Label.of(shown), Label.of(named))
 
 
+def test_easy_rounds_come_after_the_hard_ones_and_are_as_true(samples: list[Sample]) -> None:
+    by_id = {s.id: s for s in samples}
+    hard, both = ask_yes_no(samples, rounds=1, seed=0), ask_yes_no(samples, rounds=1, easy=2, seed=0)
+    assert both[: len(hard)] == hard
+    assert len(both) == 3 * len(hard) == len({q.id for q in both})
+    alike: list[float] = []
+    for part in (both[: len(hard)], both[len(hard) :]):
+        wrong = [q for q in part if reference(q) == "no"]
+        labels = [(Label.of(by_id[q.meta["pictures"][0]]), Label.of(by_id[q.meta["named"]])) for q in wrong]
+        assert not any(may_be_true(*pair) for pair in labels)
+        alike.append(sum(shown.group == named.group for shown, named in labels) / len(labels))
+    assert alike[1] < 0.5 * alike[0], "easy ones are of other groups more often"
+
+
+def test_the_two_questions_of_a_round_are_a_pair(samples: list[Sample]) -> None:
+    pairs: dict[str, list[Sample]] = {}
+    for question in ask_yes_no(samples, rounds=2, easy=1, seed=0):
+        pairs.setdefault(question.meta["pair"], []).append(question)
+    for pair in pairs.values():
+        assert sorted(map(reference, pair)) == ["no", "yes"]
+        assert pair[0].media() == pair[1].media()
+
+
 def test_the_words_alone_do_not_tell_yes_from_no(samples: list[Sample]) -> None:
     """Every name is asked with answer yes as often as with answer no."""
     asked = ask_yes_no(samples, rounds=2, seed=0)

@@ -411,8 +411,9 @@ def test_real_yes_no_questions_are_balanced_in_every_way(real: tuple[Path, dict[
     folder, summary = real
     for split, count in summary["splits"].items():
         questions = [q for q, _ in every(folder, f"instruct-{split}") if q.meta["task"] == "yesno"]
-        assert len(questions) == 2 * count
-        assert Counter(q.answer("yesno") for q in questions) == {"yes": count, "no": count}
+        rounds = 2 if split == "train" else 1  # a hard and an easy one
+        assert len(questions) == 2 * rounds * count
+        assert Counter(q.answer("yesno") for q in questions) == {"yes": rounds * count, "no": rounds * count}
         wrong = Counter(q.meta["named"] for q in questions if q.answer("yesno") == "no")
-        assert max(wrong.values()) <= 2
-        assert sum(n == 2 for n in wrong.values()) <= 4
+        assert max(wrong.values()) <= rounds + 1
+        assert sum(n > rounds for n in wrong.values()) <= 4 * rounds

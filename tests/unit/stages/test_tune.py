@@ -82,14 +82,14 @@ def shown(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted((folder / "samples").iterdir())]
 
 
-def assert_each_learned_in_its_phase(folder: Path) -> None:
-    """Only connector and adapter, and the adapter only in the last phase."""
+def assert_each_learned_in_its_phase(folder: Path, *, connector_goes_on: bool = False) -> None:
+    """Only the connector in the first two phases, only the adapter in the last one unless the connector has a rate."""
     words, connector, decoder = (folder / phase / "checkpoints" / f"{steps:06d}" for phase, steps in STEPS.items())
-    for before, after in ((words, connector), (connector, decoder)):
+    for before, after, moves in ((words, connector, True), (connector, decoder, connector_goes_on)):
         one, other = (load_file(path / "model.safetensors") for path in (before, after))
         assert one.keys() == other.keys()
         assert torch.equal(one["parts.3.words"], other["parts.3.words"]), "the words are the decoder's own"
-        assert not torch.equal(one["parts.1.up.weight"], other["parts.1.up.weight"])
+        assert torch.equal(one["parts.1.up.weight"], other["parts.1.up.weight"]) != moves
     assert not (connector / "adapter").exists()
     adapter = load_file(decoder / "adapter" / "adapter_model.safetensors")
     assert all(bool(value.abs().sum() > 0) for value in adapter.values()), "an adapter did not leave its start"
@@ -139,6 +139,27 @@ def test_all_files_are_there_and_the_sealed_model_gives_the_answers_shown_last(
         )
     assert [answer.text.strip() for answer in answers] == [sample["answer"] for sample in samples]
     assert_each_learned_in_its_phase(folder)
+
+
+def test_a_connector_with_a_rate_learns_on_in_the_last_phase(data_stage: Path, tiny_folders: Folders) -> None:
+    adapt = {"steps": 3, "rank": 2, "targets": ["q_proj"], "lr_connector": 1e-3}
+    folder = tune(data_stage, spec(tiny_folders, adapt=adapt))
+    assert_each_learned_in_its_phase(folder, connector_goes_on=True)
+    last = read_jsonl(folder / "decoder" / "metrics.jsonl")[-1]
+    assert {"lr", "lr/connectors"} <= last.keys()
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"),
+    [
+        ({"least": 0.5, "most": 0.3}, "least 0.5 is above most 0.3"),
+        ({"start": 0.6, "full": 0.6}, "start 0.6 is not before full 0.6"),
+        ({"most": 1.0}, "less than 1"),
+    ],
+)
+def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Tune.model_validate({"adapt": {"drop": drop}})
 
 
 def test_stopped_in_every_phase_it_ends_like_one_that_ran_through(data_stage: Path, tiny_folders: Folders) -> None:

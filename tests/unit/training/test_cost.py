@@ -16,6 +16,7 @@ from plait.training.cost import (
     checkpoint_bytes,
     decoder_activations,
     decoder_flops,
+    head_copy_bytes,
     kv_cache_bytes,
     logits_bytes,
     peak_memory,
@@ -80,7 +81,10 @@ def test_frozen_weights_keep_less_and_rows_add(shape: DecoderShape, dtype: str, 
 def test_a_known_cache_and_head() -> None:
     # 2 (keys, values) x 30 layers x 3 heads of 64 x 2 bytes = 23,040 bytes a position
     assert kv_cache_bytes(SMOLLM2_135M, rows=1, length=100, dtype="bfloat16") == 2_304_000
-    assert logits_bytes(SMOLLM2_135M, 1, dtype="float32", gradients="none") == 49_152 * 8
+    assert logits_bytes(SMOLLM2_135M, 1, gradients="none") == 49_152 * 4
+    assert logits_bytes(SMOLLM2_135M, 2) == 49_152 * 2 * 16
+    assert head_copy_bytes(SMOLLM2_135M, dtype="bfloat16") == 49_152 * 576 * 4
+    assert head_copy_bytes(SMOLLM2_135M, dtype="float32") == 0
 
 
 def test_adamw_holds_sixteen_bytes_a_trained_weight() -> None:

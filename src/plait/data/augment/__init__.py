@@ -1,1 +1,1 @@
-"""Changes of pictures that leave their meaning."""
+"""Changes of pictures and of features while training."""

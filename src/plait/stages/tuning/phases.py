@@ -1,4 +1,4 @@
-"""The three phases of the tune stage: connector to words, connector through the decoder, adapter with connector."""
+"""The three phases of the tune stage: connector to words, connector through the decoder, adapter."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from plait.core.packages import home
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.core.types import Sample
+from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, row_length
@@ -120,6 +121,7 @@ class _Tuning:
                 id=sample.id,
                 task=str(sample.meta["task"]) + ("" if sample.media()[0].sha256 in self.learned else _NEW),
                 rendered=template.sample(sample),
+                pair=str(sample.meta.get("pair", "")),
             )
             for sample in self._train()
         ]
@@ -185,7 +187,7 @@ class _Tuning:
         return result
 
     def adapt(self) -> FitResult:
-        """LoRA on the decoder, and the connector on."""
+        """LoRA on the decoder; the connector learns on if it has a rate."""
         spec = self.spec.adapt
         lora = self.lora
         seed_everything(self.spec.seed)
@@ -195,7 +197,9 @@ class _Tuning:
         self.built.model.to(self.compute.device)
         self._clear()
         self.built.language.model.train()
-        optimizer = AdamW(lr=spec.lr, parts={"connectors": spec.lr_connector})
+        parts = {"connectors": spec.lr_connector} if spec.lr_connector else {}
+        if not parts:
+            self.built.connector.requires_grad_(False)
         before = self.steps
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
@@ -207,8 +211,8 @@ class _Tuning:
             "decoder",
             self.built.model,
             objective=NextToken(),
-            batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from)),
-            settings=self._settings(spec.steps, optimizer),
+            batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
+            settings=self._settings(spec.steps, AdamW(lr=spec.lr, parts=parts)),
             on_step=on_step,
         )
         self.built.model.eval()
@@ -240,7 +244,8 @@ class _Tuning:
 
     def summary(self, results: Sequence[FitResult]) -> dict[str, Any]:
         """For the seal and the closing lines."""
-        trained = sum(weight.numel() for weight in self.built.model.parameters() if weight.requires_grad)
+        connector = {id(weight) for weight in self.built.connector.parameters()}  # it may have stopped learning
+        trained = sum(w.numel() for w in self.built.model.parameters() if w.requires_grad or id(w) in connector)
         total = sum(weight.numel() for weight in self.built.model.parameters())
         # From the file: a phase that was complete when the stage was resumed has no values of a last step.
         loss = read_jsonl(self.folder / "decoder" / METRICS)[-1]["loss"]
@@ -321,7 +326,22 @@ class _Tuning:
             found |= {str(task): share * (1 - part), str(task) + _NEW: share * part}
         return found
 
-    def _batches(self, steps: int, *, late: int | None = None) -> ConversationBatches:
+    def _dropout(self) -> FeatureDropout | None:
+        """For the third phase."""
+        drop, steps = self.spec.adapt.drop, self.spec.adapt.steps
+        if drop.most == 0.0:
+            return None
+        return FeatureDropout(
+            least=drop.least,
+            most=drop.most,
+            first=round(steps * drop.start),
+            full=round(steps * drop.full),
+            seed=self.spec.seed,
+        )
+
+    def _batches(
+        self, steps: int, *, late: int | None = None, dropout: FeatureDropout | None = None
+    ) -> ConversationBatches:
         """Questions about pictures of the first phase; from step ``late`` on, about others, too."""
         return ConversationBatches(
             conversations=self.conversations,
@@ -334,6 +354,7 @@ class _Tuning:
             pad=self.built.stop,
             steps=steps,
             seed=self.spec.seed,
+            dropout=dropout,
         )
 
     def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
