@@ -95,7 +95,7 @@ def layout(changes: Mapping[str, Any]) -> Figure:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "var(--soft)", "size": 13},
         "hoverlabel": {"bgcolor": "var(--paper)", "font": {"color": "var(--ink)"}},
-        "legend": {"orientation": "h", "y": -0.22, "x": 0, "font": {"color": "var(--ink)"}},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": "var(--ink)"}},
         "showlegend": False,
     }
     axes = {key: axis | dict(changes.get(key, {})) for key in ("xaxis", "yaxis")}

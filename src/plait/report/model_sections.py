@@ -176,11 +176,11 @@ def _question(record: Mapping[str, Any], found: Mapping[str, pictures.Picture]) 
     said = {"answer": record.get("answer")} | {k: v for k, v in record.items() if k not in _KNOWN}
     rows = [[name, _marked(str(text), target)] for name, text in said.items() if isinstance(text, str)]
     picture = found.get(str(record.get("uri", "")))
-    tag = el("span", f"{record.get('split')} {record.get('task')}", cls="tag")
+    tags = [el("span", str(record.get(key)), cls="tag") for key in ("split", "task")]
     shown = picture.show(f"picture of {target}") if picture else None
     return el(
         "article",
-        el("figure", shown, el("figcaption", el("b", target), tag)),
+        el("figure", shown, el("figcaption", el("b", target), tags)),
         el("div", el("p", str(record["question"])), table(["of", "answer"], rows, label="Answers", left=2)),
         cls="sample",
     )

@@ -83,11 +83,15 @@ def _card(by_step: Mapping[str, Record], found: Mapping[str, pictures.Picture]) 
     target, asked = _first(record, _TARGET), _first(record, _ASKED)
     uri = _first(record, ("uri",))
     picture = found.get(uri) if uri else None
-    names = [name for key in ("name.zh",) if picture and (name := picture.names.get(key)) and name != target]
+    names = [
+        el("span", name, attrs={"lang": key.removeprefix("name.")})
+        for key in ("name.en", "name.zh")
+        if picture and (name := picture.names.get(key)) and name != target
+    ]
     alt = f"picture of {target}" if target else "picture of this sample"
     caption = join(
         el("b", target) if target else None,
-        [el("span", name, attrs={"lang": "zh"}) for name in names],
+        names,
         el("span", str(record["split"]), cls="tag") if record.get("split") else None,
     )
     ranked = any("rank" in its for its in by_step.values())
@@ -122,7 +126,8 @@ def _answer(record: Record, target: str) -> Html:
         # The mark is a sign and not a color alone, for those who see no color.
         marked = [el("b", f"✓\u00a0{word}", cls="right") if word == target else el("span", word) for word in words]
         return el("span", marked, cls="ranked")
-    if said := _first(record, _SAID):
+    if any(isinstance(record.get(key), str) for key in _SAID):
+        said = _first(record, _SAID) or "(nothing)"
         if not target:
             return join(said)
         return el("b", f"✓\u00a0{said}", cls="right") if same(said, target) else el("span", f"✗\u00a0{said}")

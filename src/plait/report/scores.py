@@ -18,6 +18,7 @@ from plait.report.folder import RunFolder, number_of
 from plait.report.markup import Html, alert, el, join, number, table
 
 _SHARE = re.compile(r"hit@|accuracy|exact|match|rate\b|\bf1\b|wilson")
+_SHARES = frozenset({"precision", "recall"})
 _NOT_SHARE = frozenset({"MRR"})
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up")  # beside colors, for those who see none
 _MARKS = {"untrained": ("circle-open", 8), "chance": ("line-ew-open", 16)}
@@ -63,7 +64,7 @@ class Score:
     @property
     def is_share(self) -> bool:
         """Whether it is a share of cases, to be read in percent."""
-        named = self.series.startswith("R@") or bool(_SHARE.search(self.rule))
+        named = self.series.startswith("R@") or self.series in _SHARES or bool(_SHARE.search(self.rule))
         return named and self.series not in _NOT_SHARE and 0 <= self.low <= self.high <= 1
 
     def show(self, *, signed: bool = False, share: bool | None = None) -> Html:
