@@ -27,7 +27,7 @@ from plait.core.files import lock, read_json, sha256_file, write_atomic
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
-from plait.data.media import decode_image
+from plait.data.media import STORED, decode_image
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -225,7 +225,7 @@ def _encode(
     grids: list[list[int]] = []
     for start in range(0, len(refs), _BATCH):
         batch = refs[start : start + _BATCH]
-        prepared = [prepare(decode_image(_bytes(ref, read), place=ref.uri)) for ref in batch]
+        prepared = [prepare(decode_image(_bytes(ref, read), place=ref.uri, limits=STORED)) for ref in batch]
         raw = Patches(values=torch.cat([p.values for p in prepared]), grid=torch.cat([p.grid for p in prepared]))
         with torch.inference_mode():
             features = encoder(raw)

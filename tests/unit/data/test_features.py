@@ -106,6 +106,24 @@ def test_what_comes_out_is_what_the_encoder_gives(tmp_path_factory, count, chunk
     assert out.values.equal(torch.cat([p.values for p in parts]) if parts else torch.zeros(0, 3).bfloat16())
 
 
+def test_pictures_as_large_as_the_data_stage_may_be_told_to_take_are_encoded(tmp_path):
+    """51 megapixels: above the default limit, below the largest setting of ``data.source.max_megapixels``."""
+    album = Album(0)
+    data = encode_png(Image.new("1", (8500, 6000)))
+    album.refs.append(MediaRef(modality="image", sha256=hashlib.sha256(data).hexdigest(), uri="large.png"))
+    album.data[album.refs[0].sha256] = data
+    store = cached_features(
+        album.refs,
+        read=album.read,
+        prepare=lambda picture: prepare(picture.resize((4, 2))),
+        encoder=Halver(),
+        key="k" * 64,
+        folder=tmp_path,
+        events=Events(),
+    )
+    assert len(store) == 1
+
+
 @pytest.mark.row("S4-08")
 def test_each_picture_is_computed_once_over_all_runs(tmp_path):
     encoder = Halver()

@@ -29,7 +29,7 @@ from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, row_length
-from plait.data.media import decode_image
+from plait.data.media import STORED, decode_image
 from plait.data.shards import ShardReader
 from plait.data.sources import rank
 from plait.data.word_batches import WordBatches, WordList
@@ -270,7 +270,7 @@ class _Tuning:
 
             def open_picture(name: str) -> Image.Image:
                 ref = of_sample[name]
-                return decode_image(reader.media(ref), place=ref.uri)
+                return decode_image(reader.media(ref), place=ref.uri, limits=STORED)
 
             draw_first_batch(
                 batch,
