@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # What a hooked module imports first (torch, transformers) is compiled under the hook's own cache tag. Where the machine
 # forbids writing bytecode, that would be 20 s of compiling in every test process instead of in the first one.
 sys.dont_write_bytecode = False
+
+# A shell that starts a test run in the background lets it ignore Ctrl-C, and every process that a test starts would
+# inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes in signatures are checked while testing, and only then.
 install_import_hook("plait", "beartype.beartype")
