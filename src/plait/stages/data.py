@@ -73,8 +73,7 @@ class Questions(Spec):
     """Rounds of yes/no questions; each asks of each picture once with its name and once with a wrong one that is hard:
     a similar thing's name."""
     yes_no_easy: int = Field(default=1, ge=0, le=8)
-    """More rounds with any wrong name, in the training split only. Of hard ones alone a model learns that names are
-    rarely far off, and says no to whatever is not surely right."""
+    """More rounds with any wrong name, in the training split only."""
     groups: bool = True
     """Ask for the group, where it is known."""
     canvases: int = Field(default=300, ge=0)
