@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Batch, Output, Patches
 from plait.models.attention import causal_mask, positions
-from plait.models.output_head import Float32Head
+from plait.models.output_head import float32_scores
 
 
 class MultimodalLM(nn.Module):
@@ -45,7 +45,6 @@ class MultimodalLM(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.decoder = decoder
         self.placeholder = placeholder
-        self._head = Float32Head()
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states everywhere; logits only where the next token is trained, in reading order."""
@@ -64,10 +63,10 @@ class MultimodalLM(nn.Module):
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Scores of the next token, in float32 (:class:`plait.models.output_head.Float32Head`)."""
+        """Scores of the next token, in float32 (:func:`plait.models.output_head.float32_scores`)."""
         head = self.decoder.lm_head
         assert isinstance(head, nn.Module)
-        return self._head(head, hidden)
+        return float32_scores(head, hidden)
 
     def embed(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """Word embeddings, with media tokens in place of the placeholders.

@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_WORDS = 2_048
+"""Words of the vocabulary that are widened at once: their float32 weights stay in a core's cache."""
 
 
-class Float32Head:
-    """A decoder's head, computed in float32 from its own weights.
+def float32_scores(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    """Scores of every word: a decoder's head, computed in float32 from its own weights.
 
     Scores of SmolLM2 are around 20, where bfloat16 has steps of 0.125: two answers that nearly tie get the same score,
     and which one is said is then a matter of their ids. The product alone is widened; the weights keep their values.
     (MiniMax-M1, https://arxiv.org/abs/2506.13585, keeps its head in float32, too: training and serving agree better.)
 
-    A frozen 16-bit head is turned into float32 once and kept, 4 bytes a weight, until another one or one that learns
-    comes; a head that learns is turned at each call, so that its gradient arrives. Weights that are written through
-    ``.data`` behind torch's back are not noticed. Copies and pickles of this object start empty.
+    A frozen 16-bit head is widened some words at a time, forward and backward, so that no float32 copy of it exists; a
+    head that learns is widened whole, so that its gradient arrives.
+
+    Args:
+        head: The decoder's; anything but a plain linear layer (one with an adapter, say) is called as it is.
+        hidden: Last hidden states.
     """
+    if type(head) is not nn.Linear or head.weight.dtype == torch.float64:
+        return head(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        learns = head.weight.requires_grad or (bias is not None and bias.requires_grad)
+        if head.weight.dtype == torch.float32 or learns:
+            return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+        scores: Tensor = _Product.apply(hidden.float(), head.weight)  # pyright: ignore[reportAssignmentType]
+        return scores if bias is None else scores + bias
 
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, int, Tensor] | None = None  # the head's weight, its version, and its copy
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+class _Product(torch.autograd.Function):
+    """``hidden @ weight.T`` with float32 ``hidden`` and a frozen ``weight`` of another format."""
 
-    def __call__(self, head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Scores of every word.
+    @staticmethod
+    def forward(ctx: Any, hidden: Float[Tensor, "n d"], weight: Tensor) -> Float[Tensor, "n v"]:
+        ctx.save_for_backward(weight)
+        scores = hidden.new_empty(len(hidden), len(weight))
+        for words, wide in _widened(weight):
+            torch.mm(hidden, wide.T, out=scores[:, words])
+        return scores
 
-        Args:
-            head: The decoder's; anything but a plain linear layer (one with an adapter, say) is called as it is.
-            hidden: Last hidden states.
-        """
-        if type(head) is not nn.Linear or head.weight.dtype == torch.float64:
-            self._kept = None
-            return head(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return nn.functional.linear(hidden.float(), self._weight(head.weight), bias)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        (of_scores,) = gradients
+        of_hidden = of_scores.new_zeros(len(of_scores), weight.shape[1])
+        for words, wide in _widened(weight):
+            of_hidden.addmm_(of_scores[:, words], wide)
+        return of_hidden, None
 
-    def _weight(self, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.float32 or weight.requires_grad or weight.is_inference():
-            self._kept = None
-            return weight.float()
-        if self._kept is not None:
-            # The old weight is held, so no other one can have got its memory.
-            source, version, copy = self._kept
-            if source.data_ptr() == weight.data_ptr() and version == weight._version:
-                return copy
-        with torch.inference_mode(mode=False), torch.no_grad():  # what is made in that mode can never train
-            copy = weight.detach().float()
-            self._kept = weight.detach(), weight._version, copy
-        return copy
+
+def _widened(weight: Float[Tensor, "v d"]) -> Iterator[tuple[slice, Float[Tensor, "w d"]]]:
+    """The weights of some words after the other in float32, all in the same memory."""
+    room = torch.empty(min(_WORDS, len(weight)), weight.shape[1], device=weight.device)
+    for start in range(0, len(weight), _WORDS):
+        part = weight[start : start + _WORDS]
+        yield slice(start, start + len(part)), room[: len(part)].copy_(part)

@@ -165,7 +165,6 @@ class Align(Stage):
             frozen_dtype=machine.dtype,
             trainable=weights,
             activations=kept + cost.logits_bytes(shape, trained),
-            caches=cost.head_copy_bytes(shape, dtype=machine.dtype),
         )
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(

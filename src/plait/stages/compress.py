@@ -131,9 +131,7 @@ class Compress(Stage):
             frozen=shape.params,
             frozen_dtype="float32",
             activations=kept + cost.logits_bytes(shape, self.rows, gradients="none"),
-            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=machine.dtype)
-            + shape.linear_params
-            + cost.head_copy_bytes(shape, dtype=machine.dtype),
+            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=machine.dtype) + shape.linear_params,
         )
         return Estimate(
             stage=self.kind,

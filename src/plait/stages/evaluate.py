@@ -190,9 +190,7 @@ class Evaluate(Stage):
                 frozen_dtype=machine.dtype,
                 activations=cost.decoder_activations(decoder, **shape, gradients="none", attention="eager")
                 + cost.logits_bytes(decoder, self.rows, gradients="none"),
-                caches=cost.kv_cache_bytes(decoder, **shape)
-                + features
-                + cost.head_copy_bytes(decoder, dtype=machine.dtype),
+                caches=cost.kv_cache_bytes(decoder, **shape) + features,
             ),
             disk_bytes=answers * 250,
             home_bytes=canvases * _CELLS * _FEATURE_WIDTH * 2,

@@ -205,7 +205,6 @@ class Tune(Stage):
             checkpoint_bytes,
             decoder_activations,
             decoder_flops,
-            head_copy_bytes,
             linear_flops,
             logits_bytes,
             peak_memory,
@@ -243,7 +242,7 @@ class Tune(Stage):
             frozen_dtype=dtype,
             trainable=adapter + learns,
             activations=activations,
-            caches=4 * _WORDS * SMOLLM2_135M.d_model + head_copy_bytes(SMOLLM2_135M, dtype=dtype),
+            caches=4 * _WORDS * SMOLLM2_135M.d_model,
         )
         memory["weights"] += 4 * (connector - learns)
         return Estimate(

@@ -286,11 +286,6 @@ def logits_bytes(shape: DecoderShape, positions: int, *, gradients: Gradients = 
     return positions * shape.vocab * (4 if gradients == "none" else 16)
 
 
-def head_copy_bytes(shape: DecoderShape, *, dtype: str) -> int:
-    """Bytes of the float32 copy of a frozen 16-bit head (:mod:`plait.models.output_head`)."""
-    return 0 if dtype == "float32" else 4 * shape.vocab * shape.d_model
-
-
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:
     """Keys and values of all layers."""
     return 2 * shape.layers * rows * length * shape.d_kv * BYTES[dtype]

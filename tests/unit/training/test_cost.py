@@ -16,7 +16,6 @@ from plait.training.cost import (
     checkpoint_bytes,
     decoder_activations,
     decoder_flops,
-    head_copy_bytes,
     kv_cache_bytes,
     logits_bytes,
     peak_memory,
@@ -83,8 +82,6 @@ def test_a_known_cache_and_head() -> None:
     assert kv_cache_bytes(SMOLLM2_135M, rows=1, length=100, dtype="bfloat16") == 2_304_000
     assert logits_bytes(SMOLLM2_135M, 1, gradients="none") == 49_152 * 4
     assert logits_bytes(SMOLLM2_135M, 2) == 49_152 * 2 * 16
-    assert head_copy_bytes(SMOLLM2_135M, dtype="bfloat16") == 49_152 * 576 * 4
-    assert head_copy_bytes(SMOLLM2_135M, dtype="float32") == 0
 
 
 def test_adamw_holds_sixteen_bytes_a_trained_weight() -> None:
