@@ -56,7 +56,6 @@ SETTINGS: dict[str, Any] = {
     "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "seed": 0,
     "dtype": "bfloat16",
-    "row": 192,
 }
 PEER: dict[str, dict[str, Any]] = {
     "bf16 sdpa": {"weights": "bfloat16", "autocast": True, "attention": "sdpa", "micro_batch": 16},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from plait.core.tensors import IGNORE
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.conversations import Conversation, ConversationBatches
 from plait.data.features import FeatureStore, cached_features
+from plait.data.packing import row_length
 from plait.data.template import Template
 from plait.models.connector import Mlp
 from plait.models.multimodal import MultimodalLM
@@ -86,18 +87,19 @@ def batches(loaded: Loaded, job: dict[str, Any], cache: Path) -> ConversationBat
     template = Template(loaded.language.tokenizer, placeholder=loaded.model.placeholder, slots=count)
     stop = loaded.language.tokenizer.eos_token_id
     assert isinstance(stop, int)
-    return ConversationBatches(
+    source = ConversationBatches(
         conversations=[Conversation(id=s.id, task=TASK, rendered=template.sample(s)) for s in samples],
         weights={TASK: 1.0},
         stores=[store],
         grid_out=loaded.connector.grid_out,
         batch_size=job["batch_size"],
-        row=job["row"],
+        row=loaded.language.model.config.max_position_embeddings,
         pad=stop,
         steps=job["epochs"] * len(samples) // job["batch_size"],
         seed=job["seed"],
         pieces=job["batch_size"] // job["peer"]["micro_batch"],
     )
+    return replace(source, row=row_length(source.lengths()))
 
 
 def _features(image: ImageTower, refs: list[MediaRef], *, work: Path, cache: Path) -> FeatureStore:

@@ -14,12 +14,15 @@ HELD_OUT = ("test-style", "test-concept", "test-both")
 def spread(samples: Sequence[Sample], tasks: Sequence[str], *, limit: int, seed: int) -> list[Sample]:
     """Up to ``limit`` questions in an order drawn from the seed, as many of each task as there are.
 
-    Questions that are answered yes and such that are answered no take turns, so that no liking for a word is taught or
-    measured. A smaller limit gives the beginning of what a larger one gives.
+    Questions that are answered yes and such that are answered no take turns, those of one ``pair`` one after the other,
+    so that no liking for a word is taught or measured. A smaller limit gives the beginning of what a larger one gives.
     """
     queues: list[list[Sample]] = []
     for task in tasks:
-        of_task = sorted((s for s in samples if s.meta["task"] == task), key=lambda s: rank(seed, "spread", s.id))
+        of_task = sorted(
+            (s for s in samples if s.meta["task"] == task),
+            key=lambda s: (rank(seed, "spread", str(s.meta.get("pair", s.id))), s.id),
+        )
         if task == "yesno":
             yes = [sample for sample in of_task if sample.text("assistant") == "yes"]
             no = [sample for sample in of_task if sample.text("assistant") != "yes"]

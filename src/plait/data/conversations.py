@@ -19,9 +19,6 @@ from plait.data.order import generator
 from plait.data.packing import pack
 from plait.data.template import Rendered
 
-ROW = 128
-"""Tokens a row holds where nobody says and no conversation needs more."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
@@ -42,8 +39,8 @@ class Conversation:
     pair: str = ""
 
 
-def row_length(conversations: Sequence[Conversation], *, most: int) -> int:
-    """Tokens of a row where nobody says: :data:`ROW`, or what the longest conversation needs.
+def check_lengths(conversations: Sequence[Conversation], *, most: int) -> None:
+    """Refuse conversations that no decoder of this context reads.
 
     Args:
         conversations: That are to fit.
@@ -60,7 +57,6 @@ def row_length(conversations: Sequence[Conversation], *, most: int) -> int:
             place=f"sample {long[0].id}",
             remedy="shorten their texts or leave them out",
         )
-    return max(ROW, *(len(c.rendered) for c in conversations)) if conversations else ROW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +126,11 @@ class ConversationBatches:
     @cached_property
     def rows(self) -> int:
         """Rows of every batch."""
-        steps = ([len(c.rendered) for c in self._of(step)] for step in range(self.steps))
-        return max(len(pack(lengths, row=self.row)) for lengths in steps)
+        return max(len(pack(lengths, row=self.row)) for lengths in self.lengths())
+
+    def lengths(self) -> list[list[int]]:
+        """Tokens of each sample of each step."""
+        return [[len(c.rendered) for c in self._of(step)] for step in range(self.steps)]
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of the update after ``step`` finished steps; always the same ones."""

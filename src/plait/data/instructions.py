@@ -81,9 +81,7 @@ def ask_yes_no(samples: Sequence[Sample], *, rounds: int, easy: int = 0, seed: i
     """Is it this? A round asks of each picture once with its name, once with a hard wrong one: exactly half are yes.
 
     ``easy`` more rounds take any wrong name.
-
-    The two have the same ``pair`` in their meta, so that they can be trained together.
-
+    The two are worded alike and have the same ``pair`` in their meta, so that they can be trained together.
     A picture for which no certainly wrong name exists is not asked at all.
     """
     asked: list[Sample] = []
@@ -92,17 +90,16 @@ def ask_yes_no(samples: Sequence[Sample], *, rounds: int, easy: int = 0, seed: i
         for sample, wrong in zip(samples, chosen, strict=True):
             if wrong is None:
                 continue
+            wording = _pick(QUESTIONS["yesno"], seed, sample.id, f"yesno {number}")
             for named, answer, other in ((sample, "yes", "no"), (wrong, "no", "yes")):
-                key = f"yesno {answer} {number}"
-                question = _pick(QUESTIONS["yesno"], seed, sample.id, key).format(name=name_of(named))
                 turn = _asked(
                     "yesno",
                     (sample,),
                     sample.media()[0],
-                    question=question,
+                    question=wording.format(name=name_of(named)),
                     answer=answer,
                     rejected=other,
-                    key=f"{key} {named.id}",
+                    key=f"yesno {answer} {number} {named.id}",
                     about={"named": named.id, "pair": f"{sample.id} {number}"},
                 )
                 asked.append(turn)

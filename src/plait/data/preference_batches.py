@@ -17,11 +17,8 @@ from plait.core.errors import DataError
 from plait.core.tensors import Batch, Patches
 from plait.core.types import AnswerKind, Sample, Text, Turn
 from plait.data.collate import collate
-from plait.data.packing import pack
+from plait.data.packing import pack, row_length
 from plait.data.template import Rendered, Template
-
-ROW = 128
-"""Tokens a row holds where nobody says and no answer needs more."""
 
 
 def preference(sample: Sample) -> tuple[Turn, Turn] | None:
@@ -80,7 +77,7 @@ class PreferenceBatches:
         features: Cached features of a picture by its sha256.
         grid_out: Tokens of these features, as :func:`plait.data.collate.collate` takes it.
         batch_size: Pairs in a batch.
-        row: Tokens a row holds; 0 takes :data:`ROW`, or what the longest answer needs.
+        row: Tokens a row holds; 0 takes :func:`plait.data.packing.row_length`.
         pad: Id of padding.
         device: Where batches are put.
 
@@ -104,7 +101,7 @@ class PreferenceBatches:
         self.parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
         answers = [[answer for pair in part for answer in pair.answers()] for part in self.parts]
         longest = max(len(rendered) for part in answers for _, rendered in part)
-        self.row = row or max(ROW, longest)
+        self.row = row or row_length([[len(rendered) for _, rendered in part] for part in answers])
         if longest > self.row:
             name = next(name for part in answers for name, rendered in part if len(rendered) == longest)
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +68,7 @@ class Align(Stage):
     batch_size: int = Field(default=16, ge=1)
     """Pairs in a step."""
     row: int = Field(default=0, ge=0)
-    """Tokens a packed row holds; 0 takes 128, or what the longest answer needs."""
+    """Tokens a packed row holds; 0 takes the length that leaves least room unused."""
     connector: bool = False
     """Train the connector, too."""
     test_split: Literal["test-concept", "test-style", "test-both"] = "test-style"
@@ -115,7 +116,7 @@ class Align(Stage):
             built, questions, batches["train"], reference=reference, settings=settings, folder=folder, events=events
         )
         scores = self._scores(built, questions, batches, reference=reference, compute=compute)
-        write_json(folder / "scores.json", [_plain(score) for score in scores])
+        write_json(folder / "scores.json", [asdict(score) for score in scores])
         pairs = {split: len(samples) for split, samples in questions.samples.items()}
         summary = {
             "lines": _lines(self, fitted, scores, pairs=pairs),
@@ -145,7 +146,7 @@ class Align(Stage):
 
         shape = cost.SMOLLM2_135M
         lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
-        length = self.row or 128
+        length = self.row or 64
         rows = math.ceil(2 * self.batch_size * _ANSWER_TOKENS / (_FILLED * length))
         trained = 2 * self.batch_size * _TRAINED_TOKENS
         passes = math.ceil(self._pairs() / self.batch_size)
@@ -391,12 +392,6 @@ def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> 
         with torch.no_grad(), autocast(compute.device, compute.dtype):
             found |= zip(batch.sample_ids, answer_logprobs(built.model, batch).tolist(), strict=True)
     return found
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(score)
 
 
 def _lines(stage: Align, fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int]) -> list[str]:

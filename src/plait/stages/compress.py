@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,12 +71,11 @@ class Compress(Stage):
             NumericsError: A weight is not finite.
             ResourceError: A package is not fetched, or the disk is full.
         """
-        from dataclasses import asdict
-
         from plait.assembly.multimodal import load_multimodal, save_multimodal
         from plait.compression.quantize import part_bytes, quantize_decoder
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, folder_atomic, mark_done, write_json, write_jsonl
+        from plait.evaluation.asking import collect
 
         source, data = find_model(previous), find_stage(previous, "data")
         setup(device="cpu")
@@ -90,7 +90,7 @@ class Compress(Stage):
         # What is scored is what was written.
         built = load_multimodal(folder / MODEL, events=events)
         said["model"] = self._answers(built, questions, split, task="answers after", events=events)
-        asked = _asked(questions.samples[split], said, split)
+        asked = collect(questions.samples[split], said)
         scores = _scores(asked)
         record = _record(before, after, made, model=folder / MODEL)
         write_json(folder / "compress.json", record)
@@ -177,24 +177,6 @@ class Compress(Stage):
         engine = build_engine(built, questions.features, rows=self.rows)
         limit = dict.fromkeys(map(str, self.tasks), self.max_new_tokens)
         return ask(engine, questions.samples[split], limit=limit, task=task, events=events)
-
-
-def _asked(samples: Sequence[Sample], said: Mapping[str, Mapping[str, str]], split: str) -> list[Asked]:
-    from plait.evaluation.answers import Asked
-
-    return [
-        Asked(
-            id=sample.id,
-            split=split,
-            task=str(sample.meta["task"]),
-            uri=sample.media()[0].uri,
-            question=sample.text("user"),
-            target=sample.text("assistant"),
-            group=" ".join(sorted(map(str, sample.meta["concepts"]))),
-            answers={system: answers[sample.id] for system, answers in said.items()},
-        )
-        for sample in samples
-    ]
 
 
 def _scores(asked: Sequence[Asked]) -> list[Score]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,8 +95,6 @@ class Evaluate(Stage):
             CheckpointError: The model cannot be read.
             ResourceError: A package is not fetched, or the disk is full.
         """
-        from dataclasses import asdict
-
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, mark_done, write_json, write_jsonl
         from plait.evaluation.answers import CHANCE, best_constants, gates, is_main, score_answers, tell

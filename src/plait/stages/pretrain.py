@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -129,7 +130,7 @@ class Pretrain(Stage):
         scores = [
             s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
         ]
-        write_json(folder / "scores.json", [_plain(score) for score in scores])
+        write_json(folder / "scores.json", [asdict(score) for score in scores])
         write_jsonl(
             folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]
         )
@@ -311,12 +312,6 @@ def _show(
         said = ", ".join(f"{split} {value:.1%}" for split, value in recall.items())
         text = f"step {step}: a picture of {first['truth']!r} is read as {first['top'][0]['text']!r}; R@1: {said}"
         events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(score)
 
 
 def _summary(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:

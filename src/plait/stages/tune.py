@@ -23,6 +23,7 @@ _DECODER_WEIGHTS = 134_515_008
 _WORDS = 1_500
 _CANVASES = 0.3  # canvases for each training picture
 _SAMPLE_TOKENS, _TRAINED_TOKENS = 30, 4
+_ROW, _FILLED = 64, 0.9  # what packing makes of them
 _SECONDS_START = (4.0, 20.0)
 _DECODER_EFFICIENCY = (0.12, 0.45)
 
@@ -155,7 +156,7 @@ class Tune(Stage):
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)
-    """Tokens a packed row holds; 0 takes 128, or what the longest question with its answer needs."""
+    """Tokens a packed row holds; 0 takes the length that leaves least room unused."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -220,8 +221,8 @@ class Tune(Stage):
         connector = _IMAGE_WIDTH * 4 * (2 + self.connector.d_hidden) + self.connector.d_hidden * (wide + 1) + wide
         adapter = _lora_weights(self.adapt.rank, self.adapt.targets)
         learns = connector if self.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
-        row = self.row or 128
-        rows = math.ceil(self.batch_size * _SAMPLE_TOKENS / row)
+        row = self.row or _ROW
+        rows = math.ceil(self.batch_size * _SAMPLE_TOKENS / (_FILLED * row))
         steps = self.frozen.steps + self.adapt.steps
         trained = self.batch_size * _TRAINED_TOKENS
         flops = steps * decoder_flops(SMOLLM2_135M, rows=rows, length=row, gradients="through", head_positions=trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,17 @@ def test_another_seed_draws_others_and_the_order_of_the_samples_does_not_matter(
     one = spread(SAMPLES, ("name.en",), limit=4, seed=0)
     assert one == spread(SAMPLES[::-1], ("name.en",), limit=4, seed=0)
     assert one != spread(SAMPLES, ("name.en",), limit=4, seed=1)
+
+
+def test_the_two_of_a_pair_come_one_after_the_other() -> None:
+    pairs = [
+        replace(question(2 * n + (answer == "no"), "yesno", answer), meta={"task": "yesno", "pair": f"pair {n}"})
+        for n in range(12)
+        for answer in ("yes", "no")
+    ]
+    found = [sample.meta["pair"] for sample in spread(pairs, ("yesno",), limit=24, seed=3)]
+    assert found[::2] == found[1::2]
+    assert len(set(found)) == 12
 
 
 def test_the_wanted_split_or_the_first_that_is_there() -> None:

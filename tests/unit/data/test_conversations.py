@@ -17,7 +17,7 @@ from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch
 from plait.core.types import MediaRef
 from plait.data.augment.feature_dropout import FeatureDropout
-from plait.data.conversations import ROW, Conversation, ConversationBatches, row_length
+from plait.data.conversations import Conversation, ConversationBatches, check_lengths
 from plait.data.features import FeatureStore
 from plait.data.template import Rendered
 
@@ -204,13 +204,11 @@ def test_a_sample_longer_than_a_row_is_named() -> None:
     assert caught.value.remedy.startswith("set row to 20 or more")
 
 
-def test_a_row_that_nobody_sets_holds_the_longest_unless_the_decoder_cannot_read_it() -> None:
-    conversations = source().conversations
-    assert row_length(conversations, most=256) == ROW > 20
-    longer = [*conversations, conversation(20, "name", ROW + 7)]
-    assert row_length(longer, most=ROW + 7) == ROW + 7
-    with pytest.raises(DataError, match=f"1 of 11 samples are longer than the {ROW + 6} tokens") as caught:
-        row_length(longer, most=ROW + 6)
+def test_what_the_decoder_cannot_read_is_named() -> None:
+    longer = [*source().conversations, conversation(20, "name", 135)]
+    check_lengths(longer, most=135)
+    with pytest.raises(DataError, match="1 of 11 samples are longer than the 134 tokens") as caught:
+        check_lengths(longer, most=134)
     assert caught.value.place == "sample q20"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -110,6 +111,8 @@ def test_the_two_questions_of_a_round_are_a_pair(samples: list[Sample]) -> None:
     for pair in pairs.values():
         assert sorted(map(reference, pair)) == ["no", "yes"]
         assert pair[0].media() == pair[1].media()
+        frames = [re.sub(r'".*"', '"{name}"', question.text("user")) for question in pair]
+        assert frames[0] == frames[1] in QUESTIONS["yesno"], "worded alike"
 
 
 def test_the_words_alone_do_not_tell_yes_from_no(samples: list[Sample]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import DataError
-from plait.data.packing import pack
+from plait.data.packing import pack, row_length
 
 pytestmark = pytest.mark.light
 
@@ -28,3 +28,23 @@ def test_an_item_that_does_not_fit_is_named() -> None:
 
 def test_the_order_of_equal_items_is_stable() -> None:
     assert pack([4, 4, 4, 4], row=8) == [[0, 1], [2, 3]]
+
+
+@given(steps=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=5))
+def test_a_row_of_the_chosen_length_holds_every_item_and_takes_no_more_than_the_longest_would(
+    steps: list[list[int]],
+) -> None:
+    row = row_length(steps)
+    longest = max(map(max, steps))
+    assert row >= longest
+    assert row % 8 == 0
+
+    def cost(length: int) -> float:
+        return max(len(pack(step, row=length)) for step in steps) * length * (1 + length / 512)
+
+    assert all(cost(row) <= cost(other) for other in (-(-longest // 8) * 8, 128, 256, 512) if other >= longest)
+
+
+def test_a_row_for_nothing_and_for_many_steps() -> None:
+    assert row_length([]) == 8
+    assert row_length([[3], [700]] * 5_000) == 704

@@ -14,7 +14,6 @@ from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Patches
 from plait.core.types import Answer, MediaRef, Sample, Text, Turn
 from plait.data.preference_batches import (
-    ROW,
     PreferenceBatches,
     PreferencePair,
     preference,
@@ -99,9 +98,9 @@ def test_steps_go_through_the_same_batches_again_and_again() -> None:
 
 
 def test_a_row_is_as_long_as_asked_or_as_needed() -> None:
-    long = [pair(0, 3, [40], [50] * ROW)]
-    assert batches(long, row=0).row == ROW + 5
-    assert batches([pair(0, 3, [40], [50])], row=0).row == ROW
+    long = [pair(0, 3, [40], [50] * 128)]
+    assert batches(long, row=0).row == 144, "133 tokens and 6 beside them"
+    assert batches([pair(0, 3, [40], [50])], row=0).row == 8
     with pytest.raises(DataError, match=r"has 133 tokens, a row holds 24") as caught:
         batches(long)
     assert caught.value.place == "sample q0#rejected"

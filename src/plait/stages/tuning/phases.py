@@ -28,8 +28,9 @@ from plait.core.types import Sample
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
-from plait.data.conversations import Conversation, ConversationBatches, row_length
+from plait.data.conversations import Conversation, ConversationBatches, check_lengths
 from plait.data.media import STORED, decode_image
+from plait.data.packing import row_length
 from plait.data.shards import ShardReader
 from plait.data.sources import rank
 from plait.data.word_batches import WordBatches, WordList
@@ -128,8 +129,11 @@ class _Tuning:
         new = sum(conversation.task.endswith(_NEW) for conversation in self.conversations)
         if not new and spec.new_pictures > 0:
             events.note("no question is about a picture that the first phase does not see: new_pictures has no effect")
-        self.row = spec.row or row_length(self.conversations, most=self.built.context)
-        self._batches(1, late=1)  # what does not fit a row, or has no samples, is said before the first phase
+        check_lengths(self.conversations, most=self.built.context)
+        # What does not fit a row, or has no samples, is said before the first phase.
+        self.row = spec.row or self.built.context
+        last = self._batches(spec.adapt.steps, late=round(spec.adapt.steps * spec.new_from))
+        self.row = spec.row or row_length(last.lengths())
         self.steps = 0
 
     # --- phases ----------------------------------------------------------------------------------------------------
