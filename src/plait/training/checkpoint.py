@@ -202,7 +202,7 @@ def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
         raise ConfigError(
             f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused)}",
             place=str(checkpoint),
-            remedy=f"put them back, or start a new run (free to change: {', '.join(sorted(FREE_TO_CHANGE))})",
+            remedy=f"put them back, or start a new run (free to change: {', '.join(_free_of(now.settings))})",
         )
     for line in changed.values():
         events.note(f"setting changed since the checkpoint: {line}")
@@ -229,6 +229,13 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
 def _free(key: str) -> bool:
     head, _, rest = key.partition(".")
     return (rest if head == "context" else key) in FREE_TO_CHANGE
+
+
+def _free_of(settings: Mapping[str, Any]) -> list[str]:
+    """Names of settings that may change and are there; "steps" is none if some part of the run has steps of its own."""
+    keys = _leaves(settings)
+    bound = {key.rpartition(".")[2] for key in keys if not _free(key)}
+    return sorted({key.rpartition(".")[2] for key in keys if _free(key)} - bound)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -210,8 +210,9 @@ def untrained(data: Path) -> bool:
 
 
 def test_tasks_that_the_data_do_not_have_are_named_before_training(data_stage: Path, tiny_folders: Folders) -> None:
-    with pytest.raises(ConfigError, match="no sample of the tasks left, count"):
+    with pytest.raises(ConfigError, match="no sample of the tasks left, count") as caught:
         tune(data_stage, spec(tiny_folders, tasks={"left": 1.0, "count": 1.0}))
+    assert caught.value.place == "stages.tune.tasks"
     assert untrained(data_stage)
 
 

@@ -18,7 +18,7 @@ from plait.assembly.questions import Questions, read_questions
 from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import Compute, seed_everything, setup
-from plait.core.errors import DataError
+from plait.core.errors import ConfigError, DataError
 from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
@@ -132,7 +132,11 @@ class _Tuning:
         check_lengths(self.conversations, most=self.built.context)
         # What does not fit a row, or has no samples, is said before the first phase.
         self.row = spec.row or self.built.context
-        last = self._batches(spec.adapt.steps, late=round(spec.adapt.steps * spec.new_from))
+        try:
+            last = self._batches(spec.adapt.steps, late=round(spec.adapt.steps * spec.new_from))
+        except ConfigError as error:
+            error.place = f"stages.{spec.kind}.{error.place}"
+            raise
         self.row = spec.row or row_length(last.lengths())
         self.steps = 0
 
