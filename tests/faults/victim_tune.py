@@ -42,8 +42,13 @@ def make_data(root: Path) -> int:
     return 0
 
 
-def tune(folder: Path, tower: str, decoder: str, on_event: Callable[[Event], None] | None = None) -> int:
-    """Eight steps in three phases; the connector has dropout. What was resumed is written into ``resumed``."""
+def tune(
+    folder: Path, tower: str, decoder: str, on_event: Callable[[Event], None] | None = None, *, mixed: bool = False
+) -> int:
+    """Eight steps in three phases; the connector has dropout. What was resumed is written into ``resumed``.
+
+    With ``mixed``, the decoder is held in bfloat16, and the connector learns in the last phase, too.
+    """
 
     def note_resumed(event: Event) -> None:
         if event.text.startswith("resumed at step"):
@@ -55,11 +60,11 @@ def tune(folder: Path, tower: str, decoder: str, on_event: Callable[[Event], Non
         "resolution": 0,
         "views": 1,
         "decoder": decoder,
-        "dtype": "float32",
+        "dtype": "bfloat16" if mixed else "float32",
         "connector": {"d_hidden": 16, "tokens": 3, "free": 1},
         "words": {"steps": 3, "batch_size": 8},
         "frozen": {"steps": 2},
-        "adapt": {"steps": 3, "rank": 2},
+        "adapt": {"steps": 3, "rank": 2, "lr_connector": 1e-3 if mixed else 0.0},
         "batch_size": 4,
         "row": 192,
         "save_every": 1,
@@ -134,6 +139,10 @@ def main(root: Path, tower: str, decoder: str) -> dict[str, Any]:
         place = root / point
         killed = forked(lambda place=place, arm=arm: tune(place, tower, decoder, arm()))
         outcome[point] = [killed, forked(lambda place=place: tune(place, tower, decoder))]
+    outcome["whole, mixed"] = forked(lambda: tune(root / "whole, mixed", tower, decoder, mixed=True))
+    place = root / "in decoder, mixed"
+    killed = forked(lambda: tune(place, tower, decoder, in_step("decoder", 2), mixed=True))
+    outcome["in decoder, mixed"] = [killed, forked(lambda: tune(place, tower, decoder, mixed=True))]
     return outcome
 
 
