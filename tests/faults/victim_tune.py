@@ -66,7 +66,7 @@ def tune(
         "frozen": {"steps": 2},
         "adapt": {"steps": 3, "rank": 2, "lr_connector": 1e-3 if mixed else 0.0},
         "batch_size": 4,
-        "row": 192,
+        "row": 0 if mixed else 192,
         "save_every": 1,
         "device": "cpu",
     }

@@ -140,7 +140,7 @@ def test_own_data_live_the_whole_life(tmp_path: Path, small: list[str], write: A
     assert "quickstart-0001" in (run / "report.html").read_text()
 
 
-def test_captions_longer_than_the_usual_row_are_fitted(tmp_path: Path, small: list[str]):
+def test_long_captions_are_fitted(tmp_path: Path, small: list[str]):
     """Sentences are described, not named; the rows of the batches grow to hold them."""
     table = write_table(tmp_path / "mine", [f"{caption}, {SENTENCE}" for caption in CAPTIONS])
     run = runner.start("quickstart", [f"data.source={table}", *small, *WITHOUT_LATER], root=tmp_path / "runs")

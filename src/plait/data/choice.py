@@ -14,8 +14,9 @@ HELD_OUT = ("test-style", "test-concept", "test-both")
 def spread(samples: Sequence[Sample], tasks: Sequence[str], *, limit: int, seed: int) -> list[Sample]:
     """Up to ``limit`` questions in an order drawn from the seed, as many of each task as there are.
 
-    Questions that are answered yes and such that are answered no take turns, those of one ``pair`` one after the other,
-    so that no liking for a word is taught or measured. A smaller limit gives the beginning of what a larger one gives.
+    Questions that are answered yes and such that are answered no take turns, those of one ``pair`` one after the other
+    where both are there, so that no liking for a word is taught or measured. A smaller limit gives the beginning of
+    what a larger one gives.
     """
     queues: list[list[Sample]] = []
     for task in tasks:

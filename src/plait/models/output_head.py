@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _WORDS = 2_048
-"""Words of the vocabulary that are widened at once: their float32 weights stay in a core's cache."""
+"""Words of the vocabulary that are widened at once."""
 
 
 def float32_scores(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
@@ -25,7 +25,8 @@ def float32_scores(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tenso
     head that learns is widened whole, so that its gradient arrives.
 
     Args:
-        head: The decoder's; anything but a plain linear layer (one with an adapter, say) is called as it is.
+        head: The decoder's; anything but a plain linear layer (one with an adapter, say), and a float64 one, is called
+            as it is.
         hidden: Last hidden states.
     """
     if type(head) is not nn.Linear or head.weight.dtype == torch.float64:

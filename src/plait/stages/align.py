@@ -68,7 +68,8 @@ class Align(Stage):
     batch_size: int = Field(default=16, ge=1)
     """Pairs in a step."""
     row: int = Field(default=0, ge=0)
-    """Tokens a packed row holds; 0 takes the length that leaves least room unused."""
+    """Tokens a packed row holds; 0 weighs padding against longer attention
+    (:func:`plait.data.packing.row_length`)."""
     connector: bool = False
     """Train the connector, too."""
     test_split: Literal["test-concept", "test-style", "test-both"] = "test-style"

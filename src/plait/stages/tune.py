@@ -156,7 +156,8 @@ class Tune(Stage):
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)
-    """Tokens a packed row holds; 0 takes the length that leaves least room unused."""
+    """Tokens a packed row holds; 0 weighs padding against longer attention
+    (:func:`plait.data.packing.row_length`)."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -203,6 +204,7 @@ class Tune(Stage):
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
         from plait.training.cost import (
             SMOLLM2_135M,
+            Lora,
             checkpoint_bytes,
             decoder_activations,
             decoder_flops,
@@ -234,7 +236,13 @@ class Tune(Stage):
         seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
         cells = 4 * pictures
         activations = decoder_activations(
-            SMOLLM2_135M, rows=rows, length=row, dtype=machine.dtype, gradients="through", attention="eager"
+            SMOLLM2_135M,
+            rows=rows,
+            length=row,
+            dtype=machine.dtype,
+            gradients="through",
+            attention="eager",
+            lora=Lora(rank=self.adapt.rank, targets=self.adapt.targets),
         ) + logits_bytes(SMOLLM2_135M, trained)
         dtype = machine.dtype if self.dtype == "auto" else self.dtype
         memory = peak_memory(

@@ -122,7 +122,7 @@ def test_the_words_alone_do_not_tell_yes_from_no(samples: list[Sample]) -> None:
     names = {named for named, _ in tally}
     unequal = [name for name in names if tally[name, "yes"] != tally[name, "no"]]
     assert len(unequal) <= 2, "a name that fits no other picture may be over"
-    # Guess by the majority answer of each name and wording: little better than a coin.
+    # Guess by the majority answer of each name: little better than a coin.
     by_words: dict[str, Counter[str]] = {}
     for question in asked:
         by_words.setdefault(question.meta["named"], Counter())[reference(question)] += 1

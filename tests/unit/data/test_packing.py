@@ -45,6 +45,11 @@ def test_a_row_of_the_chosen_length_holds_every_item_and_takes_no_more_than_the_
     assert all(cost(row) <= cost(other) for other in (-(-longest // 8) * 8, 128, 256, 512) if other >= longest)
 
 
-def test_a_row_for_nothing_and_for_many_steps() -> None:
+def test_a_row_for_nothing() -> None:
     assert row_length([]) == 8
-    assert row_length([[3], [700]] * 5_000) == 704
+
+
+def test_of_many_steps_the_fullest_counts() -> None:
+    light, heavy = [30] * 24, [300] * 24
+    assert row_length([light] * 399) == 32
+    assert row_length([*[light] * 399, heavy]) == row_length([heavy]) > 300

@@ -216,6 +216,12 @@ def test_tasks_that_the_data_do_not_have_are_named_before_training(data_stage: P
     assert untrained(data_stage)
 
 
+def test_a_row_that_nobody_sets_holds_samples_that_are_never_drawn(data_stage: Path, tiny_folders: Folders) -> None:
+    short: dict[str, Any] = {"words": {"steps": 1, "batch_size": 8}, "frozen": {"steps": 1}, "batch_size": 1, "row": 0}
+    folder = tune(data_stage, spec(tiny_folders, adapt={"steps": 1, "rank": 2}, **short))
+    assert read_done(folder)["summary"]["lines"]
+
+
 def test_a_sample_longer_than_a_row_is_named_before_training(data_stage: Path, tiny_folders: Folders) -> None:
     with pytest.raises(DataError, match=r"are longer than a row of 64 tokens, the longest \d+") as caught:
         tune(data_stage, spec(tiny_folders, row=64))

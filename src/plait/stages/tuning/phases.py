@@ -137,7 +137,8 @@ class _Tuning:
         except ConfigError as error:
             error.place = f"stages.{spec.kind}.{error.place}"
             raise
-        self.row = spec.row or row_length(last.lengths())
+        longest = max(len(c.rendered) for c in self.conversations)  # which may be one that no step draws
+        self.row = spec.row or row_length([*last.lengths(), [longest]])
         self.steps = 0
 
     # --- phases ----------------------------------------------------------------------------------------------------
@@ -375,7 +376,7 @@ class _Tuning:
             optimizer=optimizer,
             schedule=Cosine(warmup=0.08),
             save_every=self.spec.save_every if not dtype else 0,
-            context=context | {"parts": keys, "data": self.data},
+            context=context | {"row": self.row, "parts": keys, "data": self.data},
         )
 
     def _fit(
