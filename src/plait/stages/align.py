@@ -110,7 +110,7 @@ class Align(Stage):
             for split, samples in questions.samples.items()
             if samples
         }
-        origin = {"model": fingerprint(tuned), "data": seal(data)}
+        origin = {"model": fingerprint(tuned), "data": seal(data), "row": batches["train"].row}
         settings = self._settings(compute, origin)
         reference = self._reference(built, batches, settings, folder=folder, events=events)
         fitted = self._fit(
@@ -361,7 +361,7 @@ class Align(Stage):
         ]
         return score_preferences(pairs, split=test, beta=self.beta)
 
-    def _settings(self, compute: Compute, origin: Mapping[str, str]) -> Settings:
+    def _settings(self, compute: Compute, origin: Mapping[str, Any]) -> Settings:
         from plait.objectives.preference import DirectPreference
         from plait.training.optim import AdamW
         from plait.training.schedule import Cosine
