@@ -54,7 +54,8 @@ class Align(Stage):
     kind: Literal["align"] = "align"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
     tasks: tuple[Task, ...] = Field(default=("yesno", "name.en"), min_length=1)
-    """Questions whose answers are compared, as many of each as there are; those without a wrong answer are left out."""
+    """Questions whose answers are compared, as many of each as there are; those without a wrong answer are left out.
+    Yes/no questions have been seen to teach a liking for no (docs/results.md); the shipped recipes leave them out."""
     max_pairs: int | None = Field(default=None, ge=1)
     """Most pairs to learn from; by default what the steps need. Fewer are gone through again."""
     beta: float = Field(default=0.1, gt=0.0)
