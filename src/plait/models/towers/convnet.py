@@ -5,9 +5,7 @@ squeeze-and-excite, ReLU6 for swish, and a stem and head that do not grow. Paddi
 TensorFlow original.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from plait.core.errors import CheckpointError, DataError
+from plait.core.errors import CheckpointError
 from plait.core.tensors import Patches
+from plait.models.towers.pixels import by_size
 
 REDUCTION = 32
 """Pixels a cell of the feature map spans in each direction."""
@@ -150,29 +149,14 @@ class EfficientNetLite(nn.Module):
         Raises:
             DataError: Rows and grid disagree, or the rows are not RGB.
         """
-        sizes = [(int(f), int(h), int(w)) for f, h, w in media.grid.tolist()]
-        rows = sum(f * h * w for f, h, w in sizes)
-        if media.values.shape != (rows, 3):
-            raise DataError(
-                f"the grid of {len(sizes)} pictures counts {rows} RGB pixels, came {tuple(media.values.shape)}",
-                place="EfficientNetLite input",
-                remedy="give raw pixels, one row a pixel, and the grid of each picture",
-            )
-        pictures = [(h, w) for f, h, w in sizes for _ in range(f)]
-        starts = [0, *accumulate(h * w for h, w in pictures)]
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, size in enumerate(pictures):
-            by_size[size].append(i)
-        cells: dict[int, Tensor] = {}
-        for (h, w), members in by_size.items():
-            for at in range(0, len(members), self.batch_size):
-                batch = members[at : at + self.batch_size]
-                pixels = torch.stack([media.values[starts[i] : starts[i] + h * w] for i in batch])
-                # Rows of pixels are channels-last memory already: no copy here and none on the way out.
-                maps = self._shrink(self.features(pixels.view(len(batch), h, w, 3).permute(0, 3, 1, 2)))
-                cells |= zip(batch, maps.permute(0, 2, 3, 1).flatten(1, 2), strict=True)
-        values = [cells[i] for i in range(len(pictures))] or [media.values.new_zeros(0, self.d_out)]
-        return Patches(values=torch.cat(values), grid=self.grid_out(media.grid))
+        return by_size(
+            media,
+            lambda pixels: self._shrink(self.features(pixels)).permute(0, 2, 3, 1).flatten(1, 2),
+            grid_out=self.grid_out(media.grid),
+            d_out=self.d_out,
+            batch_size=self.batch_size,
+            name="EfficientNetLite",
+        )
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """One token a cell of 32 x 32 pixels, begun cells included; at most ``max_cells`` a side."""

@@ -1,0 +1,1 @@
+"""Where tokens stand: absolute, relative and rotary position codes, for sequences and for grids."""

@@ -1,0 +1,188 @@
+"""Absolute position codes, added to tokens: sines and cosines, learned tables with interpolation, rows plus columns.
+
+A code of a sequence is called with its length, a code of a grid with rows and columns; both give one vector a token, in
+raster order.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plait.core.errors import ConfigError, DataError
+
+
+def sincos(
+    at: Float[Tensor, " n"], frequency: Float[Tensor, " f"], *, interleaved: bool = False
+) -> Float[Tensor, "n e"]:
+    """Sines, then cosines, of ``at * frequency``; or sine and cosine of each frequency in turn.
+
+    Section 3.5 of Vaswani et al. (https://arxiv.org/abs/1706.03762) writes them in turn; tensor2tensor, ViT-MAE and
+    Whisper put all sines first. The code at ``p + k`` is a fixed rotation of the code at ``p``.
+
+    Example:
+        >>> sincos(torch.tensor([0.0]), torch.tensor([1.0, 0.1])).tolist()
+        [[0.0, 0.0, 1.0, 1.0]]
+    """
+    angle = at[:, None] * frequency
+    parts = (angle.sin(), angle.cos())
+    return torch.stack(parts, dim=-1).flatten(1) if interleaved else torch.cat(parts, dim=-1)
+
+
+def frequencies(d: int, *, base: float = 10_000.0) -> Float[Tensor, " f"]:
+    """``base ** (-2i / d)`` for ``d / 2`` pairs, in float64.
+
+    Raises:
+        ConfigError: The width is odd.
+    """
+    if d % 2:
+        raise ConfigError(f"sines and cosines need an even width, came {d}", remedy="choose an even width")
+    return base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+
+
+class SinCosSequence(nn.Module):
+    """1-D sines and cosines, of any length; nothing is learned.
+
+    Args:
+        d: Width, even.
+        base: The longest period is about ``2 pi base``.
+        interleaved: Sine and cosine in turn, as in the paper; else sines first.
+
+    Example:
+        >>> SinCosSequence(64)(10).shape
+        torch.Size([10, 64])
+    """
+
+    frequency: Tensor
+
+    def __init__(self, d: int, *, base: float = 10_000.0, interleaved: bool = True) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+        self.register_buffer("frequency", frequencies(d, base=base), persistent=False)
+
+    def forward(self, length: int) -> Float[Tensor, "t d"]:
+        """Codes of positions 0 to ``length - 1``, in float32."""
+        at = torch.arange(length, dtype=self.frequency.dtype, device=self.frequency.device)
+        return sincos(at, self.frequency, interleaved=self.interleaved).float()
+
+
+class SinCosGrid(nn.Module):
+    """2-D sines and cosines, of any grid: the first half of the width is the column's code, the second the row's.
+
+    The order is that of MAE (https://arxiv.org/abs/2111.06377), whose code puts columns first.
+
+    Args:
+        d: Width, a multiple of 4.
+        base: As in 1-D.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, d: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        if d % 4:
+            raise ConfigError(f"a 2-D code needs a width that 4 divides, came {d}", remedy="choose such a width")
+        self.register_buffer("frequency", frequencies(d // 2, base=base), persistent=False)
+
+    def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
+        """Codes of the cells, in float32."""
+        down, right = (
+            sincos(torch.arange(n, dtype=self.frequency.dtype, device=self.frequency.device), self.frequency).float()
+            for n in (rows, columns)
+        )
+        cells = (rows, columns, -1)
+        return torch.cat([right[None].expand(cells), down[:, None].expand(cells)], dim=-1).flatten(0, 1)
+
+
+class LearnedSequence(nn.Module):
+    """A learned vector for each position, as in BERT and GPT-2.
+
+    Args:
+        length: Positions.
+        d: Width.
+    """
+
+    def __init__(self, length: int, d: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(length, d))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, length: int) -> Float[Tensor, "t d"]:
+        """Codes of the first positions.
+
+        Raises:
+            DataError: There are fewer positions than tokens.
+        """
+        if length > len(self.table):
+            raise DataError(
+                f"{length} tokens, {len(self.table)} learned positions",
+                place="learned positions",
+                remedy=f"shorten to {len(self.table)} tokens, or resize the table (resized) before training on",
+            )
+        return self.table[:length]
+
+    def resized(self, length: int) -> "LearnedSequence":
+        """The same codes stretched or squeezed to another length, by linear interpolation."""
+        new = LearnedSequence(length, self.table.shape[1]).to(self.table)
+        with torch.no_grad():
+            new.table.copy_(_interpolate(self.table.T[None], (length,), mode="linear")[0].T)
+        return new
+
+
+class LearnedGrid(nn.Module):
+    """A learned vector for each cell of a grid, interpolated to any other grid (section 3.2 of arXiv 2010.11929).
+
+    Args:
+        rows: Of the grid that is learned.
+        columns: Likewise.
+        d: Width.
+        antialias: Smooth when the grid shrinks, as SigLIP 2 does; ViT and DINOv2 do not.
+        mode: How it is interpolated.
+
+    Example:
+        >>> LearnedGrid(14, 14, 768)(16, 10).shape
+        torch.Size([160, 768])
+    """
+
+    def __init__(self, rows: int, columns: int, d: int, *, antialias: bool = False, mode: str = "bicubic") -> None:
+        super().__init__()
+        self.grid, self.antialias, self.mode = (rows, columns), antialias, mode
+        self.table = nn.Parameter(torch.empty(rows * columns, d))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
+        """Codes of the cells; of the learned grid itself, the table as it is."""
+        if (rows, columns) == self.grid:
+            return self.table
+        cells = self.table.view(*self.grid, -1).permute(2, 0, 1)[None]
+        cells = _interpolate(cells, (rows, columns), mode=self.mode, antialias=self.antialias)
+        return cells[0].permute(1, 2, 0).flatten(0, 1)
+
+
+class LearnedRowColumn(nn.Module):
+    """A learned vector for each row plus one for each column: ``(rows + columns) d`` weights instead of their product.
+
+    Args:
+        rows: Of the grid that is learned; another one is interpolated linearly.
+        columns: Likewise.
+        d: Width.
+    """
+
+    def __init__(self, rows: int, columns: int, d: int) -> None:
+        super().__init__()
+        self.rows, self.columns = (nn.Parameter(torch.empty(n, d)) for n in (rows, columns))
+        for table in (self.rows, self.columns):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
+        """Codes of the cells."""
+        down, right = (
+            table if len(table) == n else _interpolate(table.T[None], (n,), mode="linear")[0].T
+            for table, n in ((self.rows, rows), (self.columns, columns))
+        )
+        return (down[:, None] + right[None]).flatten(0, 1)
+
+
+def _interpolate(x: Tensor, size: tuple[int, ...], *, mode: str, antialias: bool = False) -> Tensor:
+    wide = functional.interpolate(x.float(), size=size, mode=mode, align_corners=False, antialias=antialias)
+    return wide.to(x.dtype)
