@@ -4,10 +4,10 @@ Su et al., RoFormer, https://arxiv.org/abs/2104.09864. Every variant here is one
 axis it reads and a frequency, and the variants differ in how they choose them.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from plait.core.errors import ConfigError
@@ -53,21 +53,21 @@ class Rotary(nn.Module):
         self.register_buffer("axis", axis, persistent=False)
         self.register_buffer("frequency", frequency.float(), persistent=False)
 
-    def forward(self, at: Float[Tensor, "*b t a"] | Int[Tensor, "*b t a"]) -> Turn:
+    def forward(self, at: Num[Tensor, "*b t a"]) -> Turn:
         """Cosines and sines of tokens at these coordinates, in float32."""
         angles = at.float()[..., self.axis] * self.frequency
         angles = torch.cat([angles, angles], dim=-1)
         return Turn(angles.cos(), angles.sin())
 
     @classmethod
-    def sequence(cls, d_head: int, *, base: float = 10_000.0) -> Self:
+    def sequence(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """1-D, as in LLaMA: pair i turns by ``base ** (-2i / d_head)`` a position."""
         _divides(d_head, 2)
         pair = torch.arange(0, d_head, 2, dtype=torch.float64)
         return cls(torch.zeros(len(pair), dtype=torch.long), base ** (-pair / d_head))
 
     @classmethod
-    def grid(cls, d_head: int, *, base: float = 10_000.0) -> Self:
+    def grid(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """2-D, as in Qwen2-VL's tower: the first half of the pairs reads rows, the second columns, same frequencies."""
         _divides(d_head, 4)
         pair = torch.arange(0, d_head // 2, 2, dtype=torch.float64)
@@ -75,7 +75,7 @@ class Rotary(nn.Module):
         return cls(torch.tensor([0, 1]).repeat_interleave(len(pair)), frequency.repeat(2))
 
     @classmethod
-    def grid_alternating(cls, d_head: int, *, base: float = 10_000.0) -> Self:
+    def grid_alternating(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """2-D, as in Pixtral (https://arxiv.org/abs/2410.07073): rows take every other frequency, columns the rest."""
         _divides(d_head, 4)
         frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
@@ -83,7 +83,7 @@ class Rotary(nn.Module):
         return cls(axis, torch.cat([frequency[::2], frequency[1::2]]))
 
     @classmethod
-    def unit_grid(cls, d_head: int, *, base: float = 100.0) -> Self:
+    def unit_grid(cls, d_head: int, *, base: float = 100.0) -> "Rotary":
         """2-D over coordinates in -1..1 (:func:`unit_coordinates`), as in DINOv3 (https://arxiv.org/abs/2508.10104).
 
         The longest period is ``base`` times the shortest, which is the side of the picture; a picture of any
@@ -97,7 +97,7 @@ class Rotary(nn.Module):
     @classmethod
     def multimodal(
         cls, d_head: int, sections: tuple[int, int, int], *, base: float = 1_000_000.0, interleaved: bool = False
-    ) -> Self:
+    ) -> "Rotary":
         """M-RoPE: pairs read time, row or column (Qwen2-VL, https://arxiv.org/abs/2409.12191).
 
         Args:
