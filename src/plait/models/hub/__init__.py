@@ -1,0 +1,1 @@
+"""Names of published weights under ours and back: one file a layout."""
