@@ -12,7 +12,7 @@ from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import MediaRef
 from plait.data.collate import collate
 from plait.data.template import Rendered
-from plait.models.connector import Mlp
+from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs
 
