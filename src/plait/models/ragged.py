@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
 from plait.core.tensors import Patches
@@ -17,7 +17,7 @@ class Rows(NamedTuple):
         real: Which of them are tokens; None where all items are of one length.
     """
 
-    values: Float[Tensor, "item s d"]
+    values: Num[Tensor, "item s d"]
     real: Bool[Tensor, "item s"] | None
 
 
@@ -32,7 +32,7 @@ def rows_of(media: Patches) -> Rows:
     return rows_by(media.values, media.grid.prod(1))
 
 
-def rows_by(values: Float[Tensor, "n d"], lengths: Int[Tensor, " item"]) -> Rows:
+def rows_by(values: Num[Tensor, "n d"], lengths: Int[Tensor, " item"]) -> Rows:
     """Consecutive tokens as rows of the given lengths."""
     counts: list[int] = lengths.tolist()
     longest = max(counts, default=0)
