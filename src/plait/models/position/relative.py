@@ -89,7 +89,8 @@ class GridBias(nn.Module):
     def forward(self, gap: Int[Tensor, "q k 2"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
         index = self.index(gap)
-        return self.table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        # Laid out as scores are: every row of a batch reads it.
+        return self.table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
 
     def resized(self, rows: int, columns: int) -> "GridBias":
         """The same bias for another grid: offsets are interpolated bilinearly, as BEiT's are in Hugging Face."""

@@ -87,4 +87,6 @@ class MapTower(nn.Module):
 
 def channels_last(module: nn.Module) -> None:
     """Lay out the filters of all convolutions channels last, as ragged pixels are: no map is reordered on the way."""
-    module.to(memory_format=torch.channels_last)
+    for weight in module.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)

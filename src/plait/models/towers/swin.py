@@ -6,11 +6,11 @@ Made of the blocks of the one Transformer: windows are the rows of their batch.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from plait.models.attention import Backend, Places, same_segment
@@ -61,17 +61,20 @@ SWIN_L = SwinSizes(d=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48))
 
 
 class _Permuted(torch.autograd.Function):
-    """``x[:, order]`` for a permutation: its gradient is a gather too, where that of indexing would be a scatter-add."""
+    """``x[:, order]`` for a permutation: its gradient is a gather too; that of indexing would add cell by cell.
+
+    ``orders`` are the permutation and its inverse.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(order, back)
-        return x.index_select(1, order)
+    def forward(ctx: Any, x: Tensor, orders: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.orders = orders
+        return x.index_select(1, orders[0])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return _Permuted.apply(gradient, back, order), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        there, back = ctx.orders
+        return _Permuted.apply(gradients[0], (back, there)), None
 
 
 class Windows:
@@ -119,12 +122,12 @@ class Windows:
         if self.padded != self.map:
             (rows, columns), (below, right) = self.map, (p - m for p, m in zip(self.padded, self.map, strict=True))
             x = functional.pad(x.unflatten(1, (rows, columns)), (0, 0, 0, right, 0, below)).flatten(1, 2)
-        windows: Tensor = _Permuted.apply(x, self.order, self.back)
+        windows: Tensor = _Permuted.apply(x, (self.order, self.back))
         return windows.view(-1, self.cells, x.shape[-1])
 
     def joined(self, windows: Float[Tensor, "n cell d"]) -> Float[Tensor, "b t d"]:
         """Back to maps in raster order, without what was padded."""
-        x: Tensor = _Permuted.apply(windows.view(-1, len(self.order), windows.shape[-1]), self.back, self.order)
+        x: Tensor = _Permuted.apply(windows.view(-1, len(self.order), windows.shape[-1]), (self.back, self.order))
         if self.padded == self.map:
             return x
         rows, columns = self.map
@@ -194,9 +197,11 @@ class SwinStage(nn.Module):
         pictures, rows, columns, _ = x.shape
         side = min(self.window, rows, columns)
         shift = self.window // 2 if side == self.window and side < min(rows, columns) else 0
-        cuts = [Windows(rows, columns, side, shift=by, like=x, pictures=pictures) for by in {0, shift}]
+        shifts = (0, shift) if shift else (0,)
+        cuts = [Windows(rows, columns, side, shift=by, like=x, pictures=pictures) for by in shifts]
         x = x.flatten(1, 2)
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             x = through(block, x, cuts[number % len(cuts)])
         return x.unflatten(1, (rows, columns))
 
