@@ -68,7 +68,7 @@ def test_maps_logits_gradients_and_statistics(as_saved, kind, size, training):
     wanted = reference(tower.normalize(other), output_hidden_states=True)
     # One pass a model where it trains, or the statistics would move twice.
     logits = tower.classifier(maps[-1].mean((2, 3))) if training else tower.logits(ours)
-    # Measured in float64: 3e-14 in values and 4e-13 in gradients at worst.
+    # Measured in float64: 6e-14 of the largest number at worst, gradients included.
     near = {"atol": 1e-11, "rtol": 1e-10}
     for found, hidden in zip(maps, wanted.hidden_states[1:], strict=True):
         torch.testing.assert_close(found, hidden, **near)
@@ -173,7 +173,7 @@ def test_bfloat16_follows_float32():
     pixels = torch.rand(2, 3, 64, 64)
     wanted, found = tower.features(pixels), tower.bfloat16().features(pixels)
     assert found.dtype == torch.bfloat16
-    assert (found.float() - wanted).norm() / wanted.norm() < 0.03  # measured: 0.007
+    assert (found.float() - wanted).norm() / wanted.norm() < 0.08  # worst of 20 seeds: 0.034
 
 
 def test_it_is_an_encoder_and_refuses_what_is_not_its_input():
@@ -181,6 +181,11 @@ def test_it_is_an_encoder_and_refuses_what_is_not_its_input():
     assert isinstance(tower, Encoder)
     with pytest.raises(DataError, match=r"counts 1024 RGB pixels, came \(1023, 3\) \| at ResNet input"):
         tower(Patches(values=torch.rand(1023, 3), grid=torch.tensor([[1, 32, 32]])))
+    with pytest.raises(DataError, match=r"batch norm needs two values .* came one .* map has become 1 x 1"):
+        tower.train()(Patches(values=torch.rand(9, 3), grid=torch.tensor([[1, 3, 3]])))
+    assert tower(Patches(values=torch.rand(0, 3), grid=torch.zeros(0, 3, dtype=torch.long))).values.shape == (0, 16)
+    with pytest.raises(ConfigError, match="4 depths, 3 widths"):
+        replace(TINY, widths=(8, 8, 16))
     with pytest.raises(ConfigError, match="no classifier"):
         tower.logits(torch.rand(1, 3, 32, 32))
 
@@ -189,6 +194,8 @@ def test_configs_and_weights_that_have_no_place_are_named(as_saved):
     config, state = as_saved(theirs("basic"))
     with pytest.raises(CheckpointError, match=r"hidden_act must be 'relu', came 'gelu'; downsample_in_bottleneck must"):
         sizes_from({**config, "hidden_act": "gelu", "downsample_in_bottleneck": True})
+    with pytest.raises(CheckpointError, match=r"layer_type must be one of 'bottleneck', 'basic', came 'preact'"):
+        sizes_from({**config, "layer_type": "preact"})
     with pytest.raises(CheckpointError, match=r"1 names have no place here \(encoder\.stages\.0\.extra\)"):
         to_ours({**state, "resnet.encoder.stages.0.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"1 of our weights have no name in this layout \(neck\.weight\)"):

@@ -68,7 +68,7 @@ def test_maps_logits_and_gradients(as_saved, size, settings):
     inner = reference.swin(
         tower.normalize(other), output_hidden_states=True, output_hidden_states_before_downsampling=True
     )
-    # Measured: 3e-14 at worst, gradients included.
+    # Measured: 4e-15 of the largest number at worst, gradients included.
     for found, wanted in zip(maps, inner.reshaped_hidden_states[1:], strict=True):
         torch.testing.assert_close(found, wanted, **NEAR)
     torch.testing.assert_close(tower.features(ours).flatten(2).mT, inner.last_hidden_state, **NEAR)
@@ -241,7 +241,7 @@ def test_bfloat16_follows_float32():
     pixels = torch.rand(2, 3, 75, 90)
     wanted, found = tower.features(pixels), tower.bfloat16().features(pixels)
     assert found.dtype == torch.bfloat16
-    assert (found.float() - wanted).norm() / wanted.norm() < 0.05  # measured: 0.01
+    assert (found.float() - wanted).norm() / wanted.norm() < 0.03  # worst of 20 seeds: 0.014
 
 
 def test_it_is_an_encoder_and_refuses_what_is_not_its_input():
@@ -249,6 +249,9 @@ def test_it_is_an_encoder_and_refuses_what_is_not_its_input():
     assert isinstance(tower, Encoder)
     with pytest.raises(DataError, match=r"counts 1024 RGB pixels, came \(1023, 3\) \| at Swin input"):
         tower(Patches(values=torch.rand(1023, 3), grid=torch.tensor([[1, 32, 32]])))
+    assert tower(Patches(values=torch.rand(0, 3), grid=torch.zeros(0, 3, dtype=torch.long))).values.shape == (0, 32)
+    with pytest.raises(ConfigError, match="3 depths, 2 heads"):
+        replace(TINY, heads=(2, 2))
     with pytest.raises(ConfigError, match="no classifier"):
         tower.logits(torch.rand(1, 3, 32, 32))
     with pytest.raises(ConfigError, match="5 heads"):
@@ -261,6 +264,9 @@ def test_configs_and_weights_that_have_no_place_are_named(as_saved):
         CheckpointError, match=r"hidden_act must be 'gelu', came 'relu'; use_absolute_embeddings must be"
     ):
         sizes_from({**config, "hidden_act": "relu", "use_absolute_embeddings": True})
+    assert sizes_from({**config, "patch_size": [4, 4]}).patch == 4
+    with pytest.raises(CheckpointError, match="patch_size must be square, came 4 x 2"):
+        sizes_from({**config, "patch_size": [4, 2]})
     index = {"swin.encoder.layers.0.blocks.1.attention.self.relative_position_index": torch.zeros(1)}
     assert to_ours({**state, **index}).keys() == to_ours(state).keys()
     with pytest.raises(CheckpointError, match=r"1 names have no place here \(embeddings\.mask_token\)"):

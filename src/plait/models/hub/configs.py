@@ -1,6 +1,6 @@
 """Reading a published ``config.json``: settings that are carried over, and those that must be as we have them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.core.errors import CheckpointError
@@ -28,6 +28,39 @@ def require(config: Mapping[str, Any], wanted: Mapping[str, Any], *, place: str)
             place=f"config of {place}",
             remedy="use weights of the standard form, or load the model through transformers instead",
         )
+
+
+def one_of(config: Mapping[str, Any], key: str, allowed: Sequence[Any], *, place: str) -> Any:
+    """A setting that may have one of some values; the first one is what a missing setting means.
+
+    Raises:
+        CheckpointError: It has another value; says which there are.
+    """
+    value = config.get(key, allowed[0])
+    if value not in allowed:
+        raise CheckpointError(
+            f"{key} must be one of {', '.join(map(repr, allowed))}, came {value!r}",
+            place=f"config of {place}",
+            remedy="use weights of the standard form, or load the model through transformers instead",
+        )
+    return value
+
+
+def square(config: Mapping[str, Any], key: str, default: int, *, place: str) -> int:
+    """A setting in pixels a side, which may be written as two equal numbers.
+
+    Raises:
+        CheckpointError: The two differ.
+    """
+    value = config.get(key, default)
+    rows, columns = (value, value) if isinstance(value, int) else value
+    if rows != columns:
+        raise CheckpointError(
+            f"{key} must be square, came {rows} x {columns}",
+            place=f"config of {place}",
+            remedy="load the model through transformers instead",
+        )
+    return rows
 
 
 def labels(config: Mapping[str, Any]) -> int:

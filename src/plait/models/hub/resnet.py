@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.models.hub.configs import labeled, labels, require
+from plait.models.hub.configs import labeled, labels, one_of, require
 from plait.models.hub.rename import Rule
 from plait.models.hub.rename import to_ours as renamed
 from plait.models.hub.rename import to_theirs as renamed_back
@@ -41,7 +41,7 @@ def sizes_from(config: Mapping[str, Any]) -> ResNetSizes:
     return ResNetSizes(
         depths=tuple(config.get("depths", (3, 4, 6, 3))),
         widths=tuple(config.get("hidden_sizes", (256, 512, 1024, 2048))),
-        bottleneck=config.get("layer_type", "bottleneck") == "bottleneck",
+        bottleneck=one_of(config, "layer_type", ("bottleneck", "basic"), place="ResNet") == "bottleneck",
         d_stem=config.get("embedding_size", 64),
         num_classes=labels(config),
     )

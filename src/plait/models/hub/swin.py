@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.models.hub.configs import labeled, labels, require
+from plait.models.hub.configs import labeled, labels, require, square
 from plait.models.hub.rename import Rule
 from plait.models.hub.rename import to_ours as renamed
 from plait.models.hub.rename import to_theirs as renamed_back
@@ -52,7 +52,7 @@ def sizes_from(config: Mapping[str, Any]) -> SwinSizes:
         depths=tuple(config.get("depths", (2, 2, 6, 2))),
         heads=tuple(config.get("num_heads", (3, 6, 12, 24))),
         window=config.get("window_size", 7),
-        patch=config.get("patch_size", 4),
+        patch=square(config, "patch_size", 4, place="Swin"),
         mlp_ratio=float(config.get("mlp_ratio", 4.0)),
         qkv_bias=config.get("qkv_bias", True),
         eps=config.get("layer_norm_eps", 1e-5),

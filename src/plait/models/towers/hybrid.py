@@ -20,7 +20,7 @@ from plait.models.position.relative import GridBias, gaps
 from plait.models.position.rotary import Rotary
 from plait.models.towers.convnet import Block as InvertedBottleneck
 from plait.models.towers.convnet import Group
-from plait.models.towers.maps import MapTower, channels_last
+from plait.models.towers.maps import MapTower, channels_last, same_count
 from plait.models.towers.pixels import IMAGENET_MEAN, IMAGENET_STD
 from plait.models.towers.resnet import ConvNorm
 from plait.models.transformer import Block, Transformer, TransformerSizes
@@ -220,6 +220,14 @@ class CoAtNetSizes:
     d_head: int = 32
     picture: int = 224
     num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        same_count(widths=self.widths, depths=self.depths)
+        if any(d % self.d_head for d in self.widths[-self.attention :]):
+            raise ConfigError(
+                f"heads of {self.d_head} do not divide widths {self.widths[-self.attention :]}",
+                remedy="choose widths of the stages of attention that d_head divides",
+            )
 
 
 COATNET_0 = CoAtNetSizes(widths=(64, 96, 192, 384, 768), depths=(2, 2, 3, 5, 2))

@@ -85,6 +85,19 @@ class MapTower(nn.Module):
         return self.normalize(pixels).to(next(self.parameters()).dtype)
 
 
+def same_count(**columns: tuple[int, ...]) -> None:
+    """Refuse sizes whose columns have not one number for each stage.
+
+    Raises:
+        ConfigError: Says how many each has.
+    """
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ConfigError(
+            f"one number a stage is needed: {', '.join(f'{len(c)} {name}' for name, c in columns.items())}",
+            remedy="give all of them as many numbers as there are stages",
+        )
+
+
 def channels_last(module: nn.Module) -> None:
     """Lay out the filters of all convolutions channels last, as ragged pixels are: no map is reordered on the way."""
     for weight in module.parameters():

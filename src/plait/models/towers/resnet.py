@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plait.models.towers.maps import MapTower, channels_last
+from plait.core.errors import DataError
+from plait.models.towers.maps import MapTower, channels_last, same_count
 from plait.models.towers.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -31,6 +32,9 @@ class ResNetSizes:
     bottleneck: bool = True
     d_stem: int = 64
     num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        same_count(depths=self.depths, widths=self.widths)
 
 
 _SLIM = (64, 128, 256, 512)
@@ -53,8 +57,19 @@ class ConvNorm(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # arXiv 1502.01852
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        """Convolve, normalize, rectify."""
-        x = self.norm(self.conv(x))
+        """Convolve, normalize, rectify.
+
+        Raises:
+            DataError: It trains, and a channel has one value, whose deviation is nothing.
+        """
+        x = self.conv(x)
+        if self.training and x.numel() == x.shape[1]:
+            raise DataError(
+                "batch norm needs two values a channel while it trains, came one",
+                place=f"one picture whose map has become {x.shape[2]} x {x.shape[3]}",
+                remedy="give several pictures of this size, or larger ones, or set the tower to eval()",
+            )
+        x = self.norm(x)
         # In place: the gradient of the norm needs what went into it, not what came out.
         return x if self.linear else functional.relu(x, inplace=True)
 

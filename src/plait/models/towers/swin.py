@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from plait.models.attention import Backend, Places, same_segment
 from plait.models.position.relative import GridBias, gaps
-from plait.models.towers.maps import MapTower, channels_last
+from plait.models.towers.maps import MapTower, channels_last, same_count
 from plait.models.towers.pixels import IMAGENET_MEAN, IMAGENET_STD
 from plait.models.transformer import Block, TransformerSizes
 
@@ -51,6 +51,9 @@ class SwinSizes:
     attention_dropout: float = 0.0
     drop_path: float = 0.1
     num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        same_count(depths=self.depths, heads=self.heads)
 
 
 SWIN_T = SwinSizes(d=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24))

@@ -233,5 +233,7 @@ def test_stages_that_do_not_fit_are_named():
         HybridTower([early_convolutions((4, 8), 12), attention_stage(cells)])
     with pytest.raises(ConfigError, match="stage 0 takes 16 channels, what comes before it gives 3"):
         HybridTower([attention_stage(cells)])
+    with pytest.raises(ConfigError, match=r"heads of 8 do not divide widths \(16, 36\)"):
+        replace(TINY, widths=(8, 8, 8, 16, 36))
     with pytest.raises(ConfigError, match="no classifier"):
         early().logits(torch.rand(1, 3, 32, 32))
