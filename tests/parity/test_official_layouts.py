@@ -238,10 +238,10 @@ def test_settings_that_are_not_understood_are_refused(tmp_path: Path) -> None:
         bert.to_ours(
             {**state, "cls.seq_relationship.weight": torch.zeros(1), "cls.seq_relationship.bias": torch.zeros(1)}
         )
-    with pytest.raises(CheckpointError, match=r"causal is False, expected True .*our own form"):
+    with pytest.raises(CheckpointError, match=r"causal is False, expected True.* our own form"):
         gpt2.config_from(bert.sizes_from(record))
     post = replace(VIT_B16, transformer=replace(VIT_B16.transformer, norm_place="post"))
-    with pytest.raises(CheckpointError, match=r"norm_place is 'post', expected 'pre' .* TransformerSizes: norm_place"):
+    with pytest.raises(CheckpointError, match=r"norm_place is 'post', expected 'pre'.* TransformerSizes: norm_place"):
         vit.config_from(post)
 
 

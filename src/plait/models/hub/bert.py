@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, expect, expect_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -42,8 +42,10 @@ def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    expect(config, model_type="bert", is_decoder=False, add_cross_attention=False, tie_word_embeddings=True)
-    expect(config, position_embedding_type="absolute", pad_token_id=0)
+    require(
+        config, {"model_type": "bert", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+    )
+    require(config, {"position_embedding_type": "absolute", "pad_token_id": 0})
     masked = "BertForMaskedLM" in config.get("architectures", ())
     return TextSizes(
         transformer=TransformerSizes(
@@ -75,9 +77,13 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
     inner = sizes.transformer
     names = ("position", "causal", "norm_embedding", "head", "final_norm", "pool")
     given = {name: getattr(sizes, name) for name in names} | {"types": sizes.types > 0}
-    expect(given, place="TextSizes", position="learned", causal=False, norm_embedding=True, head=False, types=True)
-    expect(given | {"final_norm": bool(sizes.final_norm)}, place="TextSizes", final_norm=False, pool="first")
-    expect_plain_blocks(inner, norm_place="post")
+    require(
+        given,
+        {"position": "learned", "causal": False, "norm_embedding": True, "head": False, "types": True},
+        place="TextSizes",
+    )
+    require(given | {"final_norm": bool(sizes.final_norm)}, {"final_norm": False, "pool": "first"}, place="TextSizes")
+    require_plain_blocks(inner, norm_place="post")
     return {
         "architectures": ["BertForMaskedLM" if sizes.masked_head else "BertModel"],
         "model_type": "bert",

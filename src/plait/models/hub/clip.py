@@ -8,7 +8,7 @@ from torch import Tensor
 from plait.models.clip import ClipSizes
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, expect, expect_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
 from plait.models.towers.pixels import CLIP_MEAN, CLIP_STD
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.towers.vit import ViTSizes
@@ -57,7 +57,7 @@ def vision_sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    expect(config, model_type="clip_vision_model", num_channels=3)
+    require(config, {"model_type": "clip_vision_model", "num_channels": 3})
     side = config["image_size"] // config["patch_size"]
     return ViTSizes(
         transformer=_sizes(config),
@@ -77,7 +77,7 @@ def sizes_from(config: Mapping[str, Any]) -> ClipSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    expect(config, model_type="clip")
+    require(config, {"model_type": "clip"})
     text = config["text_config"]
     end = text.get("eos_token_id", _OLD_END)
     return ClipSizes(
@@ -105,17 +105,14 @@ def config_from(sizes: ClipSizes) -> dict[str, Any]:
     plain = {"position": "learned", "relative": "none", "norm": "pooled", "norm_first": True, "class_token": True}
     given = {name: getattr(vision, name) for name in names} | {"patch_bias": vision.patch_bias, "pool": vision.pool}
     plain |= {"patch_bias": False, "pool": "class", "square": True}
-    expect(
+    require(
         given | {"square": vision.grid[0] == vision.grid[1]},
+        {**plain, "registers": 0, "pooler": False, "num_classes": 0},
         place="ViTSizes",
-        **plain,
-        registers=0,
-        pooler=False,
-        num_classes=0,
     )
     given = {name: getattr(text, name) for name in ("position", "causal", "types", "pool", "norm_embedding", "head")}
     plain = {"position": "learned", "causal": True, "types": 0, "pool": "end", "norm_embedding": False, "head": False}
-    expect(given, place="TextSizes", **plain)
+    require(given, plain, place="TextSizes")
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -170,8 +167,8 @@ def _sizes(config: Mapping[str, Any]) -> TransformerSizes:
 
 
 def _config(inner: TransformerSizes) -> dict[str, Any]:
-    expect_plain_blocks(inner)
-    expect({"dropout": inner.dropout}, place="TransformerSizes", dropout=0.0)
+    require_plain_blocks(inner)
+    require({"dropout": inner.dropout}, {"dropout": 0.0}, place="TransformerSizes")
     return {
         "hidden_size": inner.d,
         "num_hidden_layers": inner.depth,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, expect, expect_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -33,10 +33,13 @@ def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    expect(config, model_type="gpt2", add_cross_attention=False, tie_word_embeddings=True, scale_attn_weights=True)
-    expect(config, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
+    require(
+        config,
+        {"model_type": "gpt2", "add_cross_attention": False, "tie_word_embeddings": True, "scale_attn_weights": True},
+    )
+    require(config, {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False})
     dropout = config.get("resid_pdrop", 0.1)
-    expect(config, embd_pdrop=dropout)
+    require(config, {"embd_pdrop": dropout})
     return TextSizes(
         transformer=TransformerSizes(
             d=config["n_embd"],
@@ -65,8 +68,8 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
     inner = sizes.transformer
     names = ("position", "causal", "types", "norm_embedding", "head", "tied", "pooler")
     plain = {"position": "learned", "causal": True, "types": 0, "norm_embedding": False, "head": True, "tied": True}
-    expect({name: getattr(sizes, name) for name in names}, place="TextSizes", **plain, pooler=False)
-    expect_plain_blocks(inner)
+    require({name: getattr(sizes, name) for name in names}, {**plain, "pooler": False}, place="TextSizes")
+    require_plain_blocks(inner)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, expect
+from plait.models.hub.settings import activation_from, activation_name, require
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -41,9 +41,9 @@ def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     Raises:
         CheckpointError: It asks for something that ours has not, such as stretched rotations.
     """
-    expect(config, model_type="llama", attention_bias=False, mlp_bias=False, rope_scaling=None)
+    require(config, {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "rope_scaling": None})
     rope = config.get("rope_parameters") or {}
-    expect(rope, place="config.json: rope_parameters", rope_type="default")
+    require(rope, {"rope_type": "default"}, place="config.json: rope_parameters")
     heads = config["num_attention_heads"]
     return TextSizes(
         transformer=TransformerSizes(
@@ -80,15 +80,17 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
     inner = sizes.transformer
     names = ("position", "causal", "types", "norm_embedding", "head", "pooler")
     plain = {"position": "rope", "causal": True, "types": 0, "norm_embedding": False, "head": True, "pooler": False}
-    expect({name: getattr(sizes, name) for name in names}, place="TextSizes", **plain)
+    require({name: getattr(sizes, name) for name in names}, plain, place="TextSizes")
     names = ("norm", "norm_place", "residual", "gated", "bias", "qk_norm", "layer_scale", "d_source", "scale")
     blocks = {"norm": "rms", "norm_place": "pre", "residual": True, "gated": True, "bias": False, "qk_norm": False}
     given = {name: getattr(inner, name) for name in names} | {
         "dropout": inner.dropout,
         "qkv_bias": bool(inner.qkv_bias),
     }
-    expect(
-        given, place="TransformerSizes", **blocks, layer_scale=0.0, d_source=0, scale=0.0, dropout=0.0, qkv_bias=False
+    require(
+        given,
+        {**blocks, "layer_scale": 0.0, "d_source": 0, "scale": 0.0, "dropout": 0.0, "qkv_bias": False},
+        place="TransformerSizes",
     )
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ from torch import Tensor
 from plait.models.connectors.query import QFormerSizes
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import expect
+from plait.models.hub.settings import require
 
 _LAYER, _BLOCK = "qformer.encoder.layer.*", "blocks.*"
 _CROSS = f"{_LAYER}.crossattention"
@@ -48,8 +48,8 @@ def sizes_from(config: Mapping[str, Any], *, queries: int) -> QFormerSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    expect(config, model_type="blip_2_qformer", hidden_act="gelu", layer_norm_eps=1e-12)
-    expect(config, attention_probs_dropout_prob=config["hidden_dropout_prob"])
+    require(config, {"model_type": "blip_2_qformer", "hidden_act": "gelu", "layer_norm_eps": 1e-12})
+    require(config, {"attention_probs_dropout_prob": config["hidden_dropout_prob"]})
     return QFormerSizes(
         d_source=config["encoder_hidden_size"],
         d=config["hidden_size"],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, expect, expect_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
 from plait.models.towers.vit import ViTSizes
 from plait.models.transformer import TransformerSizes
 
@@ -38,8 +38,8 @@ def sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     Raises:
         CheckpointError: It asks for something that :class:`~plait.models.towers.vit.VisionTransformer` has not.
     """
-    expect(config, model_type="vit", num_channels=3, qkv_bias=True, pooler_act="tanh")
-    expect(config, pooler_output_size=config["hidden_size"])
+    require(config, {"model_type": "vit", "num_channels": 3, "qkv_bias": True, "pooler_act": "tanh"})
+    require(config, {"pooler_output_size": config["hidden_size"]})
     side = config["image_size"] // config["patch_size"]
     classifies = "ViTForImageClassification" in config.get("architectures", ())
     return ViTSizes(
@@ -70,8 +70,8 @@ def config_from(sizes: ViTSizes) -> dict[str, Any]:
     given = {name: getattr(sizes, name) for name in ("position", "relative", "norm", "class_token", "registers")}
     given |= {"norm_first": sizes.norm_first, "patch_bias": sizes.patch_bias, "square": sizes.grid[0] == sizes.grid[1]}
     plain = {"position": "learned", "relative": "none", "norm": "all", "class_token": True, "registers": 0}
-    expect(given, place="ViTSizes", **plain, norm_first=False, patch_bias=True, square=True)
-    expect_plain_blocks(inner)
+    require(given, {**plain, "norm_first": False, "patch_bias": True, "square": True}, place="ViTSizes")
+    require_plain_blocks(inner)
     return {
         "architectures": ["ViTForImageClassification" if sizes.num_classes else "ViTModel"],
         "model_type": "vit",

@@ -95,7 +95,8 @@ class GridBias(nn.Module):
         """Bias of each head; ``grid`` is the learned one unless given."""
         grid = grid or self.grid
         index = self.index(gap, grid)
-        return self.table_of(*grid)[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        # Laid out as scores are: every row of a batch reads it.
+        return self.table_of(*grid)[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
 
     def table_of(self, rows: int, columns: int) -> Float[Tensor, "n h"]:
         """The table of a grid, interpolated unless it is the learned one."""
