@@ -232,6 +232,19 @@ def test_what_published_folders_ask_for_becomes_the_contract(name, tiny_towers, 
     assert out.grid.tolist() == [[1, cells_, cells_]]
 
 
+def test_the_joint_file_of_transformers_5_is_read_as_well(tiny_towers, tmp_path):
+    path = changed(tiny_towers.folder("clip"), tmp_path / "other")
+    file, joint = path / "preprocessor_config.json", path / "processor_config.json"
+    joint.write_text(json.dumps({"image_processor": json.loads(file.read_text()), "processor_class": "CLIPProcessor"}))
+    contract = load(path).contract
+    file.unlink()
+    assert load(path).contract == contract
+    joint.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    with pytest.raises(CheckpointError, match="holds no image_processor") as caught:
+        load(path)
+    assert caught.value.place == str(joint)
+
+
 @pytest.mark.parametrize(
     ("case", "field", "changes"),
     [

@@ -1,4 +1,4 @@
-"""How pictures become pixels: the media contract, and what a folder's ``preprocessor_config.json`` asks for.
+"""How pictures become pixels: the media contract, and what a folder's preprocessing asks for.
 
 Fields of that file are honored or refused one by one: a step that is not done here would give the tower pictures it was
 not trained for.
@@ -95,11 +95,11 @@ class ImageContract:
         return cls(**fields)
 
 
-def read_contract(path: Path, *, size: int, multiple: int, own: int, fixed: bool) -> tuple[ImageContract, str]:
-    """What a ``preprocessor_config.json`` asks for, refused unless it is what :class:`ImageContract` does.
+def read_contract(folder: Path, *, size: int, multiple: int, own: int, fixed: bool) -> tuple[ImageContract, str]:
+    """What a folder's preprocessing asks for, refused unless it is what :class:`ImageContract` does.
 
     Args:
-        path: Of the file.
+        folder: With a ``preprocessor_config.json``, or a ``processor_config.json`` of transformers 5.
         size: Pixels a side that are wanted; 0 takes what the file asks for.
         multiple: Sizes must be multiples of this.
         own: Pixels a side the tower was trained at; where the file says nothing, its size. 0 if that is not known.
@@ -111,12 +111,7 @@ def read_contract(path: Path, *, size: int, multiple: int, own: int, fixed: bool
     Raises:
         CheckpointError: The file is missing or damaged, or asks for something that is not done here.
     """
-    try:
-        settings = read_json(path)
-    except DataError as error:
-        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError("not a JSON object", place=str(path), remedy="use an undamaged copy of the folder")
+    path, settings = _settings(folder)
     asked = _asked(settings, own)
     for field, fine, wanted in _judged(settings, asked, multiple=multiple, own=own if fixed else 0):
         if not fine:
@@ -133,6 +128,26 @@ def read_contract(path: Path, *, size: int, multiple: int, own: int, fixed: bool
         std=_triple(settings["image_std"]),
     )
     return contract, asked.otherwise
+
+
+def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that says how pictures are prepared, and what it says."""
+    path, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    nested = not path.is_file() and joint.is_file()
+    path = joint if nested else path
+    try:
+        settings = read_json(path)
+    except DataError as error:
+        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
+    if nested and isinstance(settings, dict):
+        settings = settings.get("image_processor")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            "holds no image_processor" if nested else "not a JSON object",
+            place=str(path),
+            remedy="use an undamaged copy of the folder",
+        )
+    return path, settings
 
 
 @dataclass(frozen=True, slots=True)

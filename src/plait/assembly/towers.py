@@ -201,7 +201,7 @@ def _load_pretrained_vision(name: str, size: int, dtype: str, *, layer: int, eve
     found = layout(backbone)
     _check_size(name, size, found)
     contract, otherwise = read_contract(
-        folder / "preprocessor_config.json", size=size, multiple=found.pad_to, own=found.own, fixed=found.sizes == "own"
+        folder, size=size, multiple=found.pad_to, own=found.own, fixed=found.sizes == "own"
     )
     encoder = PretrainedVision(backbone, mean=contract.mean, std=contract.std, layer=layer)
     if otherwise:

@@ -96,7 +96,8 @@ def _windows(backbone: PreTrainedModel, pixels: Pixels) -> dict[str, Any]:
     """
     config = backbone.config
     rows, columns = (-(-side // config.patch_size) for side in pixels.shape[2:])
-    for stage in backbone.encoder.layers:
+    encoder: Any = backbone.encoder
+    for stage in encoder.layers:
         for i, block in enumerate(stage.blocks):
             block.window_size = config.window_size
             block.shift_size = config.window_size // 2 if i % 2 and min(rows, columns) > config.window_size else 0

@@ -1,5 +1,7 @@
 """Picture towers of Hugging Face transformers behind the :class:`~plait.core.protocols.Encoder` face."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,9 +12,6 @@ from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Patches
 from plait.models.towers.families import layout
 from plait.models.towers.pixels import Normalize, by_size
-
-_SUMMARIES = ("pooler", "head")
-"""Parts that make one vector of a picture; there is none here, so their weights would only cost."""
 
 
 class PretrainedVision(nn.Module):
@@ -73,12 +72,7 @@ class PretrainedVision(nn.Module):
                 place="layer",
                 remedy="count from the end: -1 is the last",
             )
-        for name in _SUMMARIES:
-            part = getattr(backbone, name, None)
-            if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
-                setattr(backbone, name, None)
-        if getattr(backbone, "use_head", False):
-            backbone.use_head = False
+        _without_summary(backbone)
         self.backbone = backbone
         self.normalize = Normalize(mean, std)
         self.layer = layer
@@ -146,3 +140,13 @@ class PretrainedVision(nn.Module):
                 place=f"{type(self.backbone).__name__} input",
                 remedy="prepare pictures with the tower's own contract",
             )
+
+
+def _without_summary(backbone: Any) -> None:
+    """Take off the parts that make one vector of a picture: here there is none, so their weights would only cost."""
+    for name in ("pooler", "head"):
+        part = getattr(backbone, name, None)
+        if isinstance(part, nn.Module) and any(True for _ in part.parameters()):
+            setattr(backbone, name, None)
+    if getattr(backbone, "use_head", False):  # SigLIP and AIMv2 ask this before they look for it
+        backbone.use_head = False
