@@ -185,11 +185,8 @@ def _judged(settings: Mapping[str, Any], asked: _Asked, *, multiple: int, own: i
         yield asked.field, asked.side == own, f"{own} pixels, the tower's image_size"
     else:
         fits = asked.side > 0 and asked.side % multiple == 0
-        yield (
-            asked.field,
-            fits,
-            f"a square of {'pixels' if multiple == 1 else f'a multiple of {multiple} pixels'} a side",
-        )
+        pixels = "pixels" if multiple == 1 else f"a multiple of {multiple} pixels"
+        yield asked.field, fits, f"a square of {pixels} a side"
     if asked.field == "crop_size":
         sides = settings.get("size", asked.side)
         sides = sides.values() if isinstance(sides, dict) else [sides]
@@ -211,8 +208,8 @@ def _judged(settings: Mapping[str, Any], asked: _Asked, *, multiple: int, own: i
 
 def _side(value: Any) -> int:
     """Pixels a side of a square, however it is written; 0 if it is none."""
-    sides = set(value.values()) if isinstance(value, dict) else {value}
-    side = sides.pop() if len(sides) == 1 else 0
+    sides = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    side = sides[0] if sides and all(other == sides[0] for other in sides) else 0
     return side if isinstance(side, int) and side > 0 else 0
 
 

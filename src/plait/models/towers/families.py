@@ -1,5 +1,13 @@
 """What transformers' picture models have in common and where they differ: how each is called, and what its tokens are.
 
+======================================  ==========================================================================
+patches, positions interpolated         CLIP, MetaCLIP 2, SigLIP, SigLIP 2 (fixed, NaFlex), ViT, DeiT, ViTMAE, ViT-MSN,
+                                        I-JEPA, BEiT, data2vec, DINOv2 (with registers or without)
+patches, any size                       DINOv3, Pixtral, MLCD, AIMv2 (native)
+patches, one size                       AIMv2
+cells of the last map, any size         ConvNeXt (V1, V2, DINOv3's), Swin (V1, V2), ResNet, RegNet
+======================================  ==========================================================================
+
 A model whose ``model_type`` is not in :data:`FAMILIES` is refused: where the class tokens are and how many pixels a
 token spans cannot be told from a configuration alone.
 """
