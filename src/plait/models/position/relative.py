@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, DataError
 
 
 def gaps(query_at: Int[Tensor, "q a"], key_at: Int[Tensor, "k a"]) -> Int[Tensor, "q k a"]:
@@ -53,7 +53,7 @@ class BucketBias(nn.Module):
         found = torch.where(distance < exact, distance, (exact + beyond.long()).clamp(max=half - 1))
         return found + half * (gap < 0) if self.both_ways else found
 
-    def forward(self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
+    def forward(self, gap: Int[Tensor, "q k 1"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
         return self.table[self.bucket(gap[..., 0])].permute(2, 0, 1)[None]
 
@@ -78,18 +78,33 @@ class GridBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def index(self, gap: Int[Tensor, "q k 2"]) -> Int[Tensor, "q k"]:
-        """Row of the table for each pair of tokens."""
+        """Row of the table for each pair of tokens; the length of the table where the gap is none of this grid."""
         rows, columns = self.grid
         found = (gap[..., 0] + rows - 1) * (2 * columns - 1) + gap[..., 1] + columns - 1
+        inside = (gap[..., 0].abs() < rows) & (gap[..., 1].abs() < columns)
+        found = torch.where(inside, found, len(self.table))  # else a long row would be read as a step down
         if self.class_token:
             cells = (2 * rows - 1) * (2 * columns - 1)
             found[0, :], found[:, 0], found[0, 0] = cells, cells + 1, cells + 2
         return found
 
     def forward(self, gap: Int[Tensor, "q k 2"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
-        """Bias of each head."""
+        """Bias of each head.
+
+        Raises:
+            DataError: A gap is wider than the grid (on a GPU: torch's assertion, later).
+        """
         index = self.index(gap)
-        return self.table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        try:
+            found = self.table[index.flatten()]
+        except IndexError as error:
+            side = " x ".join(str(1 + int(n)) for n in gap.abs().amax((0, 1)))
+            raise DataError(
+                f"tokens of a grid of {side}, a bias for {self.grid[0]} x {self.grid[1]}",
+                place="relative bias",
+                remedy="make the bias of that grid with resized()",
+            ) from error
+        return found.view(*index.shape, -1).permute(2, 0, 1)[None]
 
     def resized(self, rows: int, columns: int) -> "GridBias":
         """The same bias for another grid: offsets are interpolated bilinearly, as BEiT's are in Hugging Face."""
@@ -144,7 +159,7 @@ class KeyOffsets(nn.Module):
         self.table = nn.Parameter(torch.empty(2 * furthest + 1, d_head))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, gap: Int[Tensor, "q k a"], queries: Float[Tensor, "b h q e"]) -> Float[Tensor, "b h q k"]:
+    def forward(self, gap: Int[Tensor, "q k 1"], queries: Float[Tensor, "b h q e"]) -> Float[Tensor, "b h q k"]:
         """Bias of each head; depends on the queries."""
         row = gap[..., 0].clamp(-self.furthest, self.furthest) + self.furthest
         scores = queries @ self.table.T / math.sqrt(self.table.shape[1])
