@@ -182,8 +182,8 @@ def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Sco
     return Score(name=name, value=mean, low=low, high=high, n=n, rule=f"{rule}; ci=student-{len(values)}-seeds+wilson")
 
 
-def spearman(ours: Float[np.ndarray, " item"], theirs: Float[np.ndarray, " item"]) -> float:
-    """Spearman's rank correlation; equal values share their mean rank.
+def spearman(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " m"]) -> float:
+    """Spearman's rank correlation of pairs; equal values share their mean rank.
 
     Raises:
         DataError: The two have different lengths, or all values of one are equal.

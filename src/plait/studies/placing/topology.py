@@ -42,7 +42,8 @@ def topology(table: Float[Tensor, "n d"], *, rows: int, columns: int, penalty: f
     table = table.detach().double()
     table = table / table.norm(dim=1).mean()
     above = torch.triu_indices(len(at), len(at), offset=1)
-    apart = [torch.cdist(x, x)[above[0], above[1]].numpy() for x in (at, table)]
+    # Rounded, so that distances which are equal but for their last digits share a rank.
+    apart = [torch.cdist(x, x)[above[0], above[1]].round(decimals=6).numpy() for x in (at, table)]
     learn = at.sum(1) % 2 == 0
     read = _probe(table[learn], at[learn], table[~learn], penalty=penalty)
     true = at[~learn]

@@ -104,7 +104,10 @@ def collect(study: Positions, *, events: Events) -> dict[str, Any]:
 
 
 def _trials(study: Positions, events: Events) -> Iterator[Trial]:
-    work = [(family, code, seed) for seed in range(study.seeds) for family, code in _codes(study)]
+    codes = _codes(study)
+    work: list[tuple[Family, str, int]] = [
+        (family, code, seed) for seed in range(study.seeds) for family, code in codes
+    ]
     workers = min(study.workers or usable_cores(), len(work))
     if workers == 1:
         for number, (family, code, seed) in enumerate(work, 1):
