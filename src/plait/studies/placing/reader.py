@@ -48,7 +48,10 @@ class Reader(nn.Module):
         super().__init__()
         self.code, self.task = code, task
         self.words = nn.Embedding(task.words, sizes.d)
-        nn.init.normal_(self.words.weight, std=0.5)  # as large as sines and cosines
+        # Words and learned places begin as large as sines and cosines are: none has to be heard over another.
+        tables = [self.words.weight, *(code.absolute.parameters() if code.absolute is not None else ())]
+        for table in tables:
+            nn.init.normal_(table, std=0.5)
         self.transformer = Transformer(sizes, relative=code.relative)
         self.heads = nn.ModuleDict({question: nn.Linear(sizes.d, task.answers) for question in task.chance})
 
