@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from plait.models.position.absolute import SinCosGrid
 from plait.models.transformer import TransformerSizes
 from plait.studies.placing.codes import Width, grid_code, sequence_code
 from plait.studies.placing.reader import Reader, Training, answers, train
+from plait.studies.placing.tables import markdown
 from plait.studies.placing.tasks import COLORS, SKIP, grid_task, sequence_task
 from plait.studies.placing.topology import topology
 from plait.studies.positions import Grids, Positions, Sequences
 
+ROOT = Path(__file__).parents[3]
 WIDTH = Width(d=32, heads=4)
 SIZES = TransformerSizes(d=32, depth=2, heads=4, d_ff=64)
 SEQUENCES, GRIDS = Sequences.model_fields["codes"].default, Grids.model_fields["codes"].default
@@ -241,3 +244,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["study", "positions", "sequence.step=1", "--runs", str(tmp_path)]) == 3
     assert "sequence.steps" in capsys.readouterr().err
     assert main(["study", "encoders"]) == 2
+
+
+# --- what was published ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    return read_json(ROOT / "benchmarks" / "results" / "positions.json")
+
+
+@pytest.mark.row("S0-C09")
+@pytest.mark.row("S0-C10")
+def test_the_page_shows_the_published_results_of_todays_defaults(published: dict[str, Any]) -> None:
+    assert Positions(**published["spec"]) == Positions()
+    page = (ROOT / "docs" / "positions.md").read_text(encoding="utf-8")
+    for part in markdown(published).split("\n\n"):
+        assert part.strip() in page
+
+
+@pytest.mark.row("S0-C11")
+def test_published_without_a_code_places_are_at_chance(published: dict[str, Any]) -> None:
+    scores = {(s["code"], s["question"]): s for s in published["scores"] if s["family"] == "grid" and s["times"] == 1}
+    for question in ("quadrant", "left"):
+        assert scores["none", question]["low"] <= scores["none", question]["chance"] <= scores["none", question]["high"]
+    assert all(scores[code, "color"]["value"] > 0.95 for code in GRIDS)
