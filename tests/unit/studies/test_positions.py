@@ -141,10 +141,10 @@ def test_names_that_are_no_codes() -> None:
 def test_without_a_code_relations_stay_at_chance_and_colors_do_not() -> None:
     """What the whole study says of `none` and of one code, in seconds: 2 x 2 grids, where A and B differ in columns."""
     found = {}
-    for name in ("none", "learned-2d"):
+    for name, steps in (("none", 80), ("learned-2d", 160)):
         torch.manual_seed(0)
         reader = Reader(SIZES, grid_code(name, WIDTH, side=2), grid_task())
-        train(reader, (2, 2), Training(steps=300, batch=48, lr=5e-3), seed=0)
+        train(reader, (2, 2), Training(steps=steps, batch=32, lr=1e-2), seed=0)
         found[name] = {q: sum(r) / len(r) for q, r in answers(reader, (2, 2), rows=200, seed=1).items()}
     assert found["none"]["color"] > 0.95
     assert abs(found["none"]["left"] - 0.5) < 0.15
