@@ -29,7 +29,7 @@ from plait.data.conversations import Conversation, ConversationBatches
 from plait.data.features import FeatureStore, cached_features
 from plait.data.packing import row_length
 from plait.data.template import Template
-from plait.models.connector import Mlp
+from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.loop import fit

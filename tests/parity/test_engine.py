@@ -14,7 +14,7 @@ from plait.core.tensors import Batch, Patches
 from plait.core.types import Completion, MediaRef, Request, Text, Turn
 from plait.inference.engine import Engine, Prompt
 from plait.inference.sampling import sample
-from plait.models.connector import Mlp
+from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 
 VOCABULARY, HOLE, STOP = 60, 60, 2

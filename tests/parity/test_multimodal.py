@@ -12,7 +12,7 @@ from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import MediaRef
 from plait.data.collate import collate
 from plait.data.template import Rendered
-from plait.models.connector import Mlp
+from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs
 
@@ -61,7 +61,7 @@ class FromLlava(nn.Module):
 
 def compose(llava: LlavaForConditionalGeneration) -> MultimodalLM:
     decoder = nn.Module()
-    decoder.model = llava.model.language_model
+    decoder.base_model = llava.model.language_model
     decoder.lm_head = llava.lm_head
     decoder.get_input_embeddings = llava.get_input_embeddings  # pyright: ignore[reportArgumentType]
     connector = FromLlava(llava.model.multi_modal_projector, 32)
@@ -186,10 +186,10 @@ def test_placeholders_without_media_are_refused(llava: LlavaForConditionalGenera
         compose(llava)(dataclasses.replace(batch, media={}, item_row={}))
 
 
-def test_modalities_are_not_mixed_in_a_batch(llava: LlavaForConditionalGeneration) -> None:
+def test_media_without_a_connector_are_refused(llava: LlavaForConditionalGeneration) -> None:
     batch = batch_of(llava, {1: (6, 4)}, row=16)
     both = {"image": batch.media["image"], "audio": batch.media["image"]}
-    with pytest.raises(DataError, match=r"2 modalities in one batch \(image, audio\)"):
+    with pytest.raises(DataError, match=r"the batch has audio, this model reads image"):
         compose(llava)(dataclasses.replace(batch, media=both))
 
 

@@ -29,7 +29,8 @@ from plait.core.events import Events
 from plait.core.files import read_json, write_json
 from plait.core.types import MediaRef
 from plait.data.template import Template
-from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords
+from plait.models.connectors.projection import Chain, Mlp, PixelShuffle, Split
+from plait.models.connectors.words import ToWords
 from plait.models.multimodal import MultimodalLM
 from plait.models.quantized import quantized_layers
 

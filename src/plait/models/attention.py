@@ -114,8 +114,10 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, *, added: Tensor | None, size: int
 class Bias(Protocol):
     """A relative position code: what is added to the scores of a query at one place and a key at another."""
 
-    def __call__(self, gap: Int[Tensor, "q k a"], queries: Float[Tensor, "b h q e"]) -> Float[Tensor, "#b h q k"]:
-        """Bias of each head; ``gap`` is query minus key on each of ``a`` axes."""
+    def __call__(
+        self, gap: Int[Tensor, "q k a"], queries: Float[Tensor, "b h q e"], *, grid: tuple[int, int] | None
+    ) -> Float[Tensor, "#b h q k"]:
+        """Bias of each head; ``gap`` is query minus key on each of ``a`` axes, ``grid`` what the tokens make up."""
         ...
 
 
@@ -127,12 +129,14 @@ class Places:
         mask: True where a query may look; None: everywhere.
         gap: How far each query is beyond each key on each axis, for relative codes
             (:func:`plait.models.position.relative.gaps`).
+        grid: Rows and columns of the cells, for codes that are learned on one grid.
         turn: By how much queries and keys are turned (RoPE).
         bias: Added to the scores of all layers (T5 shares one table).
     """
 
     mask: Bool[Tensor, "#b #h #q k"] | None = None
     gap: Int[Tensor, "q k a"] | None = None
+    grid: tuple[int, int] | None = None
     turn: Turn | None = None
     bias: Float[Tensor, "#b h q k"] | None = None
 
@@ -237,7 +241,7 @@ class Attention(nn.Module):
         bias = places.bias
         if source is None:
             if self.relative is not None:  # before turning: a code that reads queries must not see absolute places
-                own = self.relative(_given(places.gap), q)
+                own = self.relative(_given(places.gap), q, grid=places.grid)
                 bias = own if bias is None else bias + own
             if places.turn is not None:
                 q, k = turned(q, places.turn), turned(k, places.turn)

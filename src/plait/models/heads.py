@@ -1,5 +1,6 @@
 """Small networks on top of an encoder."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,3 +34,23 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         """Project; the result is not normalized."""
         return self.layers(functional.rms_norm(features, features.shape[-1:]))
+
+
+class MaskedHead(nn.Module):
+    """BERT's head for masked tokens (https://arxiv.org/abs/1810.04805): linear, GELU, norm, then the embedding table.
+
+    Args:
+        d: Width of hidden states.
+        vocabulary: Token ids.
+        eps: Of the norm.
+    """
+
+    def __init__(self, d: int, vocabulary: int, *, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.dense = nn.Linear(d, d)
+        self.norm = nn.LayerNorm(d, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, hidden: Float[Tensor, "*b d"], table: Float[Tensor, "v d"]) -> Float[Tensor, "*b v"]:
+        """Scores of every token."""
+        return functional.linear(self.norm(functional.gelu(self.dense(hidden))), table, self.bias)

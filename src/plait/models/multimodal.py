@@ -1,31 +1,40 @@
 """``MultimodalLM``: encoders + connectors + a Hugging Face decoder, composed by passing modules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from plait.core.errors import DataError
+from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Output, Patches
 from plait.models.attention import causal_mask, positions
+from plait.models.crossattend import GatedCrossAttention, MediaView, install, latest_item
 from plait.models.output_head import float32_scores
 
 
 class MultimodalLM(nn.Module):
-    """A decoder that reads media: each placeholder is replaced by the connector's next token (arXiv 2304.08485).
+    """A decoder that reads media of any number of modalities.
 
-    Media come in the order in which their placeholders stand in the batch, row by row. One placeholder stands for
-    every modality, so a batch may hold one modality only (others in other batches).
+    Spliced in, each placeholder is replaced by the connector's next token (LLaVA, arXiv 2304.08485). Read inside, an
+    item has one placeholder, whose embedding is learned, and gated cross-attention layers look at the connector's
+    tokens (Flamingo, arXiv 2204.14198): each position at those of the latest item before it in its sample.
 
-    The placeholder is an id of the tokenizer beyond the decoder's vocabulary, so it has no embedding, and no decoder
-    can ever write it.
+    Media of a modality come in the order in which their placeholders stand in the batch, row by row.
+
+    Placeholders are ids of the tokenizer beyond the decoder's vocabulary, so they have no embedding, and no decoder can
+    ever write them.
 
     Args:
         encoders: One tower a modality.
         connectors: One connector a modality; reads what the tower of that name gives.
-        decoder: A causal language model of Hugging Face (its ``model`` and ``lm_head`` are called).
-        placeholder: Id that stands for one media token.
+        decoder: A causal language model of Hugging Face (its ``base_model`` and output embeddings are used).
+        placeholder: Id that stands for one media token; one for each modality where there are several.
+        reading: Cross-attention before each layer of the decoder, None where there is none; put in place here.
+        inside: The modality that they read; the others are spliced in.
+
+    Raises:
+        ConfigError: Modalities, connectors and placeholders do not fit together.
 
     Example:
         ``MultimodalLM(encoders={"image": tower}, connectors={"image": Mlp(1280, 768, 576)}, decoder=llama,
@@ -38,13 +47,52 @@ class MultimodalLM(nn.Module):
         connectors: Mapping[str, nn.Module],
         decoder: nn.Module,
         *,
-        placeholder: int,
+        placeholder: int | Mapping[str, int],
+        reading: Sequence[GatedCrossAttention | None] | None = None,
+        inside: str = "",
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.connectors = nn.ModuleDict(connectors)
         self.decoder = decoder
-        self.placeholder = placeholder
+        self.placeholders: dict[str, int] = (
+            dict(placeholder) if isinstance(placeholder, Mapping) else dict.fromkeys(connectors, placeholder)
+        )
+        self.inside = inside
+        self._check_parts(reading)
+        if reading is not None:
+            install(decoder, reading)
+            width: int = decoder.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            self.mark = nn.Parameter(torch.zeros(width))
+
+    def _check_parts(self, reading: Sequence[GatedCrossAttention | None] | None) -> None:
+        if set(self.placeholders) != set(self.connectors) or not set(self.encoders) <= set(self.connectors):
+            raise ConfigError(
+                f"encoders {sorted(self.encoders)}, connectors {sorted(self.connectors)}, placeholders "
+                f"{sorted(self.placeholders)}",
+                remedy="give every modality a connector and a placeholder",
+            )
+        if len(set(self.placeholders.values())) != len(self.placeholders):
+            raise ConfigError(
+                f"modalities share a placeholder: {self.placeholders}", remedy="give each modality an id of its own"
+            )
+        if (reading is not None) != bool(self.inside) or (self.inside and self.inside not in self.connectors):
+            raise ConfigError(
+                f"cross-attention layers {'are' if reading is not None else 'are not'} given, the modality they read "
+                f"is {self.inside!r}",
+                remedy="give both, and a modality that has a connector",
+            )
+
+    @property
+    def placeholder(self) -> int:
+        """The placeholder of the only modality, or of pictures."""
+        return self.placeholders["image"] if "image" in self.placeholders else next(iter(self.placeholders.values()))
+
+    def slots(self, modality: str, grid: Int[Tensor, "item 3"]) -> Int[Tensor, " item"]:
+        """The token account: placeholders that each item of these features has in the text."""
+        if modality == self.inside:
+            return torch.ones_like(grid[:, 0])
+        return self.connectors[modality].grid_out(grid).prod(1)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states everywhere; logits only where the next token is trained, in reading order."""
@@ -53,12 +101,14 @@ class MultimodalLM(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other."""
-        embedded = self.embed(batch)
-        out = self.decoder.model(  # pyright: ignore[reportCallIssue]
+        embedded, view = self.inputs(batch)
+        more = {} if view is None else {"media": view}
+        out = self.decoder.base_model(  # pyright: ignore[reportCallIssue]
             inputs_embeds=embedded,
             attention_mask=causal_mask(batch.segment_ids, embedded.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
+            **more,
         )
         return out.last_hidden_state
 
@@ -69,45 +119,66 @@ class MultimodalLM(nn.Module):
         return float32_scores(head, hidden)
 
     def embed(self, batch: Batch) -> Float[Tensor, "b t d"]:
-        """Word embeddings, with media tokens in place of the placeholders.
+        """Word embeddings, with media tokens in place of the placeholders; see :meth:`inputs`.
 
         Raises:
-            DataError: The batch has more than one modality, or the tokens of its media are not those its placeholders
-                stand for, item by item; says row, sample and both numbers.
+            ConfigError: Media are read by cross-attention, so embeddings alone are not all of the input.
         """
-        holes = batch.token_ids == self.placeholder
-        words = self.words(batch.token_ids.masked_fill(holes, 0))
-        media, item_row = self.media_tokens(batch)
-        _check_places(batch, holes, media=media, item_row=item_row)
-        return words.masked_scatter(holes[..., None], media.values.to(words.dtype))
+        if self.inside:
+            raise ConfigError(
+                f"{self.inside} is read inside the decoder", remedy="use inputs, and pass on both results"
+            )
+        return self.inputs(batch)[0]
+
+    def inputs(self, batch: Batch) -> tuple[Float[Tensor, "b t d"], MediaView | None]:
+        """What the decoder gets: embeddings with media in their places, and what its cross-attention looks at.
+
+        Raises:
+            DataError: A modality is unknown, or the tokens of media are not those their placeholders stand for, item by
+                item; says row, sample and both numbers.
+        """
+        unknown = set(batch.media) - set(self.connectors)
+        if unknown:
+            raise DataError(
+                f"the batch has {', '.join(sorted(unknown))}, this model reads {', '.join(sorted(self.connectors))}",
+                place=_some(batch.sample_ids),
+                remedy="leave those media out, or build the model with a connector for them",
+            )
+        holes = {modality: batch.token_ids == number for modality, number in self.placeholders.items()}
+        anywhere = torch.stack(list(holes.values())).any(0)
+        words = self.words(batch.token_ids.masked_fill(anywhere, 0))
+        view = None
+        for modality, places in holes.items():
+            media, item_row = self.media_tokens(batch, modality)
+            if modality == self.inside:
+                marks = Patches(values=self.mark.expand(len(media.grid), -1), grid=torch.ones_like(media.grid))
+                _check_places(batch, places, media=marks, item_row=item_row)
+                view = latest_item(media, item_row=item_row, marks=places, segment_ids=batch.segment_ids)
+                media = marks
+            else:
+                _check_places(batch, places, media=media, item_row=item_row)
+            words = words.masked_scatter(places[..., None], media.values.to(words.dtype))
+        return words, view
 
     def words(self, token_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """The decoder's own embeddings."""
         return self.decoder.get_input_embeddings()(token_ids)  # pyright: ignore[reportCallIssue]
 
-    def media_tokens(self, batch: Batch) -> tuple[Patches, Int[Tensor, " item"]]:
-        """The batch's media as decoder inputs, in the order in which the batch holds them, and the row of each item.
-
-        Raises:
-            DataError: The batch has more than one modality.
-        """
-        if len(batch.media) > 1:
-            raise DataError(
-                f"{len(batch.media)} modalities in one batch ({', '.join(batch.media)}); which of them a placeholder "
-                "stands for is not kept",
-                place=_some(batch.sample_ids),
-                remedy="put samples of one modality in a batch",
-            )
-        for modality, media in batch.media.items():
-            features = media if batch.encoded else self.encoders[modality](media)
-            connector = self.connectors[modality]
-            # Cached features are 16-bit; the connector, which is trained, may well be wider.
-            wide = next((p.dtype for p in connector.parameters() if p.is_floating_point()), features.values.dtype)
-            rows = batch.item_row.get(modality, features.grid.new_zeros(0))
-            return connector(Patches(values=features.values.to(wide), grid=features.grid)), rows
-        weight: Tensor = self.decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
-        none = batch.token_ids.new_zeros(0, 3)
-        return Patches(values=weight.new_zeros(0, weight.shape[1]), grid=none), none[:, 0]
+    def media_tokens(self, batch: Batch, modality: str) -> tuple[Patches, Int[Tensor, " item"]]:
+        """Media of one modality as the connector gives them, in the batch's order, and the row of each item."""
+        media = {str(name): found for name, found in batch.media.items()}.get(modality)
+        item_row = {str(name): found for name, found in batch.item_row.items()}.get(modality)
+        if media is None:
+            weight: Tensor = self.decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
+            none = batch.token_ids.new_zeros(0, 3)
+            width = int(self.connectors[modality].d_out)  # pyright: ignore[reportArgumentType]
+            return Patches(values=weight.new_zeros(0, width), grid=none), none[:, 0]
+        features = media if batch.encoded else self.encoders[modality](media)
+        connector = self.connectors[modality]
+        # Cached features are 16-bit; the connector, which is trained, may well be wider.
+        wide = next((p.dtype for p in connector.parameters() if p.is_floating_point()), features.values.dtype)
+        found = connector(Patches(values=features.values.to(wide), grid=features.grid))
+        return found, features.grid.new_zeros(0) if item_row is None else item_row
 
 
 def predicting(labels: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:

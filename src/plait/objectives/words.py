@@ -13,9 +13,9 @@ class WordTargets:
     """Cross-entropy of each mixed token with the word that stands there in the name, and of the name itself.
 
     ``-sum log softmax(scores)[target]`` over known words (term ``word``) and over pictures (term ``name``). The model
-    gives ``(b k word, b name)`` scores for a batch's pictures (:class:`plait.models.connector.WordReader`). Labels are
-    ``b k+1``: for each mixed token the row of its word, or ``IGNORE`` for a word that is not in the list; last, the row
-    of the name.
+    gives ``(b k word, b name)`` scores for a batch's pictures (:class:`plait.models.connectors.words.WordReader`).
+    Labels are ``b k+1``: for each mixed token the row of its word, or ``IGNORE`` for a word that is not in the list;
+    last, the row of the name.
 
     Args:
         smoothing: Share of each target spread over all words (arXiv 1512.00567).

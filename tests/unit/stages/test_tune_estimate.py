@@ -29,7 +29,8 @@ def test_importing_the_settings_loads_no_torch() -> None:
 def test_weights_are_those_of_connector_and_adapter(connect: Connect) -> None:
     import torch
 
-    from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords
+    from plait.models.connectors.projection import Chain, Mlp, PixelShuffle, Split
+    from plait.models.connectors.words import ToWords
     from plait.training.cost import SMOLLM2_135M, Lora
 
     shuffle, width = PixelShuffle(tune._IMAGE_WIDTH, 2), SMOLLM2_135M.d_model

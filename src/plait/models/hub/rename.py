@@ -21,12 +21,14 @@ class Rule:
         theirs: Names of theirs; several are joined along the first axis.
         shares: Relative sizes of several; equal where it is empty.
         transposed: Whether their matrices are stored as ``in out``, as GPT-2's are.
+        leading: Axes of length 1 that theirs have in front and ours have not; -1: ours have one more.
     """
 
     ours: str
     theirs: tuple[str, ...]
     shares: tuple[int, ...] = ()
     transposed: bool = False
+    leading: int = 0
 
 
 def to_ours(
@@ -55,6 +57,7 @@ def to_ours(
             continue
         rule, number, ours = match
         turned = value.T.contiguous() if rule.transposed and value.ndim == 2 else value
+        turned = turned[None] if rule.leading < 0 else turned.view(turned.shape[rule.leading :])
         if len(rule.theirs) == 1:
             found[ours] = turned
         else:
@@ -89,6 +92,7 @@ def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule], *, place: str 
         pieces = value.split([len(value) * share // sum(shares) for share in shares]) if len(shares) > 1 else [value]
         for pattern, piece in zip(rule.theirs, pieces, strict=True):
             turned = piece.T if rule.transposed and piece.ndim == 2 else piece
+            turned = turned[0] if rule.leading < 0 else turned.reshape([1] * rule.leading + list(turned.shape))
             found[_filled(pattern, bound)] = turned.contiguous()
     if unknown:
         raise CheckpointError(

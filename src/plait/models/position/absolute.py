@@ -136,6 +136,7 @@ class LearnedGrid(nn.Module):
         rows: Of the grid that is learned.
         columns: Likewise.
         d: Width.
+        prefix: Tokens before the cells that have a vector of their own, such as a class token's.
         antialias: Smooth when the grid shrinks, as SigLIP 2 does; ViT and DINOv2 do not.
         mode: How it is interpolated.
 
@@ -144,19 +145,21 @@ class LearnedGrid(nn.Module):
         torch.Size([160, 768])
     """
 
-    def __init__(self, rows: int, columns: int, d: int, *, antialias: bool = False, mode: str = "bicubic") -> None:
+    def __init__(
+        self, rows: int, columns: int, d: int, *, prefix: int = 0, antialias: bool = False, mode: str = "bicubic"
+    ) -> None:
         super().__init__()
-        self.grid, self.antialias, self.mode = (rows, columns), antialias, mode
-        self.table = nn.Parameter(torch.empty(rows * columns, d))
+        self.grid, self.prefix, self.antialias, self.mode = (rows, columns), prefix, antialias, mode
+        self.table = nn.Parameter(torch.empty(prefix + rows * columns, d))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
-        """Codes of the cells; of the learned grid itself, the table as it is."""
+        """Codes of the prefix and the cells; of the learned grid itself, the table as it is."""
         if (rows, columns) == self.grid:
             return self.table
-        cells = self.table.view(*self.grid, -1).permute(2, 0, 1)[None]
+        cells = self.table[self.prefix :].view(*self.grid, -1).permute(2, 0, 1)[None]
         cells = _interpolate(cells, (rows, columns), mode=self.mode, antialias=self.antialias)
-        return cells[0].permute(1, 2, 0).flatten(0, 1)
+        return torch.cat([self.table[: self.prefix], cells[0].permute(1, 2, 0).flatten(0, 1)])
 
 
 class LearnedRowColumn(nn.Module):

@@ -1,7 +1,8 @@
 """Relative position codes: what the scores of attention gain from how far a key is from its query.
 
-All are called with the gaps between places (query minus key, one number an axis) and the queries, and give what is
-added to the scores, so that any of them can stand in any :class:`~plait.models.attention.Attention`.
+All are called with the gaps between places (query minus key, one number an axis), the queries and the grid that the
+tokens make up, and give what is added to the scores: any of them can stand in any
+:class:`~plait.models.attention.Attention`.
 """
 
 import math
@@ -53,7 +54,9 @@ class BucketBias(nn.Module):
         found = torch.where(distance < exact, distance, (exact + beyond.long()).clamp(max=half - 1))
         return found + half * (gap < 0) if self.both_ways else found
 
-    def forward(self, gap: Int[Tensor, "q k 1"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
+    def forward(
+        self, gap: Int[Tensor, "q k 1"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
         return self.table[self.bucket(gap[..., 0])].permute(2, 0, 1)[None]
 
@@ -62,11 +65,11 @@ class GridBias(nn.Module):
     """A learned number for each head and each offset of row and column: Swin's (https://arxiv.org/abs/2103.14030).
 
     With a class token it is BEiT's (https://arxiv.org/abs/2106.08254): three more numbers for attention from it, to it
-    and to itself; the class token comes first. The table of another grid is interpolated from it (:meth:`resized`).
+    and to itself; the class token comes first. For another grid offsets are interpolated bilinearly, as BEiT's are.
 
     Args:
         heads: Of the attention.
-        rows: Of the window or grid.
+        rows: Of the window or grid that is learned.
         columns: Likewise.
         class_token: Whether the first token is no cell.
     """
@@ -77,44 +80,54 @@ class GridBias(nn.Module):
         self.table = nn.Parameter(torch.empty((2 * rows - 1) * (2 * columns - 1) + 3 * class_token, heads))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def index(self, gap: Int[Tensor, "q k 2"]) -> Int[Tensor, "q k"]:
-        """Row of the table for each pair of tokens; the length of the table where the gap is none of this grid."""
-        rows, columns = self.grid
+    def index(self, gap: Int[Tensor, "q k 2"], grid: tuple[int, int]) -> Int[Tensor, "q k"]:
+        """Row of the table of a grid for each pair of tokens; the length of the table where it has no such gap."""
+        rows, columns = grid
         found = (gap[..., 0] + rows - 1) * (2 * columns - 1) + gap[..., 1] + columns - 1
         inside = (gap[..., 0].abs() < rows) & (gap[..., 1].abs() < columns)
-        found = torch.where(inside, found, len(self.table))  # else a long row would be read as a step down
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        found = torch.where(inside, found, offsets + 3 * self.class_token)  # else a long row would read as a step down
         if self.class_token:
-            cells = (2 * rows - 1) * (2 * columns - 1)
-            found[0, :], found[:, 0], found[0, 0] = cells, cells + 1, cells + 2
+            found[0, :], found[:, 0], found[0, 0] = offsets, offsets + 1, offsets + 2
         return found
 
-    def forward(self, gap: Int[Tensor, "q k 2"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
-        """Bias of each head.
+    def forward(
+        self, gap: Int[Tensor, "q k 2"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "1 h q k"]:
+        """Bias of each head; ``grid`` is the learned one unless given.
 
         Raises:
             DataError: A gap is wider than the grid (on a GPU: torch's assertion, later).
         """
-        index = self.index(gap)
+        grid = grid or self.grid
+        index = self.index(gap, grid)
         try:
-            found = self.table[index.flatten()]
+            found = self.table_of(*grid)[index.flatten()]
         except IndexError as error:
             side = " x ".join(str(1 + int(n)) for n in gap.abs().amax((0, 1)))
             raise DataError(
-                f"tokens of a grid of {side}, a bias for {self.grid[0]} x {self.grid[1]}",
+                f"tokens of a grid of {side}, a bias for {grid[0]} x {grid[1]}",
                 place="relative bias",
-                remedy="make the bias of that grid with resized()",
+                remedy="say the tokens' grid (Places.grid), or make the bias of that grid with resized()",
             ) from error
-        return found.view(*index.shape, -1).permute(2, 0, 1)[None]
+        # Laid out as scores are: every row of a batch reads it.
+        return found.view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
+
+    def table_of(self, rows: int, columns: int) -> Float[Tensor, "n h"]:
+        """The table of a grid, interpolated unless it is the learned one."""
+        if (rows, columns) == self.grid:
+            return self.table
+        old = [2 * side - 1 for side in self.grid]
+        offsets, rest = self.table[: old[0] * old[1]], self.table[old[0] * old[1] :]
+        cells = offsets.view(*old, -1).permute(2, 0, 1)[None].float()
+        cells = functional.interpolate(cells, size=(2 * rows - 1, 2 * columns - 1), mode="bilinear").to(self.table)
+        return torch.cat([cells[0].permute(1, 2, 0).flatten(0, 1), rest])
 
     def resized(self, rows: int, columns: int) -> "GridBias":
-        """The same bias for another grid: offsets are interpolated bilinearly, as BEiT's are in Hugging Face."""
+        """A bias whose learned grid is another one."""
         new = GridBias(self.table.shape[1], rows, columns, class_token=self.class_token).to(self.table)
-        old = [2 * side - 1 for side in self.grid]
-        cells = self.table[: old[0] * old[1]].view(*old, -1).permute(2, 0, 1)[None]
-        size = (2 * rows - 1, 2 * columns - 1)
-        cells = functional.interpolate(cells.float(), size=size, mode="bilinear").to(self.table)
         with torch.no_grad():
-            new.table.copy_(torch.cat([cells[0].permute(1, 2, 0).flatten(0, 1), self.table[old[0] * old[1] :]]))
+            new.table.copy_(self.table_of(rows, columns))
         return new
 
 
@@ -135,7 +148,9 @@ class LinearBias(nn.Module):
         slope = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
         self.register_buffer("slope", slope.float(), persistent=False)
 
-    def forward(self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None) -> Float[Tensor, "1 h q k"]:
+    def forward(
+        self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
         return -self.slope[None, :, None, None] * gap.abs().sum(-1)
 
@@ -159,7 +174,9 @@ class KeyOffsets(nn.Module):
         self.table = nn.Parameter(torch.empty(2 * furthest + 1, d_head))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, gap: Int[Tensor, "q k 1"], queries: Float[Tensor, "b h q e"]) -> Float[Tensor, "b h q k"]:
+    def forward(
+        self, gap: Int[Tensor, "q k 1"], queries: Float[Tensor, "b h q e"], *, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b h q k"]:
         """Bias of each head; depends on the queries."""
         row = gap[..., 0].clamp(-self.furthest, self.furthest) + self.furthest
         scores = queries @ self.table.T / math.sqrt(self.table.shape[1])

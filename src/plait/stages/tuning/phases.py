@@ -36,7 +36,7 @@ from plait.data.sources import rank
 from plait.data.word_batches import WordBatches, WordList
 from plait.evaluation.asking import show_answers
 from plait.inference.build import build_engine
-from plait.models.connector import WordReader, shape_of
+from plait.models.connectors.words import WordReader, shape_of
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.stage import named_setting

@@ -78,6 +78,7 @@ def test_a_grid_bias_reads_its_own_offsets_only() -> None:
     wider = torch.cartesian_prod(torch.arange(2), torch.arange(4))
     with pytest.raises(DataError, match="grid of 2 x 4, a bias for 2 x 3"):
         code(gaps(wider, wider))
+    assert torch.equal(code(gaps(wider, wider), grid=(2, 4)), code.resized(2, 4)(gaps(wider, wider)))
 
 
 @pytest.mark.row("S0-11")

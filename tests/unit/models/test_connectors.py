@@ -5,7 +5,8 @@ import torch
 
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
-from plait.models.connector import Chain, Mlp, PixelShuffle, Split, ToWords, WordReader, shape_of
+from plait.models.connectors.projection import Chain, Mlp, PixelShuffle, Split
+from plait.models.connectors.words import ToWords, WordReader, shape_of
 
 
 def media(*grids: tuple[int, int, int], d: int = 2) -> Patches:

@@ -1,0 +1,135 @@
+"""Projection connectors: every token of a tower to the decoder's width, neighbors joined before or split after."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from plait.core.protocols import Encoder
+from plait.core.tensors import Patches
+
+
+class PixelShuffle(nn.Module):
+    """Join ``factor x factor`` neighboring cells into one, their features side by side: fewer, wider tokens.
+
+    The order inside a joined cell is raster; a grid that ``factor`` does not divide is padded with zeros below and to
+    the right. Idea: space-to-depth (arXiv 1609.05158, read backwards).
+
+    Example:
+        A 4 x 4 grid of 1,280 features with factor 2 becomes 2 x 2 of 5,120.
+    """
+
+    def __init__(self, d_in: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.d_out = d_in * factor * factor
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Rows and columns divided by the factor, rounded up."""
+        return torch.stack([grid[:, 0], -(-grid[:, 1] // self.factor), -(-grid[:, 2] // self.factor)], dim=1)
+
+    def forward(self, media: Patches) -> Patches:
+        """Join cells."""
+        sizes = media.grid.prod(1).tolist()
+        items = [
+            self._join(values.view(*grid, -1))
+            for values, grid in zip(media.values.split(sizes), media.grid.tolist(), strict=True)
+        ]
+        return Patches(values=torch.cat(items), grid=self.grid_out(media.grid))
+
+    def _join(self, cells: Float[Tensor, "frames rows columns d"]) -> Float[Tensor, "m e"]:
+        f = self.factor
+        _, rows, columns, d = cells.shape
+        cells = nn.functional.pad(cells, (0, 0, 0, -columns % f, 0, -rows % f))
+        cells = cells.unflatten(2, (-1, f)).unflatten(1, (-1, f))  # frames rows f columns f d
+        return cells.permute(0, 1, 3, 2, 4, 5).reshape(-1, f * f * d)
+
+
+class Linear(nn.Module):
+    """One linear layer, the connector of LLaVA (arXiv 2304.08485).
+
+    Example:
+        >>> sum(p.numel() for p in Linear(1024, 4096).parameters())
+        4198400
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.d_out = d_out
+        self.linear = nn.Linear(d_in, d_out)
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Unchanged: one token a cell."""
+        return grid
+
+    def forward(self, media: Patches) -> Patches:
+        """Project every cell."""
+        return Patches(values=self.linear(media.values), grid=media.grid)
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between, the connector of LLaVA-1.5 (arXiv 2310.03744), with a norm in front and dropout.
+
+    The norm is ours: features of a convolutional tower are not normalized, and their scale differs between towers.
+    Without it this is LLaVA-1.5's.
+
+    Example:
+        >>> sum(p.numel() for p in Mlp(1024, 4096, 4096, norm=False).parameters())
+        20979712
+    """
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int, *, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.d_out = d_out
+        self.norm = nn.LayerNorm(d_in) if norm else nn.Identity()
+        self.up = nn.Linear(d_in, d_hidden)
+        self.down = nn.Linear(d_hidden, d_out)
+        self.dropout = nn.Dropout(dropout)
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Unchanged: one token a cell."""
+        return grid
+
+    def forward(self, media: Patches) -> Patches:
+        """Project every cell."""
+        hidden = nn.functional.gelu(self.up(self.dropout(self.norm(media.values))))
+        return Patches(values=self.down(self.dropout(hidden)), grid=media.grid)
+
+
+class Split(nn.Module):
+    """One wide token into ``count`` narrow ones, in order: the inverse of joining."""
+
+    def __init__(self, d_in: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.d_out = d_in // count
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """``count`` times as many columns."""
+        return grid * grid.new_tensor([1, 1, self.count])
+
+    def forward(self, media: Patches) -> Patches:
+        """Split."""
+        return Patches(values=media.values.reshape(-1, self.d_out), grid=self.grid_out(media.grid))
+
+
+class Chain(nn.Module):
+    """Connectors one after the other; has the same face."""
+
+    def __init__(self, *parts: Encoder) -> None:
+        super().__init__()
+        self.parts: Sequence[Encoder] = nn.ModuleList(parts)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        self.d_out = parts[-1].d_out
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Through all parts."""
+        for part in self.parts:
+            grid = part.grid_out(grid)
+        return grid
+
+    def forward(self, media: Patches) -> Patches:
+        """Through all parts."""
+        for part in self.parts:
+            media = part(media)
+        return media

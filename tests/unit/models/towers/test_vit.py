@@ -1,0 +1,131 @@
+"""The vision transformer: patches, positions, pictures of any size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.core.errors import ConfigError, DataError
+from plait.core.protocols import Encoder
+from plait.core.tensors import Patches
+from plait.models.towers.vit import (
+    PatchEmbedding,
+    VisionTransformer,
+    ViTSizes,
+    patches_of,
+    pixels_of,
+)
+from plait.models.transformer import TransformerSizes
+
+TINY = ViTSizes(transformer=TransformerSizes(d=16, depth=2, heads=2, d_ff=24), patch=4, grid=(3, 3))
+KINDS = {
+    "learned": TINY,
+    "sincos": replace(TINY, position="sincos"),
+    "row_column": replace(TINY, position="row_column"),
+    "rope": replace(TINY, position="none", relative="rope"),
+    "rope_unit": replace(TINY, position="none", relative="rope_unit", registers=2),
+    "grid_bias": replace(TINY, position="none", relative="grid_bias"),
+    "alibi": replace(TINY, position="none", relative="alibi"),
+    "hybrid": replace(TINY, position="sincos", relative="grid_bias", class_token=False, pool="mean"),
+}
+
+
+def tower(sizes: ViTSizes, seed: int = 0) -> VisionTransformer:
+    torch.manual_seed(seed)
+    made = VisionTransformer(sizes).eval()
+    with torch.no_grad():
+        for weight in made.parameters():  # tokens and tables too, so that every code shows
+            weight.add_(torch.randn_like(weight) * 0.3)
+    return made
+
+
+def ragged(*pictures: torch.Tensor) -> Patches:
+    """Pictures of ``h w 3``."""
+    values = torch.cat([p.reshape(-1, 3) for p in pictures])
+    return Patches(values=values, grid=torch.tensor([[1, *p.shape[:2]] for p in pictures]))
+
+
+@pytest.mark.row("S2-02")
+def test_unfolding_equals_convolving_and_patches_are_row_major() -> None:
+    torch.manual_seed(0)
+    conv, unfold = PatchEmbedding(4, 8, unfold=False), PatchEmbedding(4, 8)
+    unfold.load_state_dict(conv.state_dict())
+    pixels = torch.rand(2, 3, 12, 20)
+    torch.testing.assert_close(unfold(pixels), conv(pixels), atol=1e-6, rtol=1e-5)
+    picture = pixels.permute(0, 2, 3, 1)
+    cut = patches_of(picture, 4)
+    assert torch.equal(cut[0, 6], picture[0, 4:8, 4:8].flatten())  # of 5 patches a row, the second of the second row
+    assert torch.equal(pixels_of(cut, 4, rows=3), picture)
+
+
+@pytest.mark.row("S2-02")
+def test_pixels_that_make_no_whole_patch() -> None:
+    pixels = torch.rand(1, 3, 10, 13)
+    pad, crop, refuse = (tower(replace(TINY, remainder=how)) for how in ("pad", "crop", "error"))
+    grid = torch.tensor([[1, 10, 13]])
+    assert pad.grid_out(grid).tolist() == [[1, 3, 4]]
+    assert crop.grid_out(grid).tolist() == [[1, 2, 3]]
+    gray = torch.full((1, 3, 12, 16), 0.5)  # the mean color
+    gray[:, :, :10, :13] = pixels
+    torch.testing.assert_close(pad.features(pixels), pad.features(gray))
+    torch.testing.assert_close(crop.features(pixels), crop.features(pixels[:, :, :8, :12]))
+    with pytest.raises(DataError, match="10 x 13 pixels does not split into patches of 4 x 4"):
+        refuse.features(pixels)
+    with pytest.raises(DataError, match="2 x 13"):
+        crop.features(pixels[:, :, :2])
+
+
+@pytest.mark.row("S2-03")
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+def test_order_of_patches_counts_only_with_positions(kind: str) -> None:
+    sizes = KINDS.get(kind, replace(TINY, position="none"))
+    made = tower(sizes)
+    patches = patches_of(torch.rand(1, 12, 12, 3), 4)
+    shuffled = patches[:, torch.randperm(9)]
+    pooled = [made.pooled(pixels_of(p, 4, rows=3).permute(0, 3, 1, 2)) for p in (patches, shuffled)]
+    assert torch.allclose(*pooled, atol=1e-5) == (kind == "none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None)
+@given(sides=st.lists(st.tuples(st.integers(1, 17), st.integers(1, 17)), min_size=1, max_size=5))
+def test_mixed_sizes_are_what_each_gives_alone(kind: str, sides: list[tuple[int, int]]) -> None:
+    made = tower(KINDS[kind])
+    assert isinstance(made, Encoder)
+    pictures = [torch.rand(*side, 3) for side in sides]
+    together = made(ragged(*pictures))
+    assert torch.equal(together.grid, made.grid_out(torch.tensor([[1, *side] for side in sides])))
+    alone = torch.cat([made(ragged(p)).values for p in pictures])
+    torch.testing.assert_close(together.values, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.row("S0-12")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_learns(kind: str) -> None:
+    made = tower(replace(KINDS[kind], num_classes=3)).train()
+    made.logits(torch.rand(2, 3, 16, 8)).square().sum().backward()  # not the learned grid: interpolation has gradients
+    idle = [name for name, p in made.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_nothing_and_wrong_input() -> None:
+    made = tower(TINY)
+    none = made(Patches(values=torch.zeros(0, 3), grid=torch.zeros(0, 3, dtype=torch.long)))
+    assert none.values.shape == (0, 16)
+    with pytest.raises(DataError, match=r"counts 16 RGB pixels, came \(15, 3\)"):
+        made(Patches(values=torch.zeros(15, 3), grid=torch.tensor([[1, 4, 4]])))
+    with pytest.raises(ConfigError, match="no class token"):
+        VisionTransformer(replace(TINY, class_token=False))
+    with pytest.raises(ConfigError, match="no classifier"):
+        made.logits(torch.rand(1, 3, 4, 4))
+
+
+def test_attention_maps_and_bfloat16() -> None:
+    made = tower(TINY)
+    weights: list[torch.Tensor] = []
+    made.tokens(torch.rand(2, 3, 12, 12), weights=weights)
+    assert [w.shape for w in weights] == [(2, 2, 10, 10)] * 2
+    torch.testing.assert_close(weights[1].sum(-1), torch.ones(2, 2, 10))
+    assert made.bfloat16().features(torch.rand(1, 3, 12, 12)).dtype == torch.bfloat16
