@@ -17,7 +17,7 @@ from plait.models.position.rotary import Turn, turned
 
 Backend = Literal["sdpa", "reference", "chunked"]
 """``sdpa`` is torch's fused one; ``reference`` keeps the whole matrix and can return it; ``chunked`` goes over the keys
-in pieces with a running softmax (https://arxiv.org/abs/1805.02867), so that memory does not grow with their square."""
+in pieces with a running softmax (https://arxiv.org/abs/1805.02867), without gradients in memory linear in the keys."""
 
 
 class Attended(NamedTuple):
@@ -108,7 +108,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, *, added: Tensor | None, size: int
         total = total * shrink + weights.sum(-1, keepdim=True)
         out = out * shrink + weights @ v[..., at : at + size, :].to(wide)
         most = peak
-    return (out / total).to(v.dtype)
+    return (out / total.clamp(min=torch.finfo(wide).tiny)).to(v.dtype)  # 0 where there are no keys
 
 
 class Bias(Protocol):
@@ -159,7 +159,7 @@ class AttentionSizes:
         out_bias: Whether the output projection has one.
         scale: Factor on the scores; 0: ``1 / sqrt(d_head)``.
         dropout: Share of weights dropped while training.
-        qk_norm: RMS-normalize each head's queries and keys first (https://arxiv.org/abs/2302.05442).
+        qk_norm: RMS-normalize each head's queries and keys first, as Qwen3 does (https://arxiv.org/abs/2505.09388).
     """
 
     d: int
@@ -258,6 +258,12 @@ class Attention(nn.Module):
         return Attended(self.out(values.transpose(1, 2).flatten(2)), weights)
 
     def _project(self, x: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if (source is not None) != bool(self.sizes.d_source):
+            built = "cross" if self.sizes.d_source else "self"
+            raise ConfigError(
+                f"this is {built}-attention, {'no' if source is None else 'a'} source came",
+                remedy="set d_source for cross-attention, and give the source",
+            )
         if source is None:
             joined = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.d_head)).transpose(1, 2)
             q, k, v = joined.split([self.heads, self.kv_heads, self.kv_heads], dim=1)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plait.core.errors import ConfigError
 from plait.models.attention import ANYWHERE, Attention, AttentionSizes, Backend, Places
 
 Norm = Literal["layer", "rms"]
@@ -326,7 +327,12 @@ class Transformer(nn.Module):
             weights: If given, attention weights ``b h q k`` of every block are appended to it.
             hidden: If given, what goes into each block is appended to it.
             routed: If given, what each mixture of experts did is appended to it.
+
+        Raises:
+            ConfigError: A source came, and there is no cross-attention.
         """
+        if source is not None and not self.sizes.d_source:
+            raise ConfigError("a source came, but these blocks have no cross-attention", remedy="set d_source")
         for block in self.blocks:
             if hidden is not None:
                 hidden.append(x)

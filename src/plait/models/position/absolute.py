@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
+from plait.models.fixed import Fixed
 
 
 def sincos(
@@ -37,7 +38,7 @@ def frequencies(d: int, *, base: float = 10_000.0) -> Float[Tensor, " f"]:
     """
     if d % 2:
         raise ConfigError(f"sines and cosines need an even width, came {d}", remedy="choose an even width")
-    return base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    return base ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)
 
 
 class SinCosSequence(nn.Module):
@@ -53,16 +54,19 @@ class SinCosSequence(nn.Module):
         torch.Size([10, 64])
     """
 
-    frequency: Tensor
-
     def __init__(self, d: int, *, base: float = 10_000.0, interleaved: bool = True) -> None:
         super().__init__()
         self.interleaved = interleaved
-        self.register_buffer("frequency", frequencies(d, base=base), persistent=False)
+        self._frequency = Fixed(frequencies(d, base=base))
+
+    @property
+    def frequency(self) -> Float[Tensor, " f"]:
+        """Radians a step of each pair."""
+        return self._frequency.values
 
     def forward(self, length: int) -> Float[Tensor, "t d"]:
-        """Codes of positions 0 to ``length - 1``, in float32."""
-        at = torch.arange(length, dtype=self.frequency.dtype, device=self.frequency.device)
+        """Codes of positions 0 to ``length - 1``, computed in float64, given in float32, on the CPU."""
+        at = torch.arange(length, dtype=torch.float64, device="cpu")
         return sincos(at, self.frequency, interleaved=self.interleaved).float()
 
 
@@ -76,18 +80,16 @@ class SinCosGrid(nn.Module):
         base: As in 1-D.
     """
 
-    frequency: Tensor
-
     def __init__(self, d: int, *, base: float = 10_000.0) -> None:
         super().__init__()
         if d % 4:
             raise ConfigError(f"a 2-D code needs a width that 4 divides, came {d}", remedy="choose such a width")
-        self.register_buffer("frequency", frequencies(d // 2, base=base), persistent=False)
+        self._frequency = Fixed(frequencies(d // 2, base=base))
 
     def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
-        """Codes of the cells, in float32."""
+        """Codes of the cells, computed in float64, given in float32, on the CPU."""
         down, right = (
-            sincos(torch.arange(n, dtype=self.frequency.dtype, device=self.frequency.device), self.frequency).float()
+            sincos(torch.arange(n, dtype=torch.float64, device="cpu"), self._frequency.values).float()
             for n in (rows, columns)
         )
         cells = (rows, columns, -1)

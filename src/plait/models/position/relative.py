@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
+from plait.models.fixed import Fixed
 
 
 def gaps(query_at: Int[Tensor, "q a"], key_at: Int[Tensor, "k a"]) -> Int[Tensor, "q k a"]:
@@ -141,18 +142,21 @@ class LinearBias(nn.Module):
         heads: Of the attention.
     """
 
-    slope: Tensor
-
     def __init__(self, heads: int) -> None:
         super().__init__()
-        slope = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
-        self.register_buffer("slope", slope.float(), persistent=False)
+        slope = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
+        self._slope = Fixed(slope.float())
+
+    @property
+    def slope(self) -> Float[Tensor, " h"]:
+        """How fast scores of each head fall."""
+        return self._slope.values
 
     def forward(
         self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
-        return -self.slope[None, :, None, None] * gap.abs().sum(-1)
+        return -self._slope.on(gap.device)[None, :, None, None] * gap.abs().sum(-1)
 
 
 class KeyOffsets(nn.Module):

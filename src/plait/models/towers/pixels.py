@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from plait.core.errors import DataError
 from plait.core.tensors import Patches
+from plait.models.fixed import Fixed
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,17 +29,23 @@ class Normalize(nn.Module):
         [1.0]
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self._mean, self._std = (Fixed(torch.tensor(x, device="cpu").view(-1, 1, 1)) for x in (mean, std))
+
+    @property
+    def mean(self) -> Float[Tensor, "c 1 1"]:
+        """Of each channel."""
+        return self._mean.values
+
+    @property
+    def std(self) -> Float[Tensor, "c 1 1"]:
+        """Of each channel."""
+        return self._std.values
 
     def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalize."""
-        return (pixels - self.mean) / self.std
+        return (pixels - self._mean.on(pixels.device)) / self._std.on(pixels.device)
 
 
 def by_size(
@@ -68,6 +75,12 @@ def by_size(
             f"the grid of {len(media.grid)} pictures counts {starts[-1]} RGB pixels, came {tuple(media.values.shape)}",
             place=f"{name or 'picture tower'} input",
             remedy="give raw pixels, one row a pixel, and the grid of each picture",
+        )
+    if not media.values.is_floating_point():
+        raise DataError(
+            f"pixels are {str(media.values.dtype).removeprefix('torch.')}, expected numbers in 0..1",
+            place=f"{name or 'picture tower'} input",
+            remedy="divide by 255",
         )
     members: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, size in enumerate(sizes):

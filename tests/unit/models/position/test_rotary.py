@@ -125,3 +125,12 @@ def test_widths_that_cannot_be_turned(make: Callable[[int], Rotary]) -> None:
         make(6)
     with pytest.raises(ConfigError, match="5 dimensions"):
         Rotary.sequence(5)
+
+
+def test_rotation_does_not_follow_the_weights_number_format_and_survives_meta() -> None:
+    at = torch.tensor([[4000.0]])
+    wanted = Rotary.sequence(64)(at)
+    with torch.device("meta"):
+        built = Rotary.sequence(64)
+    for rotary in (Rotary.sequence(64).bfloat16(), built.to_empty(device="cpu").half()):
+        assert torch.equal(rotary(at).cos, wanted.cos)
