@@ -1,7 +1,7 @@
 """Bilinear pooling: every number of one modality times every number of the other; in full, and with few parameters.
 
-Products of all orders need a 1 appended to each modality, as in tensor fusion (https://arxiv.org/abs/1707.07250); then an
-absent one leaves the terms of the others, and does not turn the product to 0. In low-rank forms its factor is 1.
+Products of all orders need a 1 appended to each modality, as in tensor fusion (https://arxiv.org/abs/1707.07250); then
+an absent one leaves the terms of the others, and does not turn the product to 0. In MLB and MFB its factor is 1.
 """
 
 import math
@@ -189,7 +189,10 @@ def product_of(factors: Mapping[str, Float[Tensor, "b r"]], there: Bool[Tensor, 
     return reduce(torch.mul, [factor.where(there[:, i, None], 1.0) for i, factor in enumerate(factors.values())])
 
 
-def power_normalized(x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-    """``sign(x) sqrt|x|``, then length 1; the gradient at 0 is 0, not infinite."""
-    safe = x.abs().where(x != 0, 1.0).sqrt()
-    return functional.normalize((x.sign() * safe).where(x != 0, 0.0), dim=-1)
+def power_normalized(x: Float[Tensor, "b d"], *, eps: float = 1e-6) -> Float[Tensor, "b d"]:
+    """``sign(x) sqrt|x|``, then length 1.
+
+    Computed as ``x / sqrt(|x| + eps)``: the root alone has an infinite slope at 0, where what is left of an FFT's
+    rounding would become the largest gradient of all.
+    """
+    return functional.normalize(x / (x.abs() + eps).sqrt(), dim=-1)

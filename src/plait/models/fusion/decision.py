@@ -44,7 +44,7 @@ def product(
     present: Bool[Tensor, "m b"],
     *,
     weights: Float[Tensor, " m"] | None = None,
-    prior: Float[Tensor, " c"] | None = None,
+    prior: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, "b c"]:
     """``prod_m p_m^{w_m}``, normalized: product of experts (Hinton 2002), or with weights the logarithmic opinion pool.
 

@@ -70,7 +70,7 @@ def nearest(nodes: Float[Tensor, "b n d"], there: Bool[Tensor, "b n"], *, k: int
     return found | found.mT
 
 
-def given(edges: Sequence[Int[Tensor, "e 2"]], there: Bool[Tensor, "b n"], *, both_ways: bool = True) -> Hears:
+def from_edges(edges: Sequence[Int[Tensor, "e 2"]], there: Bool[Tensor, "b n"], *, both_ways: bool = True) -> Hears:
     """A graph that is known, as from a parser, a detector or a scene graph.
 
     Args:
