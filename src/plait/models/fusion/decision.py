@@ -196,8 +196,11 @@ class DecisionFusion(nn.Module):
         """Set each modality's temperature by samples held out from its training; returns them.
 
         Raises:
+            ConfigError: Called while training: dropout would look like doubt.
             DataError: A modality is present in no sample.
         """
+        if self.training:
+            raise ConfigError("temperatures are fitted to decisions without dropout", remedy="call eval() first")
         there = presence(inputs, self.names)
         for i, (name, scores) in enumerate(zip(self.names, self.decisions(inputs), strict=True)):
             if not there[:, i].any():

@@ -123,8 +123,11 @@ def search(
     """
     speed = speed or SearchSpeed()
     weights = [p for p in model.parameters() if p is not searched.choice and p.requires_grad]
-    if not any(p is searched.choice for p in model.parameters()):
-        raise ConfigError("the fusion that is searched is not in the model", remedy="pass the model that contains it")
+    if not weights or not any(p is searched.choice for p in model.parameters()):
+        raise ConfigError(
+            "the fusion that is searched is not in the model, or the model has no weights beside it",
+            remedy="pass the model that contains it, with weights that may be trained",
+        )
     fast, slow = torch.optim.Adam(weights, lr=speed.weights), torch.optim.Adam([searched.choice], lr=speed.shares)
     log: list[SearchStep] = []
     for step in range(steps):

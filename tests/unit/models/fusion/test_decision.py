@@ -135,6 +135,9 @@ def test_calibration_finds_the_temperature_that_was_hidden() -> None:
     fuse = DecisionFusion({name: Classifier(Pool(), nn.Identity()) for name in inputs}, 4, rule=product)
     loss = lambda: nn.functional.nll_loss(fuse(only(inputs, ["a"])).values, labels).item()  # noqa: E731
     before = loss()
+    with pytest.raises(ConfigError, match="without dropout"):
+        fuse.calibrate(inputs, labels)
+    fuse.eval()
     found = fuse.calibrate(inputs, labels)
     assert found == {"a": pytest.approx(3, rel=0.05), "b": pytest.approx(0.5, rel=0.05)}
     assert loss() < before - 0.1
