@@ -127,11 +127,11 @@ def test_classifiers_of_other_classes_are_named() -> None:
 
 def test_calibration_finds_the_temperature_that_was_hidden() -> None:
     torch.manual_seed(0)
-    logits = 2 * torch.randn(20_000, 4)
+    logits = 2 * torch.randn(10_000, 4)
     labels = torch.distributions.Categorical(logits=logits).sample()
     assert math.isclose(fit_temperature(logits * 3, labels), 3, rel_tol=0.05)  # too sure by 3
     assert fit_temperature(logits * 1e4, labels) == pytest.approx(100, rel=1e-3)  # the bound
-    inputs = {"a": vector(logits * 3), "b": vector(logits * 0.5, torch.arange(20_000) % 2 == 0)}
+    inputs = {"a": vector(logits * 3), "b": vector(logits * 0.5, torch.arange(10_000) % 2 == 0)}
     fuse = DecisionFusion({name: Classifier(Pool(), nn.Identity()) for name in inputs}, 4, rule=product)
     loss = lambda: nn.functional.nll_loss(fuse(only(inputs, ["a"])).values, labels).item()  # noqa: E731
     before = loss()
@@ -142,5 +142,5 @@ def test_calibration_finds_the_temperature_that_was_hidden() -> None:
     assert found == {"a": pytest.approx(3, rel=0.05), "b": pytest.approx(0.5, rel=0.05)}
     assert loss() < before - 0.1
     assert fuse.state_dict()["temperatures"].tolist() == pytest.approx([3, 0.5], rel=0.05)
-    with pytest.raises(DataError, match="b is present in none of 20000 samples"):
+    with pytest.raises(DataError, match="b is present in none of 10000 samples"):
         fuse.calibrate(only(inputs, ["a"]), labels)

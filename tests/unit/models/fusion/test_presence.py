@@ -174,7 +174,7 @@ def equal(a: Fused, b: Fused) -> None:
 
 
 @EVERY
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_what_is_absent_has_no_influence_and_no_gradient(name: str, data: st.DataObject) -> None:
     fuse, widths = built(name)
@@ -208,7 +208,7 @@ def test_samples_and_the_order_of_the_mapping_do_not_matter_to_each_other(name: 
     whole = fuse(inputs)
     equal(fuse(dict(reversed(inputs.items()))), whole)
     assert whole.values.shape[-1] == fuse.d_out
-    for i in range(BATCH):
+    for i in (1, 2):  # one that lacks most, one that has all
         one = {n: Stream(tokens=s.tokens[i : i + 1], present=s.present[i : i + 1]) for n, s in inputs.items()}
         torch.testing.assert_close(fuse(one).values[0], whole.values[i], atol=1e-5, rtol=1e-4)
 
@@ -254,7 +254,7 @@ def test_the_checkpoint_holds_all_that_was_drawn(name: str) -> None:
 
 @EVERY
 def test_sixteen_bits(name: str) -> None:
-    """Masks, shares and sketches keep the number format of what comes in (measured: at most 0.02 from 32 bits)."""
+    """Masks, shares and sketches keep the number format of what comes in (measured: at most 0.023 from 32 bits)."""
     fuse, widths = built(name)
     torch.manual_seed(5)
     inputs = {n: Stream(tokens=torch.randn(BATCH, TOKENS, w).bfloat16()) for n, w in widths.items()}

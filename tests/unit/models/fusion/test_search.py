@@ -24,7 +24,7 @@ def xor(step: int) -> tuple[dict[str, Stream], Tensor]:
     return {"a": vector(signs[:, :1]), "b": vector(signs[:, 1:])}, (signs.prod(1) < 0).long()
 
 
-def found(seed: int, steps: int = 40) -> tuple[list[SearchStep], SearchedFusion]:
+def found(seed: int, steps: int = 30) -> tuple[list[SearchStep], SearchedFusion]:
     torch.manual_seed(seed)
     whole, searched = model()
 

@@ -52,7 +52,7 @@ def test_gates_follow_a_modality_that_becomes_noise() -> None:
     """Both say the target until one of them turns into noise at a step that differs from sample to sample."""
     torch.manual_seed(0)
     fuse, head = TemporalFusion({"a": 2, "b": 2}, 8, d_memory=8), nn.Linear(8, 1)
-    best = torch.optim.Adam([*fuse.parameters(), *head.parameters()], lr=2e-2)
+    best = torch.optim.Adam([*fuse.parameters(), *head.parameters()], lr=3e-2)
 
     def draw(count: int) -> tuple[dict[str, Stream], torch.Tensor, torch.Tensor]:
         target = torch.randn(count, 10)
@@ -63,7 +63,7 @@ def test_gates_follow_a_modality_that_becomes_noise() -> None:
         streams = {name: Stream(tokens=torch.stack(x, dim=2)) for name, x in (("a", a), ("b", b))}
         return streams, target, broken
 
-    for _ in range(100):
+    for _ in range(70):
         streams, target, _ = draw(64)
         best.zero_grad()
         (head(fuse(streams).values)[..., 0] - target).square().mean().backward()
@@ -71,13 +71,13 @@ def test_gates_follow_a_modality_that_becomes_noise() -> None:
     streams, target, broken = draw(500)
     fused = fuse(streams)
     gate = fused.weights["gates"][..., 0]
-    assert gate[~broken].mean() > 0.7  # the better one while it works; measured 0.93
-    assert gate[broken].mean() < 0.25  # measured 0.02
+    assert gate[~broken].mean() > 0.7  # the better one while it works; measured 0.88
+    assert gate[broken].mean() < 0.25  # measured 0.03
     error = (head(fused.values)[..., 0] - target).square().mean()
     said = torch.stack([stream.tokens[..., 0].flatten() for stream in streams.values()], dim=1)
     best_weights = torch.linalg.lstsq(said, target.flatten()[:, None]).solution
     static = (said @ best_weights - target.flatten()[:, None]).square().mean()
-    assert error < 0.8 * static  # the best that weights which never change can do; measured: 0.54 of it
+    assert error < 0.8 * static  # the best that weights which never change can do; measured: 0.56 of it
 
 
 def test_streams_of_other_rates_are_aligned() -> None:
