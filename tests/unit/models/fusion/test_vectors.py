@@ -82,6 +82,13 @@ def test_gates_are_the_papers_equations() -> None:
     z = {n: torch.sigmoid(both @ gate.weight.mT) for n, gate in many.gates.items()}
     h = {n: torch.tanh(x @ many.hidden[n].weight.mT) for n, x in (("image", image), ("text", text))}
     torch.testing.assert_close(many(inputs).values, z["image"] * h["image"] + z["text"] * h["text"])
+    biased = GatedFusion(WIDTHS, 6)
+    lost = biased({"image": vector(image, torch.tensor([True, False, False])), "text": vector(text)})
+    assert lost.weights["gates"].ne(0).any(2).tolist() == [[True, True], [False, True], [False, True]]
+    alone = (
+        torch.sigmoid(biased.gates["text"](torch.cat([0 * image, text], dim=1))) * biased.hidden["text"](text).tanh()
+    )
+    torch.testing.assert_close(lost.values[1:], alone[1:])  # the bias of what is absent is not added either
     tied = GatedFusion(WIDTHS, 6, tied=True, bias=False)
     z1 = torch.sigmoid(both @ tied.gates["image"].weight.mT)
     h = {n: torch.tanh(x @ tied.hidden[n].weight.mT) for n, x in (("image", image), ("text", text))}
