@@ -154,6 +154,7 @@ class AttentionSizes:
         heads: Heads of queries.
         kv_heads: Heads of keys and values; 0: as many.
         d_head: Width of a head; 0: ``d / heads``.
+        d_value: Width of a head's values; 0: ``d_head``.
         d_source: Width of what is looked at in cross-attention; 0: self-attention.
         bias: Whether q, k and v have one.
         out_bias: Whether the output projection has one.
@@ -166,6 +167,7 @@ class AttentionSizes:
     heads: int
     kv_heads: int = 0
     d_head: int = 0
+    d_value: int = 0
     d_source: int = 0
     bias: bool = True
     out_bias: bool = True
@@ -204,13 +206,14 @@ class Attention(nn.Module):
                 remedy="choose heads that divide the width, and key heads that divide the heads; or give d_head",
             )
         self.d_head = sizes.d_head or sizes.d // sizes.heads
-        q, kv = self.heads * self.d_head, 2 * self.kv_heads * self.d_head
+        self.d_value = sizes.d_value or self.d_head
+        q, kv = self.heads * self.d_head, self.kv_heads * (self.d_head + self.d_value)
         if sizes.d_source:
             self.q = nn.Linear(sizes.d, q, bias=sizes.bias)
             self.kv = nn.Linear(sizes.d_source, kv, bias=sizes.bias)
         else:
             self.qkv = nn.Linear(sizes.d, q + kv, bias=sizes.bias)
-        self.out = nn.Linear(q, sizes.d, bias=sizes.out_bias)
+        self.out = nn.Linear(self.heads * self.d_value, sizes.d, bias=sizes.out_bias)
         self.q_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
 
@@ -264,13 +267,16 @@ class Attention(nn.Module):
                 f"this is {built}-attention, {'no' if source is None else 'a'} source came",
                 remedy="set d_source for cross-attention, and give the source",
             )
+        widths = [self.heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_value]
         if source is None:
-            joined = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.d_head)).transpose(1, 2)
-            q, k, v = joined.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            return q, k, v
-        q = self.q(x).unflatten(-1, (self.heads, self.d_head)).transpose(1, 2)
-        k, v = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.d_head)).transpose(1, 2).chunk(2, dim=1)
-        return q, k, v
+            q, k, v = self.qkv(x).split(widths, dim=-1)
+        else:
+            q, (k, v) = self.q(x), self.kv(source).split(widths[1:], dim=-1)
+        return self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _given(gap: Tensor | None) -> Tensor:
