@@ -160,6 +160,8 @@ class AttentionSizes:
         scale: Factor on the scores; 0: ``1 / sqrt(d_head)``.
         dropout: Share of weights dropped while training.
         qk_norm: RMS-normalize each head's queries and keys first (https://arxiv.org/abs/2302.05442).
+        key_bias: Whether k has one where q and v have (Whisper, BEiT and VideoMAE leave it out). It adds the same to
+            all scores of a query, so that the softmax forgets it.
     """
 
     d: int
@@ -172,6 +174,7 @@ class AttentionSizes:
     scale: float = 0.0
     dropout: float = 0.0
     qk_norm: bool = False
+    key_bias: bool = True
 
 
 class Attention(nn.Module):
@@ -205,11 +208,17 @@ class Attention(nn.Module):
             )
         self.d_head = sizes.d_head or sizes.d // sizes.heads
         q, kv = self.heads * self.d_head, 2 * self.kv_heads * self.d_head
+        whole = sizes.bias and sizes.key_bias
         if sizes.d_source:
             self.q = nn.Linear(sizes.d, q, bias=sizes.bias)
-            self.kv = nn.Linear(sizes.d_source, kv, bias=sizes.bias)
+            self.kv = nn.Linear(sizes.d_source, kv, bias=whole)
         else:
-            self.qkv = nn.Linear(sizes.d, q + kv, bias=sizes.bias)
+            self.qkv = nn.Linear(sizes.d, q + kv, bias=whole)
+        # A bias of keys held at zero would drift: rounding gives it gradients that are not quite nothing, and Adam
+        # scales them up. So there is none.
+        self.qv_bias: nn.Parameter | None = None
+        if sizes.bias and not sizes.key_bias:
+            self.qv_bias = nn.Parameter(torch.zeros(kv // 2 if sizes.d_source else q + kv // 2))
         self.out = nn.Linear(q, sizes.d, bias=sizes.out_bias)
         self.q_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
@@ -256,12 +265,23 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if source is None:
-            joined = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.d_head)).transpose(1, 2)
+            joined = (
+                self._biased(self.qkv(x)).unflatten(-1, (self.heads + 2 * self.kv_heads, self.d_head)).transpose(1, 2)
+            )
             q, k, v = joined.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             return q, k, v
         q = self.q(x).unflatten(-1, (self.heads, self.d_head)).transpose(1, 2)
-        k, v = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.d_head)).transpose(1, 2).chunk(2, dim=1)
+        joined = self._biased(self.kv(source)).unflatten(-1, (2 * self.kv_heads, self.d_head))
+        k, v = joined.transpose(1, 2).chunk(2, dim=1)
         return q, k, v
+
+    def _biased(self, joined: Tensor) -> Tensor:
+        """With the biases of queries (where they are in it) and values, if keys have none."""
+        if self.qv_bias is None:
+            return joined
+        keys = self.kv_heads * self.d_head
+        before, after = self.qv_bias.split([len(self.qv_bias) - keys, keys])
+        return joined + torch.cat([before, before.new_zeros(keys), after])
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

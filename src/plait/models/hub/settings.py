@@ -60,8 +60,13 @@ def activation_name(activation: Activation) -> str:
     return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
 
 
-def require_plain_blocks(inner: TransformerSizes, *, norm_place: str = "pre") -> None:
+def require_plain_blocks(inner: TransformerSizes, *, norm_place: str = "pre", key_bias: bool = True) -> None:
     """See that blocks are the plain ones of ViT, CLIP, BERT and GPT-2.
+
+    Args:
+        inner: The blocks.
+        norm_place: Where the layout has its norms.
+        key_bias: Whether the layout has a bias of keys.
 
     Raises:
         CheckpointError: They are not; names the first difference.
@@ -82,7 +87,8 @@ def require_plain_blocks(inner: TransformerSizes, *, norm_place: str = "pre") ->
         },
         place="TransformerSizes",
     )
-    require({"qkv_bias": inner.qkv_bias is not False}, {"qkv_bias": True}, place="TransformerSizes")
+    given = {"qkv_bias": inner.qkv_bias is not False, "key_bias": inner.key_bias}
+    require(given, {"qkv_bias": True, "key_bias": key_bias}, place="TransformerSizes")
 
 
 def one_of(config: Mapping[str, Any], key: str, allowed: Sequence[Any], *, place: str) -> Any:
