@@ -205,7 +205,7 @@ class WhisperEncoder(nn.Module):
         return self.sizes.tokens if self.keep == "all" else -(-length // (STRIDE * HOP))
 
 
-def check_sounds(media: Patches, *, name: str) -> None:
+def check_sounds(media: Patches, *, name: str, rate: int = SAMPLE_RATE) -> None:
     """See that media are samples of one channel, as audio towers take them.
 
     Raises:
@@ -217,5 +217,5 @@ def check_sounds(media: Patches, *, name: str) -> None:
             f"the grid of {len(media.grid)} sounds counts {int(media.grid.prod(1).sum())} samples of one channel, came "
             f"{tuple(media.values.shape)} and a first grid of {media.grid[:1].tolist()}",
             place=f"{name} input",
-            remedy=f"give mono samples at {SAMPLE_RATE} Hz, one row a sample, grid (1, 1, samples)",
+            remedy=f"give mono samples at {rate} Hz, one row a sample, grid (1, 1, samples)",
         )
