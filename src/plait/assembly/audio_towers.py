@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from plait.assembly.local import digest, fingerprint, quiet
+from plait.assembly.local import digest, fingerprint, quiet, unreported
 from plait.core.device import choose_dtype
 from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.files import read_json
@@ -104,7 +104,7 @@ def _part(folder: Path) -> str:
 def _backbone(folder: Path, dtype: str, *, part: str) -> Any:
     from transformers import AutoModel
 
-    with _readable(folder), quiet(), _unreported():
+    with _readable(folder), quiet(), unreported():
         model, report = AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
@@ -140,16 +140,3 @@ def _readable(folder: Path) -> Iterator[None]:
             place=str(folder),
             remedy="give a folder that transformers' AutoModel and AutoFeatureExtractor load, weights in safetensors",
         ) from error
-
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or left over: here they are looked at one by one."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

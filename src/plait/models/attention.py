@@ -241,16 +241,19 @@ class Attention(nn.Module):
 
         Returns:
             ``b t d``, and the weights if asked for.
+
+        Raises:
+            ConfigError: There is a relative code and no gap.
         """
         q, k, v = self._project(x, source)
         q, k = self.q_norm(q), self.k_norm(k)
         bias = places.bias
         if source is None:
+            if self.relative is not None:  # before turning: a code that reads queries must not see absolute places
+                own = self.relative(_given(places.gap), q, grid=places.grid)
+                bias = own if bias is None else bias + own
             if places.turn is not None:
                 q, k = turned(q, places.turn), turned(k, places.turn)
-            if self.relative is not None:
-                own = self.relative(places.gap, q, grid=places.grid)
-                bias = own if bias is None else bias + own
         values, weights = attend(
             q,
             k,
@@ -282,6 +285,16 @@ class Attention(nn.Module):
         keys = self.kv_heads * self.d_head
         before, after = self.qv_bias.split([len(self.qv_bias) - keys, keys])
         return joined + torch.cat([before, before.new_zeros(keys), after])
+
+
+def _given(gap: Tensor | None) -> Tensor:
+    if gap is None:
+        raise ConfigError(
+            "this attention has a relative position code, but Places.gap is None",
+            place="attention",
+            remedy="give gap=gaps(at, at), the distances between the tokens' coordinates",
+        )
+    return gap
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

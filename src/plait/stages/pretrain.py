@@ -59,7 +59,7 @@ class Pretrain(Stage):
     kind: Literal["pretrain"] = "pretrain"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
     image_tower: str = "efficientnet-lite0"
-    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a vision transformer."""
+    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a picture tower."""
     resolution: Literal[0] | Annotated[int, Field(ge=32)] = 160
     """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
     text_tower: str = "minilm"

@@ -128,7 +128,7 @@ class Tune(Stage):
     kind: Literal["tune"] = "tune"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
     image_tower: str = "efficientnet-lite0"
-    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a vision transformer."""
+    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a picture tower."""
     resolution: Literal[0] | int = 128
     """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
     views: int = Field(default=4, ge=0)

@@ -106,15 +106,23 @@ def test_patches_of_a_vision_transformer_in_raster_order_without_class_token(fol
     torch.testing.assert_close(out.values.view(3, 16, 16), hidden[:, class_tokens:], atol=1e-5, rtol=1e-5)
 
 
-def test_a_vision_transformer_has_one_size(folder):
+def test_another_size_interpolates_positions_and_says_so(folder):
     path, _ = folder
-    with pytest.raises(ConfigError, match="size is 64, this tower takes 32"):
-        load_image_tower(str(path), size=64)
+    seen = []
+    tower = load_image_tower(str(path), size=64, dtype="float32", events=Events(listeners=(seen.append,)))
+    assert (tower.contract.size, tower.settings["size"]) == (64, 64)
+    assert any("positions learned on 4 x 4 patches are interpolated to 8 x 8" in event.text for event in seen)
+    assert load_image_tower(**tower.settings).key == tower.key != load_image_tower(str(path), dtype="float32").key
+    assert tower.encoder(tower.prepare(picture(10, 30))).grid.tolist() == [[1, 8, 8]]
+    for size in (30, -32, 4):
+        with pytest.raises(ConfigError, match=f"size is {size}, this tower takes multiples of 8 pixels"):
+            load_image_tower(str(path), size=size)
     with pytest.raises(ConfigError, match="max_cells is for efficientnet-lite0"):
         load_image_tower(str(path), max_cells=2)
-    tower = load_image_tower(str(path), dtype="float32")
-    with pytest.raises(DataError, match=r"32 x 32 pixels, came a grid of \[1, 16, 32\]"):
-        tower.encoder(Patches(values=torch.zeros(512, 3), grid=torch.tensor([[1, 16, 32]])))
+    with pytest.raises(ConfigError, match="layer is -2, efficientnet-lite0 has only -1"):
+        load_image_tower("efficientnet-lite0", layer=-2)
+    with pytest.raises(DataError, match=r"one pixel or more a side, came a grid of \[1, 0, 32\]"):
+        tower.encoder(Patches(values=torch.zeros(0, 3), grid=torch.tensor([[1, 0, 32]])))
 
 
 def test_the_key_follows_weights_preprocessing_and_dtype_but_not_the_place(folder, tmp_path):

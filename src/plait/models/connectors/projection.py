@@ -97,6 +97,22 @@ class Mlp(nn.Module):
         return Patches(values=self.down(self.dropout(hidden)), grid=media.grid)
 
 
+class Unchanged(nn.Module):
+    """Tokens as the tower gives them, for layers that read them inside the decoder."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.d_out = d
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """Unchanged."""
+        return grid
+
+    def forward(self, media: Patches) -> Patches:
+        """Nothing."""
+        return media
+
+
 class Split(nn.Module):
     """One wide token into ``count`` narrow ones, in order: the inverse of joining."""
 

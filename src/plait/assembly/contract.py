@@ -1,0 +1,218 @@
+"""How pictures become pixels: the media contract, and what a folder's preprocessing asks for.
+
+Fields of that file are honored or refused one by one: a step that is not done here would give the tower pictures it was
+not trained for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from plait.assembly.local import IMAGE_TOWER
+from plait.core.errors import CheckpointError, DataError
+from plait.core.files import read_json
+from plait.core.tensors import Patches
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLE_NAMES: dict[int, Literal["bicubic", "bilinear"]] = {
+    3: "bicubic",
+    2: "bilinear",
+}  # Pillow's numbers, as preprocessor_config.json holds them
+_HONORED = frozenset(
+    {"do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "patch_size", "max_num_patches"}
+    | {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+    | {"do_convert_rgb"}  # pictures are RGB before they come here
+    | {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys"}
+    | {"data_format", "input_data_format", "default_to_square"}
+)
+"""Fields of ``preprocessor_config.json`` that are seen to, or change no pixel."""
+
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageContract:
+    """How a picture becomes pixels; kept in ``plait.json``, so that serving does what training did.
+
+    The whole picture is scaled to fit a square and the rest of the square is filled: nothing is cropped or bent.
+
+    Attributes:
+        size: Pixels a side of the square.
+        resample: Filter, antialiased when it shrinks.
+        background: RGB of the filling, 0..255.
+        mean: Subtracted from values in 0..1 by the tower itself.
+        std: Divided by, by the tower itself.
+    """
+
+    size: int
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    background: tuple[int, int, int] = _WHITE
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def prepare(self, picture: Image.Image) -> Patches:
+        """RGB picture to one item of ``size * size`` rows, values in 0..1, not yet normalized."""
+        scale = self.size / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), _RESAMPLE[self.resample])
+        if (width, height) != (self.size, self.size):
+            square = Image.new("RGB", (self.size, self.size), self.background)
+            square.paste(picture, ((self.size - width) // 2, (self.size - height) // 2))
+            picture = square
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float().div_(255)
+        return Patches(values=pixels.view(-1, 3), grid=torch.tensor([[1, self.size, self.size]]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``plait.json``; the inverse of :meth:`from_dict`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ImageContract:
+        """Read a contract.
+
+        Raises:
+            CheckpointError: A field is missing or unknown.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(record) != names:
+            raise CheckpointError(
+                f"the media contract has the fields {sorted(record)}, expected {sorted(names)}",
+                place="plait.json",
+                remedy="save the model again with this version of plait",
+            )
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**fields)
+
+
+def read_contract(folder: Path, *, size: int, multiple: int, own: int, fixed: bool) -> tuple[ImageContract, str]:
+    """What a folder's preprocessing asks for, refused unless it is what :class:`ImageContract` does.
+
+    Args:
+        folder: With a ``preprocessor_config.json``, or a ``processor_config.json`` of transformers 5.
+        size: Pixels a side that are wanted; 0 takes what the file asks for.
+        multiple: Sizes must be multiples of this.
+        own: Pixels a side the tower was trained at; where the file says nothing, its size. 0 if that is not known.
+        fixed: Whether there is no other size than ``own``.
+
+    Returns:
+        The contract, and what its own processor does to pictures that are not square; empty if it is not known.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or asks for something that is not done here.
+    """
+    path, settings = _settings(folder)
+    asked = _asked(settings, own)
+    for field, fine, wanted in _judged(settings, asked, multiple=multiple, own=own if fixed else 0):
+        if not fine:
+            came = json.dumps(settings[field]) if field in settings else "not there"
+            raise CheckpointError(
+                f"{field} is {came}, expected {wanted}",
+                place=f"{path}: {field}",
+                remedy=f"use {IMAGE_TOWER!r} or another folder: features would not be those this tower was trained for",
+            )
+    contract = ImageContract(
+        size=size or asked.side,
+        resample=_RESAMPLE_NAMES[settings["resample"]],
+        mean=_triple(settings["image_mean"]),
+        std=_triple(settings["image_std"]),
+    )
+    return contract, asked.otherwise
+
+
+def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that says how pictures are prepared, and what it says."""
+    path, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    nested = not path.is_file() and joint.is_file()
+    path = joint if nested else path
+    try:
+        settings = read_json(path)
+    except DataError as error:
+        raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
+    if nested and isinstance(settings, dict):
+        settings = settings.get("image_processor")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            "holds no image_processor" if nested else "not a JSON object",
+            place=str(path),
+            remedy="use an undamaged copy of the folder",
+        )
+    return path, settings
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The square a file asks for: the field that says so, its side (0: it is none), what befalls other shapes."""
+
+    field: str
+    side: int
+    otherwise: str
+
+
+def _asked(settings: Mapping[str, Any], own: int) -> _Asked:
+    size = settings.get("size", own)
+    if settings.get("do_center_crop"):
+        return _Asked("crop_size", _side(settings.get("crop_size", own)), "cuts their edges off")
+    if "max_num_patches" in settings:
+        patches, patch = settings["max_num_patches"], _side(settings.get("patch_size"))
+        side = math.isqrt(patches) * patch if isinstance(patches, int) and patches > 0 else 0
+        return _Asked("max_num_patches", side, f"keeps their shape, in up to {patches} patches")
+    side = _side(size)
+    if "crop_pct" in settings:  # ConvNeXt's: pictures of 384 pixels or more are not cropped
+        return _Asked("size", side, "cuts their edges off" if side < 384 else "bends them to a square")
+    if isinstance(size, dict) and "longest_edge" in size:
+        return _Asked("size", side, "keeps their shape")
+    return _Asked("size", side, "bends them to a square" if isinstance(size, dict) and "height" in size else "")
+
+
+def _judged(settings: Mapping[str, Any], asked: _Asked, *, multiple: int, own: int) -> Iterator[tuple[str, bool, str]]:
+    """Each field that matters, whether it is honored, and what it would have to be; ``own`` is the one size, or 0."""
+    for field in ("do_resize", "do_rescale", "do_normalize"):
+        yield field, settings.get(field, True) is True, "true"
+    factor = settings.get("rescale_factor", 1 / 255)
+    yield "rescale_factor", isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6), "1/255"
+    if own:
+        yield asked.field, asked.side == own, f"{own} pixels, the tower's image_size"
+    else:
+        fits = asked.side > 0 and asked.side % multiple == 0
+        pixels = "pixels" if multiple == 1 else f"a multiple of {multiple} pixels"
+        yield asked.field, fits, f"a square of {pixels} a side"
+    if asked.field == "crop_size":
+        sides = settings.get("size", asked.side)
+        sides = sides.values() if isinstance(sides, dict) else [sides]
+        yield "size", all(isinstance(side, int) and side >= asked.side for side in sides), f"{asked.side} or more"
+    if "patch_size" in settings:
+        yield "patch_size", _side(settings["patch_size"]) == multiple, f"{multiple} pixels, as the tower's"
+    if "crop_pct" in settings:
+        share = settings["crop_pct"]
+        yield "crop_pct", isinstance(share, int | float) and 0 < share <= 1, "a share of 1"
+    for field, least in (("image_mean", -math.inf), ("image_std", 0)):
+        values = settings.get(field)
+        listed = values if isinstance(values, list) else []
+        fine = len(listed) == 3 and all(isinstance(value, int | float) and value > least for value in listed)
+        yield field, fine, "three numbers" + (" above 0" if field == "image_std" else "")
+    yield "resample", settings.get("resample") in tuple(_RESAMPLE_NAMES), "3 (bicubic) or 2 (bilinear)"
+    for field, value in settings.items():
+        yield field, field in _HONORED or value in (None, False), "nothing: this step is not known here"
+
+
+def _side(value: Any) -> int:
+    """Pixels a side of a square, however it is written; 0 if it is none."""
+    sides = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    side = sides[0] if sides and all(other == sides[0] for other in sides) else 0
+    return side if isinstance(side, int) and side > 0 else 0
+
+
+def _triple(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue

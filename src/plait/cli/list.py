@@ -1,0 +1,55 @@
+"""``plait list [KIND]``: what a model may be made of, each part with one line and its source."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from plait.cli.output import Out
+
+KINDS = ("encoders", "connectors", "positions")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="only these (default: all)")
+
+
+def main(args: argparse.Namespace, out: Out) -> int:
+    """Print every part, one line each."""
+    found = {kind: parts for kind, parts in catalogue().items() if args.kind in (None, kind)}
+    for kind, parts in found.items():
+        out.line(f"{kind} ({len(parts)})")
+        width = max(len(part["name"]) for part in parts)
+        for part in parts:
+            out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}")
+    out.result(found)
+    return 0
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Kind → parts, each with ``name``, ``about``, ``source``; settings and defaults as the specs have them."""
+    from plait.models import specs
+
+    positions = [
+        {"name": name, "about": about, "source": source, "made_by": made_by}
+        for name, (about, source, made_by) in specs.POSITIONS.items()
+    ]
+    return {"encoders": _parts(specs.ImageEncoder), "connectors": _parts(specs.Connector), "positions": positions}
+
+
+def _parts(union: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": part.model_fields["kind"].default,
+            "about": (part.__doc__ or "").partition("\n")[0].rstrip("."),
+            "source": part.source,
+            "made_by": f"{part.__module__}.{part.__name__}",
+            "settings": [
+                {"name": name, "default": part().model_dump(mode="json")[name], "about": field.description}
+                for name, field in part.model_fields.items()
+                if name != "kind"
+            ],
+        }
+        for part in get_args(get_args(union)[0])
+    ]
