@@ -62,8 +62,8 @@ def test_blocks_are_left_out_while_training_only() -> None:
     kept = []
     for block in model.blocks:
         block.register_forward_hook(lambda *_: kept.append(1))
-    for _ in range(200):
+    for _ in range(60):
         model(x)
-    assert 250 < len(kept) < 350  # of 600; 4 deviations are 49
+    assert 63 < len(kept) < 117  # of 180; 4 deviations are 27
     sure = Transformer(TransformerSizes(**TINY, layer_drop=1.0)).train()
     assert torch.equal(sure(x), sure.norm(x))
