@@ -17,6 +17,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
     Wav2Vec2Model,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -260,6 +261,20 @@ def test_wav2vec_values_and_gradients(as_saved, loaded, kind, ctc):
 
 @pytest.mark.row("S4-41")
 @torch.no_grad()
+def test_pretraining_files_are_taken_apart(as_saved):
+    reference = stirred(Wav2Vec2ForPreTraining(Wav2Vec2Config(**WAV2VEC, **KINDS["base"])))
+    config, state = as_saved(reference)
+    tower = Wav2Vec(wav2vec.sizes_from(config, normalize=False)).double().eval()
+    tower.load_state_dict(wav2vec.to_ours(state, tower.sizes))
+    parts = wav2vec.split(state)
+    assert parts.tower.keys() | parts.quantizer.keys() == state.keys()
+    assert "quantizer.codevectors" in parts.quantizer
+    samples = torch.randn(2, 333, dtype=torch.float64)
+    torch.testing.assert_close(tower.features(samples), reference.wav2vec2(samples).last_hidden_state, **NEAR)
+
+
+@pytest.mark.row("S4-41")
+@torch.no_grad()
 def test_normalization_is_that_of_the_extractor():
     tower = stirred(Wav2Vec(wav2vec.sizes_from(Wav2Vec2Config(**WAV2VEC, **KINDS["base"]).to_dict()))).float()
     samples = torch.randn(1, 900) * 0.01 + 0.2
@@ -323,9 +338,9 @@ def test_layouts_refuse_what_they_have_not(as_saved):
     with pytest.raises(CheckpointError, match="add_adapter is True"):
         wav2vec.sizes_from(config | {"add_adapter": True})
     with pytest.raises(CheckpointError, match=r"expected one of 'Wav2Vec2Model', 'Wav2Vec2ForCTC'"):
-        wav2vec.sizes_from(config | {"architectures": ["Wav2Vec2ForPreTraining"]})
-    with pytest.raises(CheckpointError, match=r"1 names have no place here \(wav2vec2\.quantizer"):
-        wav2vec.to_ours({**state, "quantizer.codevectors": torch.zeros(1)}, sizes)
+        wav2vec.sizes_from(config | {"architectures": ["Wav2Vec2ForXVector"]})
+    with pytest.raises(CheckpointError, match=r"1 names have no place here \(wav2vec2\.adapter"):
+        wav2vec.to_ours({**state, "adapter.proj.weight": torch.zeros(1)}, sizes)
     keyless = replace(sizes, transformer=replace(sizes.transformer, key_bias=False))
     with pytest.raises(CheckpointError, match="key_bias is False, expected True"):
         wav2vec.config_from(keyless)

@@ -1,11 +1,12 @@
 """wav2vec 2.0's layout of Hugging Face (``Wav2Vec2Model``, ``Wav2Vec2ForCTC``) and ours.
 
 Whether sounds are normalized stands in ``preprocessor_config.json``, and how many frames pretraining masks is the
-recipe's: :class:`~plait.models.towers.wav2vec.Wav2Vec` masks what it is told to and nothing by itself.
+recipe's: :class:`~plait.models.towers.wav2vec.Wav2Vec` masks what it is told to and nothing by itself. Files of
+``Wav2Vec2ForPreTraining`` hold a quantizer too, which :func:`split` takes off.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -40,8 +41,16 @@ _COMMON = (
     Rule(ours=f"{_BLOCK}.feed_forward_part.norm", theirs=(f"{_LAYER}.final_layer_norm",)),
     Rule(ours="head", theirs=("lm_head",)),
 )
+_PRETRAINING = ("quantizer.", "project_hid.", "project_q.")
 _NORM = "wav2vec2.encoder.layer_norm"
 """One name for two places: before the first block where norms come after, after the last one where they come first."""
+
+
+class Parts(NamedTuple):
+    """A file's weights: those of the tower, and those of pretraining's quantizer, under their published names."""
+
+    tower: dict[str, Tensor]
+    quantizer: dict[str, Tensor]
 
 
 def sizes_from(config: Mapping[str, Any], *, normalize: bool = True) -> Wav2VecSizes:
@@ -56,9 +65,9 @@ def sizes_from(config: Mapping[str, Any], *, normalize: bool = True) -> Wav2VecS
     """
     require(config, {"model_type": "wav2vec2", "feat_extract_activation": "gelu", "add_adapter": False})
     require(config, {"adapter_attn_dim": None, "num_feat_extract_layers": len(config["conv_dim"])})
-    architectures = config.get("architectures") or ["Wav2Vec2Model"]
-    ctc = one_of({"architectures": architectures[0]}, "architectures", ("Wav2Vec2Model", "Wav2Vec2ForCTC"),
-                 place="config.json") == "Wav2Vec2ForCTC"  # fmt: skip
+    kinds = ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining")
+    named = {"architectures": (config.get("architectures") or kinds)[0]}
+    ctc = one_of(named, "architectures", kinds, place="config.json") == "Wav2Vec2ForCTC"
     return Wav2VecSizes(
         transformer=TransformerSizes(
             d=config["hidden_size"],
@@ -127,14 +136,21 @@ def config_from(sizes: Wav2VecSizes) -> dict[str, Any]:
     } | ({"vocab_size": sizes.vocabulary, "final_dropout": sizes.final_dropout} if sizes.vocabulary else {})
 
 
+def split(state: Mapping[str, Tensor]) -> Parts:
+    """The tower's weights of a file, and those of pretraining's quantizer."""
+    quantizer = {name: value for name, value in state.items() if name.startswith(_PRETRAINING)}
+    return Parts({name: value for name, value in state.items() if name not in quantizer}, quantizer)
+
+
 def to_ours(state: Mapping[str, Tensor], sizes: Wav2VecSizes, *, place: str = "") -> dict[str, Tensor]:
-    """Weights of a file under our names.
+    """Weights of the tower in a file under our names; a quantizer in it is :func:`split`'s.
 
     Raises:
-        CheckpointError: Names have no place here, such as those of a quantizer.
+        CheckpointError: Names have no place here, such as those of an adapter.
     """
-    bare = not any(name.startswith("wav2vec2.") for name in state)
-    named = {f"wav2vec2.{name}": value for name, value in state.items()} if bare else state
+    tower = split(state).tower
+    bare = not any(name.startswith("wav2vec2.") for name in tower)
+    named = {f"wav2vec2.{name}": value for name, value in tower.items()} if bare else tower
     return renamed(named, _rules(sizes), place=place)
 
 
