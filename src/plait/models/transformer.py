@@ -198,6 +198,7 @@ class Block(nn.Module):
     Args:
         sizes: Shape and kind.
         relative: Relative position code of the self-attention.
+        feed_forward: In place of the plain network, such as :class:`plait.models.moe.MixtureOfExperts`.
         drop_path: Share of samples for which a part adds nothing.
         backend: How attention is computed.
     """
@@ -207,6 +208,7 @@ class Block(nn.Module):
         sizes: TransformerSizes,
         *,
         relative: nn.Module | None = None,
+        feed_forward: nn.Module | None = None,
         drop_path: float = 0.0,
         backend: Backend = "sdpa",
     ) -> None:
@@ -217,7 +219,7 @@ class Block(nn.Module):
         if sizes.d_source:
             self.cross = Attention(sizes.attention(d_source=sizes.d_source), backend=backend)
             self.cross_part = Part(sizes, drop_path=drop_path)
-        self.feed_forward = FeedForward(
+        self.feed_forward = feed_forward or FeedForward(
             sizes.d,
             sizes.d_ff or 4 * sizes.d,
             activation=sizes.activation,
@@ -235,6 +237,7 @@ class Block(nn.Module):
         source: Float[Tensor, "b s d2"] | None = None,
         source_places: Places = ANYWHERE,
         weights: list[Tensor] | None = None,
+        routed: list | None = None,
     ) -> Float[Tensor, "b t d"]:
         """One block.
 
@@ -244,6 +247,7 @@ class Block(nn.Module):
             source: What the cross-attention looks at.
             source_places: Mask (and bias) of the cross-attention.
             weights: Attention weights are appended here: of the block itself, then of the cross-attention.
+            routed: What a mixture of experts did is appended here (:class:`plait.models.moe.Routed`).
         """
 
         def own(y: Tensor) -> Tensor:
@@ -262,7 +266,9 @@ class Block(nn.Module):
         x = self.attention_part(x, own)
         if self.cross is not None and source is not None:
             x = self.cross_part(x, other)
-        return self.feed_forward_part(x, self.feed_forward)
+        if routed is None or isinstance(self.feed_forward, FeedForward):
+            return self.feed_forward_part(x, self.feed_forward)
+        return self.feed_forward_part(x, partial(self.feed_forward, routed=routed))
 
 
 class Transformer(nn.Module):
@@ -271,6 +277,8 @@ class Transformer(nn.Module):
     Args:
         sizes: Shape and kind.
         relative: Makes the relative position code of each block, given its number; None: none.
+        feed_forward: Makes what stands in place of the plain network of each block, given its number; None where it
+            gives none.
         final_norm: A norm after the last block; by default where norms come first.
         backend: How attention is computed.
 
@@ -285,6 +293,7 @@ class Transformer(nn.Module):
         sizes: TransformerSizes,
         *,
         relative: Callable[[int], nn.Module] | None = None,
+        feed_forward: Callable[[int], nn.Module | None] | None = None,
         final_norm: bool | None = None,
         backend: Backend = "sdpa",
     ) -> None:
@@ -295,6 +304,7 @@ class Transformer(nn.Module):
             Block(
                 sizes,
                 relative=relative(i) if relative else None,
+                feed_forward=feed_forward(i) if feed_forward else None,
                 drop_path=sizes.drop_path * i / max(1, sizes.depth - 1),
                 backend=backend,
             )
@@ -312,6 +322,7 @@ class Transformer(nn.Module):
         source_places: Places = ANYWHERE,
         weights: list[Tensor] | None = None,
         hidden: list[Tensor] | None = None,
+        routed: list | None = None,
     ) -> Float[Tensor, "b t d"]:
         """All blocks and the last norm.
 
@@ -322,13 +333,14 @@ class Transformer(nn.Module):
             source_places: Mask of the cross-attention.
             weights: If given, attention weights ``b h q k`` of every block are appended to it.
             hidden: If given, what goes into each block is appended to it.
+            routed: If given, what each mixture of experts did is appended to it.
         """
         for block in self.blocks:
             if hidden is not None:
                 hidden.append(x)
             if self.training and self.sizes.layer_drop and float(torch.rand(())) < self.sizes.layer_drop:
                 continue
-            x = block(x, places, source=source, source_places=source_places, weights=weights)
+            x = block(x, places, source=source, source_places=source_places, weights=weights, routed=routed)
         return self.norm(x)
 
 
