@@ -29,8 +29,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Their
 from plait.core.errors import CheckpointError, DataError
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
-from plait.models.hub import wav2vec, whisper
+from plait.models.hub import vit, wav2vec, whisper
 from plait.models.towers.mel import LogMel, filled, mel_filters
+from plait.models.towers.vit import VIT_B16
 from plait.models.towers.wav2vec import WAV2VEC_BASE, WAV2VEC_LARGE, Wav2Vec
 from plait.models.towers.whisper import (
     WHISPER_BASE,
@@ -344,6 +345,9 @@ def test_layouts_refuse_what_they_have_not(as_saved):
     keyless = replace(sizes, transformer=replace(sizes.transformer, key_bias=False))
     with pytest.raises(CheckpointError, match="key_bias is False, expected True"):
         wav2vec.config_from(keyless)
+    dropping = replace(VIT_B16, transformer=replace(VIT_B16.transformer, layer_drop=0.1))
+    with pytest.raises(CheckpointError, match=r"layer_drop is 0\.1, expected 0\.0"):
+        vit.config_from(dropping)
     with pytest.raises(CheckpointError, match="model_type is 'wav2vec2', expected 'whisper'"):
         whisper.sizes_from(config)
 

@@ -93,6 +93,11 @@ class TransformerSizes:
     layer_drop: float = 0.0
     layer_scale: float = 0.0
 
+    @property
+    def dropout_inside(self) -> float:
+        """Share of the feed-forward's inside that is dropped."""
+        return self.dropout if self.inner_dropout is None else self.inner_dropout
+
     def attention(self, *, d_source: int = 0) -> AttentionSizes:
         """Sizes of one attention of a block."""
         return AttentionSizes(
@@ -225,7 +230,7 @@ class Block(nn.Module):
             activation=sizes.activation,
             gated=sizes.gated,
             bias=sizes.bias,
-            dropout=sizes.dropout if sizes.inner_dropout is None else sizes.inner_dropout,
+            dropout=sizes.dropout_inside,
         )
         self.feed_forward_part = Part(sizes, drop_path=drop_path)
 

@@ -87,7 +87,7 @@ def config_from(sizes: VideoSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    require_plain_blocks(inner, key_bias=False)
+    require_plain_blocks(inner, key_bias=False, dropouts=True)
     frames, rows, columns = sizes.grid
     norm = ("pooled" if sizes.num_classes else "none") if sizes.pool == "mean" else "all"
     require(
@@ -95,9 +95,8 @@ def config_from(sizes: VideoSizes) -> dict[str, Any]:
         {"position": "sequence", "square": True, "norm": norm},
         place="VideoSizes",
     )
-    inner_dropout = inner.dropout if inner.inner_dropout is None else inner.inner_dropout
     require(
-        {"inner_dropout": inner_dropout, "layer_drop": inner.layer_drop, "drop_path": inner.drop_path},
+        {"inner_dropout": inner.dropout_inside, "layer_drop": inner.layer_drop, "drop_path": inner.drop_path},
         {"inner_dropout": 0.0, "layer_drop": 0.0, "drop_path": 0.0},
         place="TransformerSizes",
     )

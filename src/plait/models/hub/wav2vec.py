@@ -105,7 +105,7 @@ def config_from(sizes: Wav2VecSizes) -> dict[str, Any]:
     """
     inner = sizes.transformer
     stable = inner.norm_place == "pre"
-    require_plain_blocks(inner, norm_place="pre" if stable else "post")
+    require_plain_blocks(inner, norm_place="pre" if stable else "post", dropouts=True)
     require({"drop_path": inner.drop_path}, {"drop_path": 0.0}, place="TransformerSizes")
     return {
         "architectures": ["Wav2Vec2ForCTC" if sizes.vocabulary else "Wav2Vec2Model"],
@@ -118,7 +118,7 @@ def config_from(sizes: Wav2VecSizes) -> dict[str, Any]:
         "layer_norm_eps": inner.eps,
         "hidden_act": activation_name(inner.activation),
         "hidden_dropout": inner.dropout,
-        "activation_dropout": inner.dropout if inner.inner_dropout is None else inner.inner_dropout,
+        "activation_dropout": inner.dropout_inside,
         "attention_dropout": inner.attention_dropout,
         "layerdrop": inner.layer_drop,
         "conv_dim": list(sizes.widths),

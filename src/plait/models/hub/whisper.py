@@ -78,7 +78,7 @@ def config_from(sizes: WhisperSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    require_plain_blocks(inner, key_bias=False)
+    require_plain_blocks(inner, key_bias=False, dropouts=True)
     require({"eps": inner.eps, "drop_path": inner.drop_path}, {"eps": 1e-5, "drop_path": 0.0}, place="TransformerSizes")
     return {
         "model_type": "whisper",
@@ -88,7 +88,7 @@ def config_from(sizes: WhisperSizes) -> dict[str, Any]:
         "encoder_ffn_dim": inner.d_ff or 4 * inner.d,
         "activation_function": activation_name(inner.activation),
         "dropout": inner.dropout,
-        "activation_dropout": inner.dropout if inner.inner_dropout is None else inner.inner_dropout,
+        "activation_dropout": inner.dropout_inside,
         "attention_dropout": inner.attention_dropout,
         "encoder_layerdrop": inner.layer_drop,
         "num_mel_bins": sizes.mels,
