@@ -161,6 +161,8 @@ class AttentionSizes:
         scale: Factor on the scores; 0: ``1 / sqrt(d_head)``.
         dropout: Share of weights dropped while training.
         qk_norm: RMS-normalize each head's queries and keys first, as Qwen3 does (https://arxiv.org/abs/2505.09388).
+        key_bias: Whether k has one where q and v have (Whisper, BEiT and VideoMAE leave it out). It adds the same to
+            all scores of a query, so that the softmax forgets it.
     """
 
     d: int
@@ -174,6 +176,7 @@ class AttentionSizes:
     scale: float = 0.0
     dropout: float = 0.0
     qk_norm: bool = False
+    key_bias: bool = True
 
 
 class Attention(nn.Module):
@@ -207,12 +210,18 @@ class Attention(nn.Module):
             )
         self.d_head = sizes.d_head or sizes.d // sizes.heads
         self.d_value = sizes.d_value or self.d_head
-        q, kv = self.heads * self.d_head, self.kv_heads * (self.d_head + self.d_value)
+        q, k, v = self.heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_value
+        whole = sizes.bias and sizes.key_bias
         if sizes.d_source:
             self.q = nn.Linear(sizes.d, q, bias=sizes.bias)
-            self.kv = nn.Linear(sizes.d_source, kv, bias=sizes.bias)
+            self.kv = nn.Linear(sizes.d_source, k + v, bias=whole)
         else:
-            self.qkv = nn.Linear(sizes.d, q + kv, bias=sizes.bias)
+            self.qkv = nn.Linear(sizes.d, q + k + v, bias=whole)
+        # A bias of keys held at zero would drift: rounding gives it gradients that are not quite nothing, and Adam
+        # scales them up. So there is none.
+        self.qv_bias: nn.Parameter | None = None
+        if sizes.bias and not sizes.key_bias:
+            self.qv_bias = nn.Parameter(torch.zeros(v if sizes.d_source else q + v))
         self.out = nn.Linear(self.heads * self.d_value, sizes.d, bias=sizes.out_bias)
         self.q_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
@@ -269,14 +278,22 @@ class Attention(nn.Module):
             )
         widths = [self.heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_value]
         if source is None:
-            q, k, v = self.qkv(x).split(widths, dim=-1)
+            q, k, v = self._biased(self.qkv(x)).split(widths, dim=-1)
         else:
-            q, (k, v) = self.q(x), self.kv(source).split(widths[1:], dim=-1)
+            q, (k, v) = self.q(x), self._biased(self.kv(source)).split(widths[1:], dim=-1)
         return self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
 
     @staticmethod
     def _heads(x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _biased(self, joined: Tensor) -> Tensor:
+        """With the biases of queries (where they are in it) and values, if keys have none."""
+        if self.qv_bias is None:
+            return joined
+        values = self.kv_heads * self.d_value
+        before, after = self.qv_bias.split([len(self.qv_bias) - values, values])
+        return joined + torch.cat([before, before.new_zeros(self.kv_heads * self.d_head), after])
 
 
 def _given(gap: Tensor | None) -> Tensor:

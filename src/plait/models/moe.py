@@ -75,7 +75,7 @@ class MixtureOfExperts(nn.Module):
                 activation=sizes.activation,
                 gated=sizes.gated,
                 bias=sizes.bias,
-                dropout=sizes.dropout,
+                dropout=sizes.dropout_inside,
             )
             for _ in range(experts)
         )

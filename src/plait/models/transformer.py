@@ -55,13 +55,17 @@ class TransformerSizes:
         gated: Multiply the activation by a second projection (SwiGLU with ``silu``, https://arxiv.org/abs/2002.05202).
         bias: Whether the feed-forward and output projections have one.
         qkv_bias: Whether queries, keys and values have one; None: like ``bias``.
+        key_bias: Whether keys have one where queries and values have.
         qk_norm: RMS-normalize queries and keys.
         scale: Factor on attention scores; 0: ``1 / sqrt(d_head)``; T5 has 1.
         d_source: Width of what every block also looks at (cross-attention); 0: nothing.
-        dropout: Share of what each part adds that is dropped, and of the feed-forward's inside.
+        dropout: Share of what each part adds that is dropped.
+        inner_dropout: Share of the feed-forward's inside that is dropped; None: like ``dropout``.
         attention_dropout: Share of attention weights dropped.
         drop_path: Share of samples for which the last block is skipped; earlier ones less, linearly
             (https://arxiv.org/abs/1603.09382).
+        layer_drop: Chance that a block is left out of a training step for the whole batch
+            (LayerDrop, https://arxiv.org/abs/1909.11556).
         layer_scale: Start of a learned factor on what each part adds (https://arxiv.org/abs/2103.17239); 0: none.
     """
 
@@ -79,13 +83,21 @@ class TransformerSizes:
     gated: bool = False
     bias: bool = True
     qkv_bias: bool | None = None
+    key_bias: bool = True
     qk_norm: bool = False
     scale: float = 0.0
     d_source: int = 0
     dropout: float = 0.0
+    inner_dropout: float | None = None
     attention_dropout: float = 0.0
     drop_path: float = 0.0
+    layer_drop: float = 0.0
     layer_scale: float = 0.0
+
+    @property
+    def dropout_inside(self) -> float:
+        """Share of the feed-forward's inside that is dropped."""
+        return self.dropout if self.inner_dropout is None else self.inner_dropout
 
     def attention(self, *, d_source: int = 0) -> AttentionSizes:
         """Sizes of one attention of a block."""
@@ -100,6 +112,7 @@ class TransformerSizes:
             scale=self.scale,
             dropout=self.attention_dropout,
             qk_norm=self.qk_norm,
+            key_bias=self.key_bias,
         )
 
 
@@ -218,7 +231,7 @@ class Block(nn.Module):
             activation=sizes.activation,
             gated=sizes.gated,
             bias=sizes.bias,
-            dropout=sizes.dropout,
+            dropout=sizes.dropout_inside,
         )
         self.feed_forward_part = Part(sizes, drop_path=drop_path)
 
@@ -336,6 +349,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if hidden is not None:
                 hidden.append(x)
+            if self.training and self.sizes.layer_drop and float(torch.rand(())) < self.sizes.layer_drop:
+                continue
             x = block(x, places, source=source, source_places=source_places, weights=weights, routed=routed)
         return self.norm(x)
 
