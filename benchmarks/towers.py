@@ -103,7 +103,7 @@ def picture_pair(kind: str, dtype: torch.dtype, *, size: int = 224, batch: int =
             ours = ResNet(resnet.sizes_from(record))
             ours.load_state_dict(resnet.to_ours(state))
             call, reference = lambda: ours.features(pixels), lambda x: theirs(x).last_hidden_state
-    # Without random depth, the same function of the same input; batch norm counts in its training form on both sides.
+    # In eval mode, so that both are the same function: no random depth, batch norms with their stored statistics.
     for model in (ours, theirs):
         model.to(dtype).eval()
     normalized = ((pixels - ours.normalize.mean.float()) / ours.normalize.std.float()).to(dtype)

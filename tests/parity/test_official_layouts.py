@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertModel,
     CLIPConfig,
     CLIPModel,
@@ -35,7 +36,7 @@ from plait.core.errors import CheckpointError, DataError
 from plait.models.clip import CLIP_B32, Clip
 from plait.models.hub import bert, clip, gpt2, llama, t5, vit
 from plait.models.towers.seq2seq import EncoderDecoder
-from plait.models.towers.text_transformer import TextTransformer
+from plait.models.towers.text_transformer import GPT2, LLAMA_7B, TextTransformer
 from plait.models.towers.vit import VIT_B16, VIT_H14, VIT_L16, VisionTransformer
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -266,11 +267,48 @@ def test_settings_that_are_not_understood_are_refused(tmp_path: Path) -> None:
         bert.to_ours(
             {**state, "cls.seq_relationship.weight": torch.zeros(1), "cls.seq_relationship.bias": torch.zeros(1)}
         )
-    with pytest.raises(CheckpointError, match=r"causal is False, expected True.* our own form"):
+    named = r"norm_place is 'post', this layout has 'pre'; causal is False, this layout has True.* our own form"
+    with pytest.raises(CheckpointError, match=named):
         gpt2.config_from(bert.sizes_from(record))
-    post = replace(VIT_B16, transformer=replace(VIT_B16.transformer, norm_place="post"))
-    with pytest.raises(CheckpointError, match=r"norm_place is 'post', expected 'pre'.* TransformerSizes: norm_place"):
-        vit.config_from(post)
+    post = replace(VIT_B16.transformer, norm_place="post")
+    for sizes, config_from, what in (
+        (replace(VIT_B16, transformer=post), vit.config_from, "norm_place is 'post'"),
+        (replace(VIT_B16, num_classes=5, pool="mean"), vit.config_from, "pool is 'mean'"),
+        (replace(VIT_B16, num_classes=5, pooler=True), vit.config_from, "pooler is True"),
+        (VIT_B16, vit.config_from, "pooler is False"),
+        (replace(LLAMA_7B, final_norm=False), llama.config_from, "final_norm is False"),
+        (replace(GPT2, masked_head=True), gpt2.config_from, "masked_head is True"),
+    ):
+        with pytest.raises(CheckpointError, match=what):
+            config_from(sizes)
+    with pytest.raises(CheckpointError, match=r"'hidden_size' is missing .* config.json of BERT"):
+        bert.sizes_from({k: v for k, v in record.items() if k != "hidden_size"})
+    with pytest.raises(CheckpointError, match=r"image_size is 224 x 192, expected a square"):
+        vit.sizes_from({"hidden_size": 4, "image_size": [224, 192], "patch_size": 16})
+
+
+def test_two_classes_and_files_of_pretraining(tmp_path: Path) -> None:
+    """transformers writes no names of two classes, and BERT's own files hold a head more, and norms under old names."""
+    config = ViTConfig(**TINY, **QUIET, image_size=16, patch_size=8, num_labels=2)
+    _, record, state = randomized(ViTForImageClassification(config), tmp_path / "vit")
+    tower = VisionTransformer(vit.sizes_from(record))
+    tower.load_state_dict(vit.to_ours(state))
+    assert tower.sizes.num_classes == 2
+    theirs, record, state = randomized(
+        BertForPreTraining(BertConfig(**TINY, **QUIET, vocab_size=30)), tmp_path / "bert"
+    )
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in state.items()
+    }
+    sizes = bert.sizes_from({**record, "architectures": ["BertForMaskedLM"]})
+    with pytest.raises(CheckpointError, match="seq_relationship"):
+        bert.to_ours(old)
+    text = TextTransformer(sizes).eval()
+    text.load_state_dict(bert.to_ours(old, sizes, drop_heads=True))
+    ids = torch.randint(1, 30, (2, 7))
+    wanted = theirs(ids).prediction_logits
+    torch.testing.assert_close(text.logits(text(ids)), wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.real

@@ -38,7 +38,7 @@ class PretrainedImage(Part):
 
 
 class ViT(Part):
-    """vision transformer from scratch, with any position code and pictures of any size."""
+    """vision transformer from scratch: absolute, relative or hybrid positions, pictures of any size."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2010.11929"
     kind: Literal["vit"] = "vit"

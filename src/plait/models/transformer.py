@@ -311,7 +311,7 @@ class Transformer(nn.Module):
                 sizes,
                 relative=relative(i) if relative else None,
                 feed_forward=feed_forward(i) if feed_forward else None,
-                drop_path=sizes.drop_path * i / max(1, sizes.depth - 1),
+                drop_path=sizes.drop_path * (i / (sizes.depth - 1) if sizes.depth > 1 else 1.0),
                 backend=backend,
             )
             for i in range(sizes.depth)

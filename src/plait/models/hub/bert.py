@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_same, understood
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -36,6 +36,7 @@ _REPEATED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "
 """Old files hold the tied output layer, and the numbers 0, 1, 2 .., too."""
 
 
+@understood("BERT")
 def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     """Sizes of a ``config.json``.
 
@@ -46,7 +47,7 @@ def sizes_from(config: Mapping[str, Any]) -> TextSizes:
         config, {"model_type": "bert", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
     )
     require(config, {"position_embedding_type": "absolute", "pad_token_id": 0})
-    masked = "BertForMaskedLM" in config.get("architectures", ())
+    masked = "BertForMaskedLM" in (config.get("architectures") or ())
     return TextSizes(
         transformer=TransformerSizes(
             d=config["hidden_size"],
@@ -75,16 +76,7 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    names = ("position", "causal", "norm_embedding", "head", "final_norm", "pool")
-    given = {name: getattr(sizes, name) for name in names} | {"types": sizes.types > 0}
-    require(
-        given,
-        {"position": "learned", "causal": False, "norm_embedding": True, "head": False, "types": True},
-        place="TextSizes",
-    )
-    require(given | {"final_norm": bool(sizes.final_norm)}, {"final_norm": False, "pool": "first"}, place="TextSizes")
-    require_plain_blocks(inner, norm_place="post")
-    return {
+    record = {
         "architectures": ["BertForMaskedLM" if sizes.masked_head else "BertModel"],
         "model_type": "bert",
         "hidden_size": inner.d,
@@ -100,16 +92,32 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         "type_vocab_size": sizes.types,
         "pad_token_id": 0,
     }
+    require_same(sizes, sizes_from(record), besides=("drop_path",))
+    return record
 
 
-def to_ours(state: Mapping[str, Tensor], *, place: str = "") -> dict[str, Tensor]:
-    """Weights of a file under our names.
+def to_ours(
+    state: Mapping[str, Tensor], sizes: TextSizes | None = None, *, drop_heads: bool = False, place: str = ""
+) -> dict[str, Tensor]:
+    """Weights of a file under our names; norms may have their first names, ``gamma`` and ``beta``.
+
+    Args:
+        state: Of the file.
+        sizes: What is to be filled, where heads are dropped.
+        drop_heads: Leave out heads that the sizes have not: files of pretraining hold one for the next sentence, too.
+        place: File or folder, for errors.
 
     Raises:
         CheckpointError: Names have no place here, such as those of a next-sentence head.
     """
     bare = not any(name.startswith("bert.") for name in state)
-    named = {f"bert.{name}": value for name, value in state.items()} if bare else state
+    named = {f"bert.{name}" if bare else name: value for name, value in state.items()}
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        named = {name.removesuffix(old) + new if name.endswith(old) else name: v for name, v in named.items()}
+    if drop_heads:
+        wanted = [] if sizes is None or sizes.masked_head else ["cls.predictions."]
+        wanted += [] if sizes is None or sizes.pooler else ["bert.pooler."]
+        named = {n: v for n, v in named.items() if not n.startswith(("cls.seq_relationship.", *wanted))}
     return renamed(named, RULES, ignored=_REPEATED, place=place)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from plait.models.clip import ClipSizes
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_same, square, understood
 from plait.models.towers.pixels import CLIP_MEAN, CLIP_STD
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.towers.vit import ViTSizes
@@ -51,6 +51,7 @@ _OLD_END = 2
 section 2.4; it is the last of the vocabulary)."""
 
 
+@understood("CLIP")
 def vision_sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     """Sizes of the picture tower, of its part of a ``config.json``.
 
@@ -58,10 +59,11 @@ def vision_sizes_from(config: Mapping[str, Any]) -> ViTSizes:
         CheckpointError: It asks for something that ours has not.
     """
     require(config, {"model_type": "clip_vision_model", "num_channels": 3})
-    side = config["image_size"] // config["patch_size"]
+    patch = square(config, "patch_size", 32, place="config.json")
+    side = square(config, "image_size", 224, place="config.json") // patch
     return ViTSizes(
         transformer=_sizes(config),
-        patch=config["patch_size"],
+        patch=patch,
         grid=(side, side),
         norm="pooled",
         norm_first=True,
@@ -71,6 +73,7 @@ def vision_sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     )
 
 
+@understood("CLIP")
 def sizes_from(config: Mapping[str, Any]) -> ClipSizes:
     """Sizes of a ``config.json``.
 
@@ -101,19 +104,7 @@ def config_from(sizes: ClipSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     vision, text = sizes.vision, sizes.text
-    names = ("position", "relative", "norm", "norm_first", "class_token", "registers", "pooler", "num_classes")
-    plain = {"position": "learned", "relative": "none", "norm": "pooled", "norm_first": True, "class_token": True}
-    given = {name: getattr(vision, name) for name in names} | {"patch_bias": vision.patch_bias, "pool": vision.pool}
-    plain |= {"patch_bias": False, "pool": "class", "square": True}
-    require(
-        given | {"square": vision.grid[0] == vision.grid[1]},
-        {**plain, "registers": 0, "pooler": False, "num_classes": 0},
-        place="ViTSizes",
-    )
-    given = {name: getattr(text, name) for name in ("position", "causal", "types", "pool", "norm_embedding", "head")}
-    plain = {"position": "learned", "causal": True, "types": 0, "pool": "end", "norm_embedding": False, "head": False}
-    require(given, plain, place="TextSizes")
-    return {
+    record = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": sizes.d_shared,
@@ -134,6 +125,8 @@ def config_from(sizes: ClipSizes) -> dict[str, Any]:
             "pad_token_id": None,
         },
     }
+    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path"))
+    return record
 
 
 def to_ours(state: Mapping[str, Tensor], *, place: str = "") -> dict[str, Tensor]:
@@ -170,8 +163,6 @@ def _sizes(config: Mapping[str, Any]) -> TransformerSizes:
 
 
 def _config(inner: TransformerSizes) -> dict[str, Any]:
-    require_plain_blocks(inner)
-    require({"dropout": inner.dropout}, {"dropout": 0.0}, place="TransformerSizes")
     return {
         "hidden_size": inner.d,
         "num_hidden_layers": inner.depth,

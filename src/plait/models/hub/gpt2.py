@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
+from plait.models.hub.settings import activation_from, activation_name, require, require_same, understood
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -27,6 +27,7 @@ _REPEATED = ("lm_head.weight", "transformer.h.*.attn.bias", "transformer.h.*.att
 """Old files hold the tied output layer, and the causal mask of every layer, too."""
 
 
+@understood("GPT-2")
 def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     """Sizes of a ``config.json``.
 
@@ -66,11 +67,7 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    names = ("position", "causal", "types", "norm_embedding", "head", "tied", "pooler")
-    plain = {"position": "learned", "causal": True, "types": 0, "norm_embedding": False, "head": True, "tied": True}
-    require({name: getattr(sizes, name) for name in names}, {**plain, "pooler": False}, place="TextSizes")
-    require_plain_blocks(inner)
-    return {
+    record = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_embd": inner.d,
@@ -87,6 +84,8 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": sizes.end,
     }
+    require_same(sizes, sizes_from(record), besides=("drop_path", "end"))
+    return record
 
 
 def to_ours(state: Mapping[str, Tensor], *, place: str = "") -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require
+from plait.models.hub.settings import activation_from, activation_name, require, require_same, understood
 from plait.models.towers.text_transformer import TextSizes
 from plait.models.transformer import TransformerSizes
 
@@ -35,6 +35,7 @@ def rules(sizes: TextSizes) -> tuple[Rule, ...]:
     )
 
 
+@understood("LLaMA")
 def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     """Sizes of a ``config.json``.
 
@@ -78,21 +79,7 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    names = ("position", "causal", "types", "norm_embedding", "head", "pooler")
-    plain = {"position": "rope", "causal": True, "types": 0, "norm_embedding": False, "head": True, "pooler": False}
-    require({name: getattr(sizes, name) for name in names}, plain, place="TextSizes")
-    names = ("norm", "norm_place", "residual", "gated", "bias", "qk_norm", "layer_scale", "d_source", "scale")
-    blocks = {"norm": "rms", "norm_place": "pre", "residual": True, "gated": True, "bias": False, "qk_norm": False}
-    given = {name: getattr(inner, name) for name in names} | {
-        "dropout": inner.dropout,
-        "qkv_bias": bool(inner.qkv_bias),
-    }
-    require(
-        given,
-        {**blocks, "layer_scale": 0.0, "d_source": 0, "scale": 0.0, "dropout": 0.0, "qkv_bias": False},
-        place="TransformerSizes",
-    )
-    return {
+    record = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": inner.d,
@@ -111,6 +98,8 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": sizes.end,
     }
+    require_same(sizes, sizes_from(record), besides=("drop_path", "end"))
+    return record
 
 
 def to_ours(state: Mapping[str, Tensor], sizes: TextSizes, *, place: str = "") -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Settings of published configurations, taken or refused: a setting that is not understood is never passed over."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from plait.core.errors import CheckpointError
@@ -58,6 +60,65 @@ def activation_from(name: str, *, place: str = "config.json") -> Activation:
 def activation_name(activation: Activation) -> str:
     """The published name of ours."""
     return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
+
+
+def require_same(sizes: Any, again: Any, *, besides: Sequence[str] = ()) -> None:
+    """Refuse sizes that a layout does not give back: what it has no place for would be lost without a word.
+
+    Args:
+        sizes: What was to be written.
+        again: What is read from what was written.
+        besides: Fields that belong elsewhere, or only to training, and may be lost.
+
+    Raises:
+        CheckpointError: Names every field that differs.
+    """
+    differ = {
+        name: (value, other)
+        for (name, value), (_, other) in zip(_fields(sizes), _fields(again), strict=True)
+        if value != other and name.rpartition(".")[2] not in besides
+    }
+    if differ:
+        raise CheckpointError(
+            "; ".join(f"{name} is {value!r}, this layout has {other!r}" for name, (value, other) in differ.items()),
+            place=f"{type(sizes).__name__}: {next(iter(differ))}",
+            remedy=_WRITING,
+        )
+
+
+def _fields(sizes: Any) -> Iterator[tuple[str, Any]]:
+    """Every number of sizes by its path, with 0 and None as what they stand for."""
+    for field in dataclasses.fields(sizes):
+        value = getattr(sizes, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{field.name}.{name}", inner) for name, inner in _fields(value))
+        elif isinstance(sizes, TransformerSizes):
+            stands = {
+                "d_ff": sizes.d_ff or 4 * sizes.d,
+                "kv_heads": sizes.kv_heads or sizes.heads,
+                "d_head": sizes.d_head or sizes.d // sizes.heads,
+                "qkv_bias": sizes.bias if sizes.qkv_bias is None else sizes.qkv_bias,
+                "inner_dropout": sizes.dropout_inside,
+            }
+            yield field.name, stands.get(field.name, value)
+        elif field.name == "final_norm":
+            yield field.name, sizes.transformer.norm_place == "pre" if value is None else value
+        else:
+            yield field.name, value
+
+
+@contextmanager
+def understood(layout: str) -> Iterator[None]:
+    """Let a configuration that lacks a setting, or has one of another type, be named as such; a decorator, too.
+
+    Raises:
+        CheckpointError: A setting is missing or of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else f"a setting is of another type: {error}"
+        raise CheckpointError(what, place=f"config.json of {layout}", remedy="use an undamaged copy") from error
 
 
 def require_plain_blocks(

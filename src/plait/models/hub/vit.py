@@ -1,4 +1,4 @@
-"""ViT's layout of Hugging Face (``ViTModel``, ``ViTForImageClassification``; also DeiT's body) and ours."""
+"""ViT's layout of Hugging Face (``ViTModel``, ``ViTForImageClassification``) and ours."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,16 @@ from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks
+from plait.models.hub.settings import (
+    activation_from,
+    activation_name,
+    labeled,
+    labels,
+    require,
+    require_same,
+    square,
+    understood,
+)
 from plait.models.towers.vit import ViTSizes
 from plait.models.transformer import TransformerSizes
 
@@ -32,6 +41,7 @@ RULES = (
 """With the prefix ``vit.`` that models with a head have; a bare ``ViTModel`` is saved without it."""
 
 
+@understood("ViT")
 def sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     """Sizes of a ``config.json``.
 
@@ -40,8 +50,9 @@ def sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     """
     require(config, {"model_type": "vit", "num_channels": 3, "qkv_bias": True, "pooler_act": "tanh"})
     require(config, {"pooler_output_size": config["hidden_size"]})
-    side = config["image_size"] // config["patch_size"]
-    classifies = "ViTForImageClassification" in config.get("architectures", ())
+    patch = square(config, "patch_size", 16, place="config.json")
+    side = square(config, "image_size", 224, place="config.json") // patch
+    classes = labels(config)
     return ViTSizes(
         transformer=TransformerSizes(
             d=config["hidden_size"],
@@ -53,27 +64,25 @@ def sizes_from(config: Mapping[str, Any]) -> ViTSizes:
             dropout=config["hidden_dropout_prob"],
             attention_dropout=config["attention_probs_dropout_prob"],
         ),
-        patch=config["patch_size"],
+        patch=patch,
         grid=(side, side),
-        pooler=not classifies,
-        num_classes=len(config["id2label"]) if classifies else 0,
+        pooler=not classes,
+        num_classes=classes,
     )
 
 
 def config_from(sizes: ViTSizes) -> dict[str, Any]:
     """The ``config.json`` of sizes.
 
+    Mean and deviation of pixels belong into ``preprocessor_config.json``; what happens to pixels that make no whole
+    patch, and ``drop_path``, have no place in any file of the layout.
+
     Raises:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
-    given = {name: getattr(sizes, name) for name in ("position", "relative", "norm", "class_token", "registers")}
-    given |= {"norm_first": sizes.norm_first, "patch_bias": sizes.patch_bias, "square": sizes.grid[0] == sizes.grid[1]}
-    plain = {"position": "learned", "relative": "none", "norm": "all", "class_token": True, "registers": 0}
-    require(given, {**plain, "norm_first": False, "patch_bias": True, "square": True}, place="ViTSizes")
-    require_plain_blocks(inner)
-    return {
-        "architectures": ["ViTForImageClassification" if sizes.num_classes else "ViTModel"],
+    record = {
+        **labeled("ViT", sizes.num_classes),
         "model_type": "vit",
         "hidden_size": inner.d,
         "num_hidden_layers": inner.depth,
@@ -87,8 +96,9 @@ def config_from(sizes: ViTSizes) -> dict[str, Any]:
         "patch_size": sizes.patch,
         "num_channels": 3,
         "qkv_bias": True,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(sizes.num_classes)} if sizes.num_classes else {},
     }
+    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path"))
+    return record
 
 
 def to_ours(state: Mapping[str, Tensor], *, place: str = "") -> dict[str, Tensor]:

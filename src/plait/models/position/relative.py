@@ -42,6 +42,12 @@ class BucketBias(nn.Module):
 
     def __init__(self, heads: int, *, buckets: int = 32, furthest: int = 128, both_ways: bool = True) -> None:
         super().__init__()
+        exact = buckets // (4 if both_ways else 2)
+        if exact < 1 or furthest <= exact:
+            raise ConfigError(
+                f"{buckets} buckets and a furthest distance of {furthest}: {exact} distances have a bucket each",
+                remedy=f"give at least {4 if both_ways else 2} buckets, and a furthest distance above {exact}",
+            )
         self.buckets, self.furthest, self.both_ways = buckets, furthest, both_ways
         self.table = nn.Parameter(torch.empty(buckets, heads))
         nn.init.trunc_normal_(self.table, std=0.02)
