@@ -154,7 +154,7 @@ def paired_difference(
 def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Score:
     """Mean share over independent seeds, with a 95 % interval that knows both spreads.
 
-    The ends are the outer ones of Student's interval over the seeds, kept within 0 and 1, and Wilson's over all items:
+    The ends are the outer ones of Student's interval over the seeds, kept within 0 and 1, and Wilson's over the items:
     a bootstrap over three seeds could only give numbers between the least and the greatest of them, and equal seeds
     would claim certainty.
 
@@ -162,7 +162,7 @@ def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Sco
         values: A share for each seed.
         name: Of the score.
         rule: How one value is made.
-        n: Items of all seeds together.
+        n: Independent items; seeds that are asked the same items do not add any.
 
     Raises:
         DataError: Fewer than two seeds.

@@ -34,9 +34,7 @@ def _scores(results: Mapping[str, Any], family: str) -> str:
         for code in dict.fromkeys(s["code"] for s in scores)
     ]
     seeds = len(scores[0]["seeds"])
-    about = (
-        f"{family}: % right, mean of {seeds} seeds (95 % interval over seeds); sizes above the first were never seen"
-    )
+    about = f"{family}: % right, mean of {seeds} seeds (95 % interval); sizes above the first were never seen"
     return f"{about}\n\n{_table([head, chance, *rows])}"
 
 

@@ -159,8 +159,9 @@ def _scores(study: Positions, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     task, sides, _, _ = _setting(study, first.family)
     found: list[dict[str, Any]] = []
     for factor, question in first.right:
-        shares, counts = zip(*(one.right[factor, question] for one in trials), strict=True)
-        score = seeds_score(shares, name=f"{first.family}/{question}", rule="accuracy", n=sum(counts))
+        shares = [one.right[factor, question][0] for one in trials]
+        # Of a sequence several tokens may be asked, and all seeds are asked the same sequences.
+        score = seeds_score(shares, name=f"{first.family}/{question}", rule="accuracy", n=study.rows)
         found.append(
             {
                 "family": first.family,
@@ -169,7 +170,7 @@ def _scores(study: Positions, trials: Sequence[Trial]) -> list[dict[str, Any]]:
                 "times": factor,
                 "sides": [side * factor for side in sides],
                 **asdict(score),
-                "seeds": list(shares),
+                "seeds": shares,
                 "chance": task.chance[question],
             }
         )
