@@ -56,14 +56,15 @@ def account(build: Callable[[], nn.Module], size: int) -> Account:
         encoder = build()
         if not isinstance(encoder, Encoder):
             raise ConfigError(f"{type(encoder).__name__} is no encoder", remedy="give it forward, grid_out and d_out")
-        one, two = (_pass(encoder, size, pictures) for pictures in (1, 2))
+        # What does not grow with the batch (tables of positions) falls out; batch norm wants more than one picture.
+        two, three = (_pass(encoder, size, pictures) for pictures in (2, 3))
     return Account(
         parameters=sum(weight.numel() for weight in encoder.parameters()),
         trainable=sum(weight.numel() for weight in encoder.parameters() if weight.requires_grad),
         d_out=encoder.d_out,
-        tokens=one[0],
-        flops=one[1],
-        kept_bytes=two[2] - one[2],  # tables that do not grow with the batch fall out
+        tokens=three[0] - two[0],
+        flops=three[1] - two[1],
+        kept_bytes=three[2] - two[2],
     )
 
 
