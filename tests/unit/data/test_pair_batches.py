@@ -77,7 +77,6 @@ def stored(pairs: int) -> tuple[StoredPixels, dict[str, torch.Tensor]]:
     return StoredPixels(store=store, sha256s=names, device=torch.device("cpu")), raw
 
 
-@pytest.mark.row("S2-05")
 def test_pixels_come_in_the_order_of_the_batch_and_as_they_were():
     pixels, raw = stored(6)
     features = source(pairs=6, batch_size=4)

@@ -17,7 +17,6 @@ def measured(spec: Any) -> Account:
     return account(lambda: build_encoder(spec), spec.size)
 
 
-@pytest.mark.row("S0-02")
 def test_a_vision_transformer_costs_what_its_shape_says() -> None:
     d, depth, n, patch = 768, 12, 196, 16
     found = measured(specs.ViT(d=d, depth=depth, heads=12, patch=patch))

@@ -101,7 +101,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert still == []  # the gradient reaches every weight
 
 
-@pytest.mark.row("S2-05")
 def test_it_learns_pictures_it_can_tell_apart(tmp_path: Path, settings: dict[str, Any], own_colors: Path) -> None:
     folder = tmp_path / "02-pretrain"
     pretrain(own_colors, folder, settings, image_tower=VIT, steps=60, batch_size=24, lr=0.01, dropout=0.0)
@@ -142,7 +141,6 @@ def pictures(data: Path) -> dict[str, Image.Image]:
         return {s.id: decode_image(reader.media(s.media()[0]), place=s.id) for s in reader}
 
 
-@pytest.mark.row("S0-02")
 def test_the_saved_model_answers_like_the_trained_one(trained: Path, data_stage: Path) -> None:
     dual = load_dual(trained)
     assert dual.model.tower is not None

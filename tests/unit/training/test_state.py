@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -12,7 +11,6 @@ from plait.training.optim import AdamW
 from plait.training.state import Origin, Progress, TrainState, restore_state, save_state
 
 
-@pytest.mark.row("S4-60")
 def test_moments_of_channels_last_filters_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Fused AdamW goes through memory: moments restored in another order would meet the wrong weights."""
 
