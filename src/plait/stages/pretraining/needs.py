@@ -28,7 +28,7 @@ _SECONDS_START = (3.0, 15.0)  # imports and loading the towers
 _HEAD_EFFICIENCY = (0.15, 0.7)
 
 _SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
-# Of a tower that learns, in float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
+# Of a tower that learns, float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
 _TOWER_EFFICIENCY = (0.12, 0.6)
 # RSS of two runs (128 pictures of 17 tokens, 256 of 65) was 79 and 87 MiB above the sum of the parts.
 _TOWER_RUNTIME = 80 * 2**20
