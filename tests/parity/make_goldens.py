@@ -6,7 +6,9 @@ The references need packages that the project does not install (timm needs torch
     /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0 sentence-transformers==6.2.0 gguf==0.19.0 \
         accelerate==1.15.0 timm==1.0.31
     /tmp/goldens/bin/pip install --no-deps torchvision==0.28.0
-    PLAIT_HOME=... /tmp/goldens/bin/python tests/parity/make_goldens.py [convnet] [text] [smollm]
+    /tmp/goldens/bin/pip install torch_geometric==2.8.1 scikit-learn==1.9.1
+    /tmp/goldens/bin/pip install --no-deps pykale==0.2.1
+    PLAIT_HOME=... /tmp/goldens/bin/python tests/parity/make_goldens.py [convnet] [text] [smollm] [fusion]
 
 (timm wants to pull its own torchvision: install it with --no-deps where that takes a CUDA build.) Weights come from the
 packages that `plait data fetch` unpacked. Beside each file of tensors lies a JSON file with the versions used, the
@@ -42,7 +44,7 @@ TEXTS = (
 
 def main() -> None:
     """Write the parts named on the command line, or all."""
-    parts = {"convnet": convnet, "text": text, "smollm": smollm}
+    parts = {"convnet": convnet, "text": text, "smollm": smollm, "fusion": fusion}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     GOLDENS.mkdir(exist_ok=True)
@@ -141,6 +143,74 @@ def smollm() -> None:
     tensors = {"token_ids": token_ids, "logits": logits}
     facts = {"weights_bfloat16": digests, "prompt": "The capital of France is", "weights_sha256": sha256(path)}
     write("smollm", tensors, libraries=("transformers", "gguf", "accelerate"), **facts)
+
+
+def fusion() -> None:
+    """torch_geometric's graph layers, scikit-learn's voting and stacking, pykale's low-rank tensor fusion; float64."""
+    tensors = {f"graph_{k}": v for k, v in graph_layers().items()} | {f"vote_{k}": v for k, v in ensembles().items()}
+    tensors |= {f"tensor_{k}": v for k, v in low_rank_tensor().items()}
+    libraries = ("torch_geometric", "scikit-learn", "pykale")
+    write("fusion", {k: v.detach() for k, v in tensors.items()}, libraries=libraries)
+
+
+def graph_layers() -> dict[str, torch.Tensor]:
+    from torch_geometric.nn import GATConv, GCNConv
+
+    torch.manual_seed(0)
+    nodes = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    # From the first row to the second, not all both ways; node 6 hears nobody.
+    edges = torch.tensor([[0, 1, 1, 2, 3, 4, 5, 6, 0], [1, 0, 2, 1, 0, 3, 3, 0, 5]])
+    layers = {
+        "gcn": GCNConv(5, 4),
+        "gat": GATConv(5, 4, heads=2),
+        "gat_mean": GATConv(5, 4, heads=3, concat=False, negative_slope=0.1),
+    }
+    tensors = {"nodes": nodes, "edges": edges}
+    for name, layer in layers.items():
+        layer.double()
+        torch.nn.init.normal_(layer.bias)
+        found = layer(nodes, edges)
+        gradients = torch.autograd.grad(found.square().sum(), [nodes, layer.lin.weight])
+        tensors |= {f"{name}_{key}": value for key, value in layer.state_dict().items()}
+        tensors |= {f"{name}_out": found, f"{name}_d_nodes": gradients[0], f"{name}_d_weight": gradients[1]}
+    return tensors
+
+
+def ensembles() -> dict[str, torch.Tensor]:
+    from sklearn.datasets import make_classification
+    from sklearn.ensemble import StackingClassifier, VotingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import GaussianNB
+    from sklearn.tree import DecisionTreeClassifier
+
+    x, y = make_classification(120, 8, n_informative=5, n_classes=3, random_state=0)
+    kinds = [("a", LogisticRegression(max_iter=500)), ("b", GaussianNB()), ("c", DecisionTreeClassifier(max_depth=3))]
+    weights = [1.0, 2.5, 0.5]
+    found: dict[str, Any] = {}
+    for voting in ("soft", "hard"):
+        whole = VotingClassifier(kinds, voting=voting, weights=weights).fit(x[:80], y[:80])
+        found[f"{voting}_classes"] = whole.predict(x[80:])
+        if voting == "soft":
+            found["soft"] = whole.predict_proba(x[80:])
+            found["decisions"] = np.stack([kind.predict_proba(x[80:]) for kind in whole.estimators_])
+    stack = StackingClassifier(kinds, LogisticRegression(max_iter=500), cv=3).fit(x[:80], y[:80])
+    found |= {"stacked": stack.predict_proba(x[80:]), "stacked_weight": stack.final_estimator_.coef_}
+    found |= {"stacked_bias": stack.final_estimator_.intercept_, "weights": np.array(weights)}
+    found["stacked_decisions"] = np.stack([kind.predict_proba(x[80:]) for kind in stack.estimators_])
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+
+
+def low_rank_tensor() -> dict[str, torch.Tensor]:
+    from kale.embed.multimodal_fusion import LowRankTensorFusion
+
+    torch.manual_seed(0)
+    layer = LowRankTensorFusion([5, 4, 3], 6, 2)
+    layer.factors = [factor.detach().double() for factor in layer.factors]
+    layer.double()
+    torch.nn.init.normal_(layer.fusion_bias)
+    inputs = [torch.randn(7, width, dtype=torch.float64) for width in (5, 4, 3)]
+    tensors = {f"x{i}": x for i, x in enumerate(inputs)} | {f"factor{i}": f for i, f in enumerate(layer.factors)}
+    return tensors | {"weights": layer.fusion_weights, "bias": layer.fusion_bias, "out": layer(inputs)}
 
 
 if __name__ == "__main__":

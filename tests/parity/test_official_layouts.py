@@ -24,6 +24,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -31,7 +33,8 @@ from transformers import (
 
 from plait.core.errors import CheckpointError, DataError
 from plait.models.clip import CLIP_B32, Clip
-from plait.models.hub import bert, clip, gpt2, llama, vit
+from plait.models.hub import bert, clip, gpt2, llama, t5, vit
+from plait.models.towers.seq2seq import EncoderDecoder
 from plait.models.towers.text_transformer import TextTransformer
 from plait.models.towers.vit import VIT_B16, VIT_H14, VIT_L16, VisionTransformer
 
@@ -178,6 +181,31 @@ def test_decoders(tmp_path: Path, kind: str) -> None:
     # Two texts in one row do not see each other, and positions restart.
     packed = text(ids.view(1, -1), segment_ids=torch.tensor([[1] * 11 + [2] * 11])).view(2, 11, -1)
     torch.testing.assert_close(packed, text(ids), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.row("S4-40")
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_t5(tmp_path: Path, kind: str) -> None:
+    config = T5Config(d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=2, vocab_size=30,
+                      dropout_rate=0.0, feed_forward_proj=kind, relative_attention_max_distance=8,
+                      relative_attention_num_buckets=8, tie_word_embeddings=kind == "relu",
+                      decoder_start_token_id=0)  # fmt: skip
+    theirs, record, state = randomized(T5ForConditionalGeneration(config), tmp_path / "theirs")
+    sizes = t5.sizes_from(record)
+    model = EncoderDecoder(sizes).eval()
+    model.load_state_dict(t5.to_ours(state, sizes))
+    ids, targets = torch.randint(1, 30, (2, 15)), torch.randint(1, 30, (2, 11))
+    real = torch.arange(15)[None] < torch.tensor([15, 9])[:, None]
+    wanted = theirs(input_ids=ids, attention_mask=real.long(), decoder_input_ids=targets).logits
+    ours = model(ids, targets, real=real)
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+    ours.square().sum().backward()
+    wanted.square().sum().backward()
+    back = written(tmp_path / "ours", t5.config_from(sizes), t5.to_official(model.state_dict(), sizes))
+    again = reread(T5ForConditionalGeneration, back)
+    again = again(input_ids=ids, attention_mask=real.long(), decoder_input_ids=targets).logits
+    assert torch.equal(again, wanted)
+    same_gradients(model, lambda grads: t5.to_official(grads, sizes), theirs, tmp_path / "gradients", tolerance=1e-4)
 
 
 @pytest.mark.row("S0-02")

@@ -53,8 +53,16 @@ def attach(decoder: nn.Module, lora: Lora) -> tuple[str, ...]:
         Names of the tensors that train now.
 
     Raises:
-        ConfigError: A target matches no linear layer.
+        ConfigError: A target matches no linear layer, or the decoder reads media inside
+            (:func:`plait.models.crossattend.plain` takes that out while adapters are attached or saved).
     """
+    if any(".reads." in name for name, _ in decoder.named_parameters()):
+        raise ConfigError(
+            "the decoder reads media inside: freezing it would freeze what reads, and its names are not those that an "
+            "adapter is saved by",
+            place="adapters.lora.attach",
+            remedy="attach inside `with plait.models.crossattend.plain(decoder):`",
+        )
     check_targets(decoder, lora)
     from peft import inject_adapter_in_model
 

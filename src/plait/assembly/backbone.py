@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 
-from plait.assembly.local import IMAGE_TOWER, quiet
+from plait.assembly.local import IMAGE_TOWER, quiet, unreported
 from plait.core.errors import CheckpointError, DataError
 from plait.core.files import read_json
 from plait.models.towers.families import DUAL, FAMILIES
@@ -28,7 +26,7 @@ def load_backbone(folder: Path, dtype: str) -> PreTrainedModel:
     """
     _check_family(folder / "config.json")
     try:
-        with quiet(), _unreported():
+        with quiet(), unreported():
             model, report = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
@@ -70,16 +68,3 @@ def _check_family(path: Path) -> None:
         place=f"{path}: model_type",
         remedy=f"use {IMAGE_TOWER!r}, or a folder of one of: {', '.join([*DUAL, *FAMILIES])}",
     )
-
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or left over: here they are looked at one by one."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from plait.core.files import folder_atomic, read_json, sha256_file, write_json
 from plait.core.packages import home, locate, package, sweep, verify
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
 """Names of the towers that packages carry; any other name is a folder."""
@@ -139,6 +139,20 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
     weights = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+    put_weights(module, weights, path)
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put tensors into a module that has exactly these.
+
+    Args:
+        module: Has them after this.
+        weights: By the module's own names.
+        path: Where they come from, for errors.
+
+    Raises:
+        CheckpointError: They are others, or of another shape; names a tensor with both shapes.
+    """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != found:
@@ -149,7 +163,7 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
             place=str(path),
             remedy="config.json and model.safetensors must come from the same checkpoint",
         )
-    module.load_state_dict(weights)
+    module.load_state_dict(dict(weights))
 
 
 @contextlib.contextmanager
@@ -164,6 +178,19 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """Without transformers' table of weights that are missing or left over, where a caller looks at them one by one."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _fault(folder: Path, source: str, version: int) -> str:

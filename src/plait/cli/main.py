@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "runs": "list runs, or show one",
     "list": "list what a model may be made of: encoders, connectors, positions",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",
+    "study": "try a claim of the field on small models: position codes beyond the sizes they were trained at",
     "rows": "show which rows of the requirements checklist have tests (in a source checkout)",
     "completion": "print a completion script for bash, zsh or fish",
 }

@@ -1,4 +1,4 @@
-"""How sure a score is: percentile bootstrap (plain, paired, clustered) and the Wilson interval.
+"""How sure a score is: percentile bootstrap (plain, paired, clustered), Student over seeds, Wilson; rank correlation.
 
 Every statistic here is a function of column sums over items: a mean is sum(value) / sum(1), F1 is 2 tp / (2 tp + fp +
 fn). Resampling items then means reweighting a small table, and resampling whole clusters (all pictures of one concept)
@@ -21,6 +21,8 @@ RESAMPLES = 2000
 
 _Z95 = 1.959963984540054
 _CHUNK_DRAWS = 2**21
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t at 97.5 % for 1 to 10 degrees of freedom; with more, that of 10, which is a little too wide."""
 
 Table = Float[np.ndarray, "item column"]
 Statistic = Callable[[Float[np.ndarray, "row column"]], Float[np.ndarray, " row"]]
@@ -147,6 +149,62 @@ def paired_difference(
     table = _with_ones(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
     interval = bootstrap(table, _mean, groups=groups, seed=seed)
     return to_score(interval, name=name, rule=f"{rule}; paired", n=len(table))
+
+
+def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Score:
+    """Mean share over independent seeds, with a 95 % interval that knows both spreads.
+
+    The ends are the outer ones of Student's interval over the seeds, kept within 0 and 1, and Wilson's over all items:
+    a bootstrap over three seeds could only give numbers between the least and the greatest of them, and equal seeds
+    would claim certainty.
+
+    Args:
+        values: A share for each seed.
+        name: Of the score.
+        rule: How one value is made.
+        n: Items of all seeds together.
+
+    Raises:
+        DataError: Fewer than two seeds.
+
+    Example:
+        >>> found = seeds_score([0.5, 0.6, 0.7], name="accuracy", rule="accuracy", n=300)
+        >>> [round(x, 3) for x in (found.value, found.low, found.high)]
+        [0.6, 0.352, 0.848]
+    """
+    if len(values) < 2:
+        raise DataError(f"{len(values)} seeds have no spread", remedy="run two seeds or more")
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half = _T95[min(len(values) - 1, len(_T95)) - 1] * spread / math.sqrt(len(values))
+    least, most = wilson(round(mean * n), n)
+    low, high = max(0.0, min(least, mean - half)), min(1.0, max(most, mean + half))
+    return Score(name=name, value=mean, low=low, high=high, n=n, rule=f"{rule}; ci=student-{len(values)}-seeds+wilson")
+
+
+def spearman(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " m"]) -> float:
+    """Spearman's rank correlation of pairs; equal values share their mean rank.
+
+    Raises:
+        DataError: The two have different lengths, or all values of one are equal.
+
+    Example:
+        >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 8.0, 27.0]))
+        1.0
+    """
+    if len(ours) != len(theirs):
+        raise DataError(f"a correlation needs pairs; came {len(ours)} and {len(theirs)}", remedy="give as many of both")
+    first, second = (_ranks(values) - (len(values) - 1) / 2 for values in (ours, theirs))
+    norm = math.sqrt(float(first @ first) * float(second @ second))
+    if not norm:
+        raise DataError("all values are equal: they have no order", remedy="give values that differ")
+    return float(first @ second) / norm
+
+
+def _ranks(values: Float[np.ndarray, " item"]) -> Float[np.ndarray, " item"]:
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts + 1) / 2)[index]
 
 
 def exact_score(value: float, *, name: str, rule: str, n: int) -> Score:

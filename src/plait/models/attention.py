@@ -17,7 +17,7 @@ from plait.models.position.rotary import Turn, turned
 
 Backend = Literal["sdpa", "reference", "chunked"]
 """``sdpa`` is torch's fused one; ``reference`` keeps the whole matrix and can return it; ``chunked`` goes over the keys
-in pieces with a running softmax (https://arxiv.org/abs/1805.02867), so that memory does not grow with their square."""
+in pieces with a running softmax (https://arxiv.org/abs/1805.02867), without gradients in memory linear in the keys."""
 
 
 class Attended(NamedTuple):
@@ -108,7 +108,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, *, added: Tensor | None, size: int
         total = total * shrink + weights.sum(-1, keepdim=True)
         out = out * shrink + weights @ v[..., at : at + size, :].to(wide)
         most = peak
-    return (out / total).to(v.dtype)
+    return (out / total.clamp(min=torch.finfo(wide).tiny)).to(v.dtype)  # 0 where there are no keys
 
 
 class Bias(Protocol):
@@ -154,24 +154,29 @@ class AttentionSizes:
         heads: Heads of queries.
         kv_heads: Heads of keys and values; 0: as many.
         d_head: Width of a head; 0: ``d / heads``.
+        d_value: Width of a head's values; 0: ``d_head``.
         d_source: Width of what is looked at in cross-attention; 0: self-attention.
         bias: Whether q, k and v have one.
         out_bias: Whether the output projection has one.
         scale: Factor on the scores; 0: ``1 / sqrt(d_head)``.
         dropout: Share of weights dropped while training.
-        qk_norm: RMS-normalize each head's queries and keys first (https://arxiv.org/abs/2302.05442).
+        qk_norm: RMS-normalize each head's queries and keys first, as Qwen3 does (https://arxiv.org/abs/2505.09388).
+        key_bias: Whether k has one where q and v have (Whisper, BEiT and VideoMAE leave it out). It adds the same to
+            all scores of a query, so that the softmax forgets it.
     """
 
     d: int
     heads: int
     kv_heads: int = 0
     d_head: int = 0
+    d_value: int = 0
     d_source: int = 0
     bias: bool = True
     out_bias: bool = True
     scale: float = 0.0
     dropout: float = 0.0
     qk_norm: bool = False
+    key_bias: bool = True
 
 
 class Attention(nn.Module):
@@ -204,13 +209,20 @@ class Attention(nn.Module):
                 remedy="choose heads that divide the width, and key heads that divide the heads; or give d_head",
             )
         self.d_head = sizes.d_head or sizes.d // sizes.heads
-        q, kv = self.heads * self.d_head, 2 * self.kv_heads * self.d_head
+        self.d_value = sizes.d_value or self.d_head
+        q, k, v = self.heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_value
+        whole = sizes.bias and sizes.key_bias
         if sizes.d_source:
             self.q = nn.Linear(sizes.d, q, bias=sizes.bias)
-            self.kv = nn.Linear(sizes.d_source, kv, bias=sizes.bias)
+            self.kv = nn.Linear(sizes.d_source, k + v, bias=whole)
         else:
-            self.qkv = nn.Linear(sizes.d, q + kv, bias=sizes.bias)
-        self.out = nn.Linear(q, sizes.d, bias=sizes.out_bias)
+            self.qkv = nn.Linear(sizes.d, q + k + v, bias=whole)
+        # A bias of keys held at zero would drift: rounding gives it gradients that are not quite nothing, and Adam
+        # scales them up. So there is none.
+        self.qv_bias: nn.Parameter | None = None
+        if sizes.bias and not sizes.key_bias:
+            self.qv_bias = nn.Parameter(torch.zeros(v if sizes.d_source else q + v))
+        self.out = nn.Linear(self.heads * self.d_value, sizes.d, bias=sizes.out_bias)
         self.q_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.d_head, eps=1e-6) if sizes.qk_norm else nn.Identity()
 
@@ -232,16 +244,19 @@ class Attention(nn.Module):
 
         Returns:
             ``b t d``, and the weights if asked for.
+
+        Raises:
+            ConfigError: There is a relative code and no gap.
         """
         q, k, v = self._project(x, source)
         q, k = self.q_norm(q), self.k_norm(k)
         bias = places.bias
         if source is None:
+            if self.relative is not None:  # before turning: a code that reads queries must not see absolute places
+                own = self.relative(_given(places.gap), q, grid=places.grid)
+                bias = own if bias is None else bias + own
             if places.turn is not None:
                 q, k = turned(q, places.turn), turned(k, places.turn)
-            if self.relative is not None:
-                own = self.relative(places.gap, q, grid=places.grid)
-                bias = own if bias is None else bias + own
         values, weights = attend(
             q,
             k,
@@ -255,13 +270,40 @@ class Attention(nn.Module):
         return Attended(self.out(values.transpose(1, 2).flatten(2)), weights)
 
     def _project(self, x: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if (source is not None) != bool(self.sizes.d_source):
+            built = "cross" if self.sizes.d_source else "self"
+            raise ConfigError(
+                f"this is {built}-attention, {'no' if source is None else 'a'} source came",
+                remedy="set d_source for cross-attention, and give the source",
+            )
+        widths = [self.heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_value]
         if source is None:
-            joined = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.d_head)).transpose(1, 2)
-            q, k, v = joined.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            return q, k, v
-        q = self.q(x).unflatten(-1, (self.heads, self.d_head)).transpose(1, 2)
-        k, v = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.d_head)).transpose(1, 2).chunk(2, dim=1)
-        return q, k, v
+            q, k, v = self._biased(self.qkv(x)).split(widths, dim=-1)
+        else:
+            q, (k, v) = self.q(x), self._biased(self.kv(source)).split(widths[1:], dim=-1)
+        return self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _biased(self, joined: Tensor) -> Tensor:
+        """With the biases of queries (where they are in it) and values, if keys have none."""
+        if self.qv_bias is None:
+            return joined
+        values = self.kv_heads * self.d_value
+        before, after = self.qv_bias.split([len(self.qv_bias) - values, values])
+        return joined + torch.cat([before, before.new_zeros(self.kv_heads * self.d_head), after])
+
+
+def _given(gap: Tensor | None) -> Tensor:
+    if gap is None:
+        raise ConfigError(
+            "this attention has a relative position code, but Places.gap is None",
+            place="attention",
+            remedy="give gap=gaps(at, at), the distances between the tokens' coordinates",
+        )
+    return gap
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

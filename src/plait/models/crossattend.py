@@ -3,8 +3,9 @@
 Alayrac et al., Flamingo, https://arxiv.org/abs/2204.14198, section 2.2 and figure 4.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,16 +26,20 @@ class MediaView:
     Attributes:
         source: Media tokens of each row of the batch.
         mask: Which of them each text position sees.
+        readers: Filled by the layers that did look, so that a decoder that keeps its arguments from its layers is seen.
     """
 
     source: Float[Tensor, "b s d"]
     mask: Bool[Tensor, "b 1 t s"]
+    readers: set[int] = field(default_factory=set)
 
 
 class GatedCrossAttention(nn.Module):
     """``x + tanh(a) cross(norm(x), media)``, then ``x + tanh(b) ff(norm(x))``, with a = b = 0 at the start.
 
-    At the start it therefore changes nothing. A position that sees no media passes the first step unchanged.
+    At the start it therefore changes nothing. A position that sees no media passes both steps unchanged, so that text
+    without media is what the plain decoder makes of it, whatever else is in the batch; Flamingo and Idefics send such
+    positions through the second step.
 
     Args:
         sizes: Width, heads and kind of norms and feed-forward network; ``d_source`` is the width of the media.
@@ -65,20 +70,21 @@ class GatedCrossAttention(nn.Module):
         """Read media.
 
         Args:
-            x: Text.
+            x: Text; with a cache, its last positions.
             media: What it sees.
             weights: If given, attention weights are appended.
         """
+        media.readers.add(id(self))
         wide = self.gate.dtype  # the decoder may be frozen in 16 bits while these learn in 32
         y = x.to(wide)
         source = media.source.to(wide)
-        found = self.attention(self.norm(y), Places(mask=media.mask), source=source, need_weights=weights is not None)
+        mask = media.mask[:, :, media.mask.shape[2] - x.shape[1] :]  # with a cache, text comes in pieces
+        found = self.attention(self.norm(y), Places(mask=mask), source=source, need_weights=weights is not None)
         if weights is not None:
             weights.append(found.weights)
-        blind = ~media.mask.any(-1)[:, 0, :, None]
-        y = y + self.gate.tanh() * found.values.masked_fill(blind, 0.0)
+        y = y + self.gate.tanh() * found.values
         y = y + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(y))
-        return y.to(x.dtype)
+        return torch.where(mask.any(-1)[:, 0, :, None], y.to(x.dtype), x)
 
 
 class ReadingLayer(nn.Module):
@@ -129,7 +135,8 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList:
 def install(decoder: nn.Module, reading: Sequence[GatedCrossAttention | None]) -> None:
     """Put cross-attentions before the layers of a decoder, in place.
 
-    The decoder's weights keep their tensors; their names get a ``layer.`` in between. Undone by :func:`remove`.
+    The decoder's weights keep their tensors; their names get a ``layer.`` in between, so save it, and attach adapters
+    to it, inside :func:`plain`. Undone by :func:`remove`.
 
     Args:
         decoder: A causal language model of Hugging Face.
@@ -145,6 +152,8 @@ def install(decoder: nn.Module, reading: Sequence[GatedCrossAttention | None]) -
         )
     if any(isinstance(layer, ReadingLayer) for layer in layers):
         raise ConfigError("this decoder reads media already", remedy="call remove first")
+    if not any(reads is not None for reads in reading):
+        raise ConfigError("no layer reads media", remedy="give at least one cross-attention")
     for i, reads in enumerate(reading):
         layers[i] = ReadingLayer(layers[i], reads)
 
@@ -158,6 +167,20 @@ def remove(decoder: nn.Module) -> list[GatedCrossAttention | None]:
             taken.append(layer.reads)
             layers[i] = layer.layer
     return taken
+
+
+@contextmanager
+def plain(decoder: nn.Module) -> Iterator[None]:
+    """The decoder without its cross-attentions, in this block only: for whatever goes by names.
+
+    Saving a Hugging Face folder, attaching or saving an adapter.
+    """
+    reading = remove(decoder)
+    try:
+        yield
+    finally:
+        if reading:
+            install(decoder, reading)
 
 
 def latest_item(
@@ -180,6 +203,13 @@ def latest_item(
     """
     rows = len(marks)
     tokens = media.grid.prod(1)
+    listed: list[int] = item_row.tolist()
+    if listed != sorted(listed) or any(not 0 <= row < rows for row in listed):
+        raise DataError(
+            f"media items are not in the order of the {rows} rows: {listed}",
+            place="Batch.item_row",
+            remedy="put media in the order in which their marks stand, row by row",
+        )
     items = torch.bincount(item_row, minlength=rows)
     if not torch.equal(items, marks.sum(1)):
         row = int((items != marks.sum(1)).int().argmax())

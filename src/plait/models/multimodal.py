@@ -60,10 +60,11 @@ class MultimodalLM(nn.Module):
         )
         self.inside = inside
         self._check_parts(reading)
+        table: Tensor = decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
+        self._check_widths(reading, width=table.shape[1])
         if reading is not None:
             install(decoder, reading)
-            width: int = decoder.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-            self.mark = nn.Parameter(torch.zeros(width))
+            self.mark = nn.Parameter(torch.zeros(table.shape[1]))
 
     def _check_parts(self, reading: Sequence[GatedCrossAttention | None] | None) -> None:
         if set(self.placeholders) != set(self.connectors) or not set(self.encoders) <= set(self.connectors):
@@ -82,6 +83,34 @@ class MultimodalLM(nn.Module):
                 f"is {self.inside!r}",
                 remedy="give both, and a modality that has a connector",
             )
+
+    def _check_widths(self, reading: Sequence[GatedCrossAttention | None] | None, *, width: int) -> None:
+        for modality, connector in self.connectors.items():
+            given, wanted = (
+                getattr(self.encoders[modality], "d_out", None) if modality in self.encoders else None,
+                getattr(connector, "d_in", None),
+            )
+            if given is not None and wanted is not None and given != wanted:
+                raise ConfigError(
+                    f"the {modality} tower gives tokens of width {given}, its connector takes {wanted}",
+                    place=f"connectors.{modality}",
+                    remedy=f"build the connector with d_in={given}",
+                )
+            readers = [reads for reads in reading or () if reads is not None]
+            into = {reads.attention.sizes.d_source for reads in readers} if modality == self.inside else {width}
+            if into != {connector.d_out}:
+                raise ConfigError(
+                    f"the {modality} connector gives tokens of width {connector.d_out}, what reads them takes "
+                    f"{', '.join(map(str, sorted(into)))}",
+                    place=f"connectors.{modality}",
+                    remedy="build the connector for the width of the decoder, or of the layers that read inside it",
+                )
+            if any(reads.attention.sizes.d != width for reads in readers):
+                raise ConfigError(
+                    f"a cross-attention is built for a decoder of another width than {width}",
+                    place="reading",
+                    remedy=f"build it with d={width}",
+                )
 
     @property
     def placeholder(self) -> int:
@@ -110,6 +139,11 @@ class MultimodalLM(nn.Module):
             use_cache=False,
             **more,
         )
+        if view is not None and not view.readers:
+            raise ConfigError(
+                f"{type(self.decoder).__name__} does not hand its arguments on to its layers: no media were read",
+                remedy="use a decoder of LLaMA's kin or GPT-2, or splice media in",
+            )
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
@@ -150,7 +184,7 @@ class MultimodalLM(nn.Module):
         view = None
         for modality, places in holes.items():
             media, item_row = self.media_tokens(batch, modality)
-            if modality == self.inside:
+            if modality == self.inside and len(media.grid):
                 marks = Patches(values=self.mark.expand(len(media.grid), -1), grid=torch.ones_like(media.grid))
                 _check_places(batch, places, media=marks, item_row=item_row)
                 view = latest_item(media, item_row=item_row, marks=places, segment_ids=batch.segment_ids)

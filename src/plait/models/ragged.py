@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
+from plait.core.errors import DataError
 from plait.core.tensors import Patches
 
 
@@ -33,8 +34,18 @@ def rows_of(media: Patches) -> Rows:
 
 
 def rows_by(values: Num[Tensor, "n d"], lengths: Int[Tensor, " item"]) -> Rows:
-    """Consecutive tokens as rows of the given lengths."""
+    """Consecutive tokens as rows of the given lengths.
+
+    Raises:
+        DataError: The lengths do not add up to the tokens.
+    """
     counts: list[int] = lengths.tolist()
+    if sum(counts) != len(values):
+        raise DataError(
+            f"{len(values)} tokens came for items of {sum(counts)} tokens in all",
+            place="Patches",
+            remedy="let values and grid be of the same items",
+        )
     longest = max(counts, default=0)
     if all(count == longest for count in counts):
         return Rows(values.view(len(counts), longest, values.shape[-1]), None)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plait.core.errors import ConfigError
 from plait.models.attention import ANYWHERE, Attention, AttentionSizes, Backend, Places
 
 Norm = Literal["layer", "rms"]
@@ -54,13 +55,17 @@ class TransformerSizes:
         gated: Multiply the activation by a second projection (SwiGLU with ``silu``, https://arxiv.org/abs/2002.05202).
         bias: Whether the feed-forward and output projections have one.
         qkv_bias: Whether queries, keys and values have one; None: like ``bias``.
+        key_bias: Whether keys have one where queries and values have.
         qk_norm: RMS-normalize queries and keys.
         scale: Factor on attention scores; 0: ``1 / sqrt(d_head)``; T5 has 1.
         d_source: Width of what every block also looks at (cross-attention); 0: nothing.
-        dropout: Share of what each part adds that is dropped, and of the feed-forward's inside.
+        dropout: Share of what each part adds that is dropped.
+        inner_dropout: Share of the feed-forward's inside that is dropped; None: like ``dropout``.
         attention_dropout: Share of attention weights dropped.
         drop_path: Share of samples for which the last block is skipped; earlier ones less, linearly
             (https://arxiv.org/abs/1603.09382).
+        layer_drop: Chance that a block is left out of a training step for the whole batch
+            (LayerDrop, https://arxiv.org/abs/1909.11556).
         layer_scale: Start of a learned factor on what each part adds (https://arxiv.org/abs/2103.17239); 0: none.
     """
 
@@ -78,13 +83,21 @@ class TransformerSizes:
     gated: bool = False
     bias: bool = True
     qkv_bias: bool | None = None
+    key_bias: bool = True
     qk_norm: bool = False
     scale: float = 0.0
     d_source: int = 0
     dropout: float = 0.0
+    inner_dropout: float | None = None
     attention_dropout: float = 0.0
     drop_path: float = 0.0
+    layer_drop: float = 0.0
     layer_scale: float = 0.0
+
+    @property
+    def dropout_inside(self) -> float:
+        """Share of the feed-forward's inside that is dropped."""
+        return self.dropout if self.inner_dropout is None else self.inner_dropout
 
     def attention(self, *, d_source: int = 0) -> AttentionSizes:
         """Sizes of one attention of a block."""
@@ -99,6 +112,7 @@ class TransformerSizes:
             scale=self.scale,
             dropout=self.attention_dropout,
             qk_norm=self.qk_norm,
+            key_bias=self.key_bias,
         )
 
 
@@ -190,6 +204,7 @@ class Block(nn.Module):
     Args:
         sizes: Shape and kind.
         relative: Relative position code of the self-attention.
+        feed_forward: In place of the plain network, such as :class:`plait.models.moe.MixtureOfExperts`.
         drop_path: Share of samples for which a part adds nothing.
         backend: How attention is computed.
     """
@@ -199,6 +214,7 @@ class Block(nn.Module):
         sizes: TransformerSizes,
         *,
         relative: nn.Module | None = None,
+        feed_forward: nn.Module | None = None,
         drop_path: float = 0.0,
         backend: Backend = "sdpa",
     ) -> None:
@@ -209,13 +225,13 @@ class Block(nn.Module):
         if sizes.d_source:
             self.cross = Attention(sizes.attention(d_source=sizes.d_source), backend=backend)
             self.cross_part = Part(sizes, drop_path=drop_path)
-        self.feed_forward = FeedForward(
+        self.feed_forward = feed_forward or FeedForward(
             sizes.d,
             sizes.d_ff or 4 * sizes.d,
             activation=sizes.activation,
             gated=sizes.gated,
             bias=sizes.bias,
-            dropout=sizes.dropout,
+            dropout=sizes.dropout_inside,
         )
         self.feed_forward_part = Part(sizes, drop_path=drop_path)
 
@@ -227,6 +243,7 @@ class Block(nn.Module):
         source: Float[Tensor, "b s d2"] | None = None,
         source_places: Places = ANYWHERE,
         weights: list[Tensor] | None = None,
+        routed: list | None = None,
     ) -> Float[Tensor, "b t d"]:
         """One block.
 
@@ -236,6 +253,7 @@ class Block(nn.Module):
             source: What the cross-attention looks at.
             source_places: Mask (and bias) of the cross-attention.
             weights: Attention weights are appended here: of the block itself, then of the cross-attention.
+            routed: What a mixture of experts did is appended here (:class:`plait.models.moe.Routed`).
         """
 
         def own(y: Tensor) -> Tensor:
@@ -254,7 +272,9 @@ class Block(nn.Module):
         x = self.attention_part(x, own)
         if self.cross is not None and source is not None:
             x = self.cross_part(x, other)
-        return self.feed_forward_part(x, self.feed_forward)
+        if routed is None or isinstance(self.feed_forward, FeedForward):
+            return self.feed_forward_part(x, self.feed_forward)
+        return self.feed_forward_part(x, partial(self.feed_forward, routed=routed))
 
 
 class Transformer(nn.Module):
@@ -263,6 +283,8 @@ class Transformer(nn.Module):
     Args:
         sizes: Shape and kind.
         relative: Makes the relative position code of each block, given its number; None: none.
+        feed_forward: Makes what stands in place of the plain network of each block, given its number; None where it
+            gives none.
         final_norm: A norm after the last block; by default where norms come first.
         backend: How attention is computed.
 
@@ -277,6 +299,7 @@ class Transformer(nn.Module):
         sizes: TransformerSizes,
         *,
         relative: Callable[[int], nn.Module] | None = None,
+        feed_forward: Callable[[int], nn.Module | None] | None = None,
         final_norm: bool | None = None,
         backend: Backend = "sdpa",
     ) -> None:
@@ -287,6 +310,7 @@ class Transformer(nn.Module):
             Block(
                 sizes,
                 relative=relative(i) if relative else None,
+                feed_forward=feed_forward(i) if feed_forward else None,
                 drop_path=sizes.drop_path * i / max(1, sizes.depth - 1),
                 backend=backend,
             )
@@ -304,6 +328,7 @@ class Transformer(nn.Module):
         source_places: Places = ANYWHERE,
         weights: list[Tensor] | None = None,
         hidden: list[Tensor] | None = None,
+        routed: list | None = None,
     ) -> Float[Tensor, "b t d"]:
         """All blocks and the last norm.
 
@@ -314,11 +339,19 @@ class Transformer(nn.Module):
             source_places: Mask of the cross-attention.
             weights: If given, attention weights ``b h q k`` of every block are appended to it.
             hidden: If given, what goes into each block is appended to it.
+            routed: If given, what each mixture of experts did is appended to it.
+
+        Raises:
+            ConfigError: A source came, and there is no cross-attention.
         """
+        if source is not None and not self.sizes.d_source:
+            raise ConfigError("a source came, but these blocks have no cross-attention", remedy="set d_source")
         for block in self.blocks:
             if hidden is not None:
                 hidden.append(x)
-            x = block(x, places, source=source, source_places=source_places, weights=weights)
+            if self.training and self.sizes.layer_drop and float(torch.rand(())) < self.sizes.layer_drop:
+                continue
+            x = block(x, places, source=source, source_places=source_places, weights=weights, routed=routed)
         return self.norm(x)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import DataError
-from plait.evaluation.statistics import bootstrap, mean_score, paired_difference, wilson
+from plait.evaluation.statistics import bootstrap, mean_score, paired_difference, seeds_score, spearman, wilson
 
 pytestmark = pytest.mark.light
 
@@ -127,3 +127,45 @@ def test_unequal_sides_are_refused():
         paired_difference([1.0, 0.0], [1.0], name="d", rule="r")
     with pytest.raises(DataError, match="0 of 0"):
         wilson(0, 0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 11])
+def test_interval_over_seeds_is_students(n: int):
+    values = np.random.default_rng(n).uniform(0.4, 0.6, size=n)
+    score = seeds_score(list(values), name="m", rule="share", n=10**9)
+    error = values.std(ddof=1) / math.sqrt(n)
+    low, high = scipy.stats.t.interval(0.95, n - 1, loc=values.mean(), scale=error)
+    assert score.low == pytest.approx(max(0.0, low), abs=1e-4)
+    assert score.high == pytest.approx(min(1.0, high), abs=1e-4)
+
+
+def test_interval_over_many_seeds_is_no_narrower_than_students():
+    values = np.random.default_rng(0).uniform(0.4, 0.6, size=30)
+    score = seeds_score(list(values), name="m", rule="share", n=10**9)
+    low, high = scipy.stats.t.interval(0.95, 29, loc=values.mean(), scale=values.std(ddof=1) / math.sqrt(30))
+    assert score.low < low
+    assert score.high > high
+    assert score.high - score.low < 1.1 * (high - low)
+
+
+def test_equal_seeds_are_not_certain():
+    score = seeds_score([1.0, 1.0, 1.0], name="m", rule="share", n=300)
+    assert (score.low, score.high) == wilson(300, 300)
+    assert seeds_score([0.5, 0.5], name="m", rule="share", n=100).low == pytest.approx(wilson(50, 100)[0])
+    with pytest.raises(DataError, match="1 seeds"):
+        seeds_score([0.5], name="m", rule="share", n=1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=30))
+def test_spearman_agrees_with_scipy(pairs: list[tuple[int, int]]):
+    ours, theirs = (np.asarray(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    if len(set(ours)) == 1 or len(set(theirs)) == 1:
+        with pytest.raises(DataError, match="no order"):
+            spearman(ours, theirs)
+        return
+    assert spearman(ours, theirs) == pytest.approx(scipy.stats.spearmanr(ours, theirs).statistic, abs=1e-12)
+
+
+def test_spearman_needs_pairs():
+    with pytest.raises(DataError, match="came 2 and 3"):
+        spearman(np.arange(2.0), np.arange(3.0))

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.models import specs
@@ -73,6 +73,24 @@ def test_a_connector_joins_any_widths(kind: str) -> None:
         assert isinstance(spec, specs.GatedCrossAttention)
         reading = build_reading(spec, d_in=12, d=20, layers=5)
         assert [layer is not None for layer in reading] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("grids", [[], [(1, 0, 3)], [(1, 2, 2), (1, 0, 3)]], ids=str)
+def test_a_connector_takes_nothing(kind: str, grids: list[tuple[int, int, int]]) -> None:
+    connector = build_connector(CONNECTORS[kind], d_in=12, d_out=20).eval()
+    grid = torch.tensor(grids, dtype=torch.long).view(-1, 3)
+    found = connector(Patches(values=torch.rand(int(grid.prod(1).sum()), 12), grid=grid))
+    assert torch.equal(found.grid, connector.grid_out(grid))
+    assert len(found.values) == int(found.grid.prod(1).sum())
+    assert found.values.isfinite().all()
+
+
+def test_rows_that_are_not_those_of_the_grid_are_refused() -> None:
+    grid = torch.tensor([[1, 1, 2], [1, 2, 2]])
+    for kind in ("qformer", "resampler"):
+        with pytest.raises(DataError, match="9 tokens came for items of 6 tokens"):
+            build_connector(CONNECTORS[kind], d_in=12, d_out=20)(Patches(values=torch.rand(9, 12), grid=grid))
 
 
 @pytest.mark.parametrize("name", specs.POSITIONS)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Patches
-from plait.models.connectors.projection import Linear
+from plait.models.connectors.projection import Linear, Unchanged
 from plait.models.connectors.query import PerceiverResampler
 from plait.models.crossattend import GatedCrossAttention
 from plait.models.multimodal import MultimodalLM
@@ -84,7 +84,14 @@ def test_text_alone_is_the_plain_decoder() -> None:
     ids = torch.randint(0, 40, (2, 5))
     wanted = decoder().base_model(input_ids=ids).last_hidden_state
     for model in (spliced(), reading()):
+        for read in model.modules():
+            if isinstance(read, GatedCrossAttention):
+                nn.init.ones_(read.gate)
+                nn.init.ones_(read.feed_forward_gate)
         torch.testing.assert_close(model.hidden(batch(ids.tolist())), wanted)
+    # Nor does it matter that another row has a picture.
+    found = model.hidden(batch([ids[0].tolist(), [5, IMAGE, 6, 7, 8]], image=[[1, 1, 2]]))
+    torch.testing.assert_close(found[0], wanted[0])
 
 
 @pytest.mark.row("S2-11")
@@ -115,6 +122,18 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         MultimodalLM({}, line, llama, placeholder={"audio": 40})
     with pytest.raises(ConfigError, match="are given, the modality they read is ''"):
         MultimodalLM({}, line, llama, placeholder=40, reading=[None, None])
+    with pytest.raises(ConfigError, match="connector gives tokens of width 64, what reads them takes 16"):
+        MultimodalLM({}, {"image": Linear(8, 64)}, llama, placeholder=40)
+    tower = nn.Identity()
+    tower.d_out = 12
+    with pytest.raises(ConfigError, match="tower gives tokens of width 12, its connector takes 8"):
+        MultimodalLM({"image": tower}, line, llama, placeholder=40)
+    wide = [GatedCrossAttention(TransformerSizes(d=16, depth=1, heads=2, d_source=12)), None]
+    with pytest.raises(ConfigError, match="width 16, what reads them takes 12"):
+        MultimodalLM({}, line, llama, placeholder=40, reading=wide, inside="image")
+    other = [GatedCrossAttention(TransformerSizes(d=32, depth=1, heads=2, d_source=16)), None]
+    with pytest.raises(ConfigError, match="decoder of another width than 16"):
+        MultimodalLM({}, line, llama, placeholder=40, reading=other, inside="image")
     with pytest.raises(ConfigError, match="read inside the decoder"):
         reading().embed(batch([[5, 6]]))
     sound = batch([[5, 6]])
@@ -122,3 +141,12 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         reading()(replace(sound, media={"audio": Patches(values=torch.zeros(0, 8), grid=torch.zeros(0, 3).long())}))
     with pytest.raises(DataError, match="row 0 has 2 placeholders, 1 media tokens"):
         reading()(batch([[IMAGE, IMAGE, 5]], image=[[1, 1, 4]]))
+
+
+def test_a_decoder_that_keeps_its_arguments_from_its_layers_is_found_out() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    falcon = FalconForCausalLM(FalconConfig(**sizes, bos_token_id=0, eos_token_id=1)).eval()
+    layers = [GatedCrossAttention(TransformerSizes(d=16, depth=1, heads=2, d_source=8)), None]
+    model = MultimodalLM({}, {"image": Unchanged(8)}, falcon, placeholder=IMAGE, reading=layers, inside="image")
+    with pytest.raises(ConfigError, match="FalconForCausalLM does not hand its arguments on"):
+        model.hidden(batch([[5, IMAGE, 6]], image=[[1, 1, 2]]))

@@ -22,7 +22,7 @@ class PixelShuffle(nn.Module):
 
     def __init__(self, d_in: int, factor: int) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.d_in = factor, d_in
         self.d_out = d_in * factor * factor
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
@@ -33,10 +33,11 @@ class PixelShuffle(nn.Module):
         """Join cells."""
         sizes = media.grid.prod(1).tolist()
         items = [
-            self._join(values.view(*grid, -1))
+            self._join(values.view(*grid, self.d_in))
             for values, grid in zip(media.values.split(sizes), media.grid.tolist(), strict=True)
         ]
-        return Patches(values=torch.cat(items), grid=self.grid_out(media.grid))
+        values = torch.cat(items) if items else media.values.new_zeros(0, self.d_out)
+        return Patches(values=values, grid=self.grid_out(media.grid))
 
     def _join(self, cells: Float[Tensor, "frames rows columns d"]) -> Float[Tensor, "m e"]:
         f = self.factor
@@ -56,7 +57,7 @@ class Linear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
-        self.d_out = d_out
+        self.d_in, self.d_out = d_in, d_out
         self.linear = nn.Linear(d_in, d_out)
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
@@ -81,7 +82,7 @@ class Mlp(nn.Module):
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int, *, dropout: float = 0.0, norm: bool = True) -> None:
         super().__init__()
-        self.d_out = d_out
+        self.d_in, self.d_out = d_in, d_out
         self.norm = nn.LayerNorm(d_in) if norm else nn.Identity()
         self.up = nn.Linear(d_in, d_hidden)
         self.down = nn.Linear(d_hidden, d_out)
@@ -102,7 +103,7 @@ class Unchanged(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.d_out = d
+        self.d_in = self.d_out = d
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """Unchanged."""
@@ -118,7 +119,7 @@ class Split(nn.Module):
 
     def __init__(self, d_in: int, count: int) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.d_in = count, d_in
         self.d_out = d_in // count
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
@@ -136,6 +137,7 @@ class Chain(nn.Module):
     def __init__(self, *parts: Encoder) -> None:
         super().__init__()
         self.parts: Sequence[Encoder] = nn.ModuleList(parts)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        self.d_in: int | None = getattr(parts[0], "d_in", None)
         self.d_out = parts[-1].d_out
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:

@@ -129,7 +129,7 @@ class QFormer(nn.Module):
         self.dropout = nn.Dropout(sizes.dropout)
         self.blocks = nn.ModuleList(QFormerBlock(sizes, looks=i % sizes.every == 0) for i in range(sizes.depth))
         self.out = nn.Linear(sizes.d, d_out) if d_out else nn.Identity()
-        self.d_out = d_out or sizes.d
+        self.d_in, self.d_out = sizes.d_source, d_out or sizes.d
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """One row of ``queries`` for each item, or for each of its frames."""
@@ -270,7 +270,7 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(d, d_out) if d_out else nn.Identity()
-        self.d_out = d_out or d
+        self.d_in, self.d_out = d, d_out or d
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """One row of latents for each item."""
@@ -292,7 +292,7 @@ class PerceiverResampler(nn.Module):
         assert self.frames is not None
         codes = self.frames(int(grid[:, 0].max()) if len(grid) else 0)
         return torch.cat(
-            [codes[:f].repeat_interleave(h * w, dim=0) for f, h, w in grid.tolist()] or [codes.new_zeros(0, self.d_out)]
+            [codes[:f].repeat_interleave(h * w, dim=0) for f, h, w in grid.tolist()] or [codes.new_zeros(0, self.d_in)]
         )
 
 

@@ -142,7 +142,10 @@ def to_ours(state: Mapping[str, Tensor], *, place: str = "") -> dict[str, Tensor
     Raises:
         CheckpointError: Names have no place here.
     """
-    return renamed(state, RULES, ignored=_REPEATED, place=place)
+    # transformers 5 writes a CLIPVisionModel without the part's name; files published before have it.
+    bare = "embeddings.class_embedding" in state
+    named = {f"vision_model.{name}": value for name, value in state.items()} if bare else state
+    return renamed(named, RULES, ignored=_REPEATED, place=place)
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

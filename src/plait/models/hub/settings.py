@@ -60,8 +60,16 @@ def activation_name(activation: Activation) -> str:
     return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
 
 
-def require_plain_blocks(inner: TransformerSizes, *, norm_place: str = "pre") -> None:
+def require_plain_blocks(
+    inner: TransformerSizes, *, norm_place: str = "pre", key_bias: bool = True, dropouts: bool = False
+) -> None:
     """See that blocks are the plain ones of ViT, CLIP, BERT and GPT-2.
+
+    Args:
+        inner: The blocks.
+        norm_place: Where the layout has its norms.
+        key_bias: Whether the layout has a bias of keys.
+        dropouts: Whether it has a dropout inside the feed-forward, and of whole layers, of its own.
 
     Raises:
         CheckpointError: They are not; names the first difference.
@@ -82,7 +90,11 @@ def require_plain_blocks(inner: TransformerSizes, *, norm_place: str = "pre") ->
         },
         place="TransformerSizes",
     )
-    require({"qkv_bias": inner.qkv_bias is not False}, {"qkv_bias": True}, place="TransformerSizes")
+    given = {"qkv_bias": inner.qkv_bias is not False, "key_bias": inner.key_bias}
+    require(given, {"qkv_bias": True, "key_bias": key_bias}, place="TransformerSizes")
+    if not dropouts:
+        given = {"inner_dropout": inner.inner_dropout, "layer_drop": inner.layer_drop}
+        require(given, {"inner_dropout": None, "layer_drop": 0.0}, place="TransformerSizes")
 
 
 def one_of(config: Mapping[str, Any], key: str, allowed: Sequence[Any], *, place: str) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
+from plait.models.fixed import Fixed
 
 
 def sincos(
@@ -37,7 +38,7 @@ def frequencies(d: int, *, base: float = 10_000.0) -> Float[Tensor, " f"]:
     """
     if d % 2:
         raise ConfigError(f"sines and cosines need an even width, came {d}", remedy="choose an even width")
-    return base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    return base ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)
 
 
 class SinCosSequence(nn.Module):
@@ -53,16 +54,19 @@ class SinCosSequence(nn.Module):
         torch.Size([10, 64])
     """
 
-    frequency: Tensor
-
     def __init__(self, d: int, *, base: float = 10_000.0, interleaved: bool = True) -> None:
         super().__init__()
         self.interleaved = interleaved
-        self.register_buffer("frequency", frequencies(d, base=base), persistent=False)
+        self._frequency = Fixed(frequencies(d, base=base))
+
+    @property
+    def frequency(self) -> Float[Tensor, " f"]:
+        """Radians a step of each pair."""
+        return self._frequency.values
 
     def forward(self, length: int) -> Float[Tensor, "t d"]:
-        """Codes of positions 0 to ``length - 1``, in float32."""
-        at = torch.arange(length, dtype=self.frequency.dtype, device=self.frequency.device)
+        """Codes of positions 0 to ``length - 1``, computed in float64, given in float32, on the CPU."""
+        at = torch.arange(length, dtype=torch.float64, device="cpu")
         return sincos(at, self.frequency, interleaved=self.interleaved).float()
 
 
@@ -76,22 +80,55 @@ class SinCosGrid(nn.Module):
         base: As in 1-D.
     """
 
-    frequency: Tensor
-
     def __init__(self, d: int, *, base: float = 10_000.0) -> None:
         super().__init__()
         if d % 4:
             raise ConfigError(f"a 2-D code needs a width that 4 divides, came {d}", remedy="choose such a width")
-        self.register_buffer("frequency", frequencies(d // 2, base=base), persistent=False)
+        self._frequency = Fixed(frequencies(d // 2, base=base))
 
     def forward(self, rows: int, columns: int) -> Float[Tensor, "n d"]:
-        """Codes of the cells, in float32."""
+        """Codes of the cells, computed in float64, given in float32, on the CPU."""
         down, right = (
-            sincos(torch.arange(n, dtype=self.frequency.dtype, device=self.frequency.device), self.frequency).float()
+            sincos(torch.arange(n, dtype=torch.float64, device="cpu"), self._frequency.values).float()
             for n in (rows, columns)
         )
         cells = (rows, columns, -1)
         return torch.cat([right[None].expand(cells), down[:, None].expand(cells)], dim=-1).flatten(0, 1)
+
+
+class SinCosVolume(nn.Module):
+    """3-D sines and cosines, of any volume: the time's code, then the row's, then the column's.
+
+    Rows and columns have a third of the width each, rounded down to even, and time the rest.
+
+    Args:
+        d: Width, even, 6 or more.
+        base: As in 1-D.
+
+    Raises:
+        ConfigError: The width is odd or too small.
+    """
+
+    across: Tensor
+    along: Tensor
+
+    def __init__(self, d: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        side = d // 6 * 2
+        if d % 2 or side == 0:
+            raise ConfigError(f"a 3-D code needs an even width of 6 or more, came {d}", remedy="choose such a width")
+        self.register_buffer("across", frequencies(side, base=base), persistent=False)
+        self.register_buffer("along", frequencies(d - 2 * side, base=base), persistent=False)
+
+    def forward(self, frames: int, rows: int, columns: int) -> Float[Tensor, "n d"]:
+        """Codes of the cells, in float32."""
+        time, down, right = (
+            sincos(torch.arange(n, dtype=frequency.dtype, device=frequency.device), frequency).float()
+            for n, frequency in ((frames, self.along), (rows, self.across), (columns, self.across))
+        )
+        cells = (frames, rows, columns, -1)
+        parts = (time[:, None, None].expand(cells), down[None, :, None].expand(cells), right[None, None].expand(cells))
+        return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
 class LearnedSequence(nn.Module):
@@ -160,6 +197,30 @@ class LearnedGrid(nn.Module):
         cells = self.table[self.prefix :].view(*self.grid, -1).permute(2, 0, 1)[None]
         cells = _interpolate(cells, (rows, columns), mode=self.mode, antialias=self.antialias)
         return torch.cat([self.table[: self.prefix], cells[0].permute(1, 2, 0).flatten(0, 1)])
+
+
+class LearnedVolume(nn.Module):
+    """A learned vector for each cell of a volume, interpolated linearly to any other.
+
+    Args:
+        frames: Of the volume that is learned.
+        rows: Likewise.
+        columns: Likewise.
+        d: Width.
+    """
+
+    def __init__(self, frames: int, rows: int, columns: int, *, d: int) -> None:
+        super().__init__()
+        self.volume = (frames, rows, columns)
+        self.table = nn.Parameter(torch.empty(frames * rows * columns, d))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, frames: int, rows: int, columns: int) -> Float[Tensor, "n d"]:
+        """Codes of the cells; of the learned volume itself, the table as it is."""
+        if (frames, rows, columns) == self.volume:
+            return self.table
+        cells = self.table.view(*self.volume, -1).permute(3, 0, 1, 2)[None]
+        return _interpolate(cells, (frames, rows, columns), mode="trilinear")[0].flatten(1).T
 
 
 class LearnedRowColumn(nn.Module):

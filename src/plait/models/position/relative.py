@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, DataError
+from plait.models.fixed import Fixed
 
 
 def gaps(query_at: Int[Tensor, "q a"], key_at: Int[Tensor, "k a"]) -> Int[Tensor, "q k a"]:
@@ -55,7 +56,7 @@ class BucketBias(nn.Module):
         return found + half * (gap < 0) if self.both_ways else found
 
     def forward(
-        self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
+        self, gap: Int[Tensor, "q k 1"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
         return self.table[self.bucket(gap[..., 0])].permute(2, 0, 1)[None]
@@ -81,22 +82,37 @@ class GridBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def index(self, gap: Int[Tensor, "q k 2"], grid: tuple[int, int]) -> Int[Tensor, "q k"]:
-        """Row of the table of a grid for each pair of tokens."""
+        """Row of the table of a grid for each pair of tokens; the length of the table where it has no such gap."""
         rows, columns = grid
         found = (gap[..., 0] + rows - 1) * (2 * columns - 1) + gap[..., 1] + columns - 1
+        inside = (gap[..., 0].abs() < rows) & (gap[..., 1].abs() < columns)
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        found = torch.where(inside, found, offsets + 3 * self.class_token)  # else a long row would read as a step down
         if self.class_token:
-            offsets = (2 * rows - 1) * (2 * columns - 1)
             found[0, :], found[:, 0], found[0, 0] = offsets, offsets + 1, offsets + 2
         return found
 
     def forward(
         self, gap: Int[Tensor, "q k 2"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "1 h q k"]:
-        """Bias of each head; ``grid`` is the learned one unless given."""
+        """Bias of each head; ``grid`` is the learned one unless given.
+
+        Raises:
+            DataError: A gap is wider than the grid (on a GPU: torch's assertion, later).
+        """
         grid = grid or self.grid
         index = self.index(gap, grid)
+        try:
+            found = self.table_of(*grid)[index.flatten()]
+        except IndexError as error:
+            side = " x ".join(str(1 + int(n)) for n in gap.abs().amax((0, 1)))
+            raise DataError(
+                f"tokens of a grid of {side}, a bias for {grid[0]} x {grid[1]}",
+                place="relative bias",
+                remedy="say the tokens' grid (Places.grid), or make the bias of that grid with resized()",
+            ) from error
         # Laid out as scores are: every row of a batch reads it.
-        return self.table_of(*grid)[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
+        return found.view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
 
     def table_of(self, rows: int, columns: int) -> Float[Tensor, "n h"]:
         """The table of a grid, interpolated unless it is the learned one."""
@@ -126,18 +142,21 @@ class LinearBias(nn.Module):
         heads: Of the attention.
     """
 
-    slope: Tensor
-
     def __init__(self, heads: int) -> None:
         super().__init__()
-        slope = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
-        self.register_buffer("slope", slope.float(), persistent=False)
+        slope = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
+        self._slope = Fixed(slope.float())
+
+    @property
+    def slope(self) -> Float[Tensor, " h"]:
+        """How fast scores of each head fall."""
+        return self._slope.values
 
     def forward(
         self, gap: Int[Tensor, "q k a"], queries: Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "1 h q k"]:
         """Bias of each head."""
-        return -self.slope[None, :, None, None] * gap.abs().sum(-1)
+        return -self._slope.on(gap.device)[None, :, None, None] * gap.abs().sum(-1)
 
 
 class KeyOffsets(nn.Module):
@@ -160,7 +179,7 @@ class KeyOffsets(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(
-        self, gap: Int[Tensor, "q k a"], queries: Float[Tensor, "b h q e"], *, grid: tuple[int, int] | None = None
+        self, gap: Int[Tensor, "q k 1"], queries: Float[Tensor, "b h q e"], *, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "b h q k"]:
         """Bias of each head; depends on the queries."""
         row = gap[..., 0].clamp(-self.furthest, self.furthest) + self.furthest

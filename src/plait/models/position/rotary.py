@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from plait.core.errors import ConfigError
+from plait.models.fixed import Fixed
 
 
 class Turn(NamedTuple):
@@ -45,17 +46,23 @@ class Rotary(nn.Module):
         [1.0, 0.10000000149011612]
     """
 
-    axis: Tensor
-    frequency: Tensor
-
     def __init__(self, axis: Int[Tensor, " pair"], frequency: Float[Tensor, " pair"]) -> None:
         super().__init__()
-        self.register_buffer("axis", axis, persistent=False)
-        self.register_buffer("frequency", frequency.float(), persistent=False)
+        self._axis, self._frequency = Fixed(axis), Fixed(frequency.float())
+
+    @property
+    def axis(self) -> Int[Tensor, " pair"]:
+        """Which coordinate each pair reads."""
+        return self._axis.values
+
+    @property
+    def frequency(self) -> Float[Tensor, " pair"]:
+        """Radians a step of each pair."""
+        return self._frequency.values
 
     def forward(self, at: Num[Tensor, "*b t a"]) -> Turn:
-        """Cosines and sines of tokens at these coordinates, in float32."""
-        angles = at.float()[..., self.axis] * self.frequency
+        """Cosines and sines of tokens at these coordinates, in float32 whatever the weights of the model are."""
+        angles = at.float()[..., self._axis.on(at.device)] * self._frequency.on(at.device)
         angles = torch.cat([angles, angles], dim=-1)
         return Turn(angles.cos(), angles.sin())
 
@@ -63,36 +70,36 @@ class Rotary(nn.Module):
     def sequence(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """1-D, as in LLaMA: pair i turns by ``base ** (-2i / d_head)`` a position."""
         _divides(d_head, 2)
-        pair = torch.arange(0, d_head, 2, dtype=torch.float64)
-        return cls(torch.zeros(len(pair), dtype=torch.long), base ** (-pair / d_head))
+        pair = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu")
+        return cls(torch.zeros(len(pair), dtype=torch.long, device="cpu"), base ** (-pair / d_head))
 
     @classmethod
     def grid(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """2-D, as in Qwen2-VL's tower: the first half of the pairs reads rows, the second columns, same frequencies."""
         _divides(d_head, 4)
-        pair = torch.arange(0, d_head // 2, 2, dtype=torch.float64)
+        pair = torch.arange(0, d_head // 2, 2, dtype=torch.float64, device="cpu")
         frequency = base ** (-pair / (d_head // 2))
-        return cls(torch.tensor([0, 1]).repeat_interleave(len(pair)), frequency.repeat(2))
+        return cls(torch.tensor([0, 1], device="cpu").repeat_interleave(len(pair)), frequency.repeat(2))
 
     @classmethod
     def grid_alternating(cls, d_head: int, *, base: float = 10_000.0) -> "Rotary":
         """2-D, as in Pixtral (https://arxiv.org/abs/2410.07073): rows take every other frequency, columns the rest."""
         _divides(d_head, 4)
-        frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
-        axis = torch.tensor([0, 1]).repeat_interleave(d_head // 4)
+        frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head)
+        axis = torch.tensor([0, 1], device="cpu").repeat_interleave(d_head // 4)
         return cls(axis, torch.cat([frequency[::2], frequency[1::2]]))
 
     @classmethod
     def unit_grid(cls, d_head: int, *, base: float = 100.0) -> "Rotary":
         """2-D over coordinates in -1..1 (:func:`unit_coordinates`), as in DINOv3 (https://arxiv.org/abs/2508.10104).
 
-        The longest period is ``base`` times the shortest, which is the side of the picture; a picture of any
+        The longest period is ``base`` times the shortest, which is half a side of the picture; a picture of any
         resolution has the same range of angles.
         """
         _divides(d_head, 4)
-        pair = torch.arange(0, d_head // 2, 2, dtype=torch.float64)
+        pair = torch.arange(0, d_head // 2, 2, dtype=torch.float64, device="cpu")
         frequency = 2 * torch.pi * base ** (-pair / (d_head // 2))
-        return cls(torch.tensor([0, 1]).repeat_interleave(len(pair)), frequency.repeat(2))
+        return cls(torch.tensor([0, 1], device="cpu").repeat_interleave(len(pair)), frequency.repeat(2))
 
     @classmethod
     def multimodal(
@@ -116,12 +123,12 @@ class Rotary(nn.Module):
                 f"sections {sections} have {sum(sections)} pairs, a head of {d_head} dimensions has {pairs}",
                 remedy="give three numbers that add up to half the width of a head",
             )
-        axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
+        axis = torch.arange(3, device="cpu").repeat_interleave(torch.tensor(sections, device="cpu"))
         if interleaved:
-            axis = torch.zeros(pairs, dtype=torch.long)
+            axis = torch.zeros(pairs, dtype=torch.long, device="cpu")
             for which in (1, 2):
                 axis[which : 3 * sections[which] : 3] = which
-        pair = torch.arange(0, d_head, 2, dtype=torch.float64)
+        pair = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu")
         return cls(axis, base ** (-pair / d_head))
 
 

@@ -79,7 +79,7 @@ class OnCells(nn.Module):
             )
         tokens = x.flatten(2).mT
         if self.absolute is not None:
-            tokens = tokens + self.absolute(rows, columns).to(tokens.dtype)
+            tokens = tokens + self.absolute(rows, columns).to(tokens)
         tokens = self.transformer(tokens, self._places(rows, columns, x.device))
         return tokens.mT.unflatten(2, (rows, columns))
 

@@ -163,7 +163,7 @@ class TextTransformer(nn.Module):
         at = None if segment_ids is None else positions_in(segment_ids)
         x = self.embedding(token_ids)
         if self.position is not None:
-            code = self.position(token_ids.shape[1] if at is None else int(at.max()) + 1).to(x.dtype)
+            code = self.position(token_ids.shape[1] if at is None else int(at.max()) + 1).to(x)
             x = x + (code if at is None else code[at])
         if self.types is not None:
             x = x + (self.types.weight[0] if types is None else self.types(types))
@@ -189,8 +189,10 @@ class TextTransformer(nn.Module):
         """One vector a row, by the rule of the sizes; padding (segment 0) does not count.
 
         Raises:
-            DataError: A row is all padding, or lacks the token that ends a text.
+            DataError: A row is all padding, lacks the token that ends a text, or holds several texts.
         """
+        if segment_ids is not None:
+            _complain((segment_ids > 1).any(1), "holds several texts, and would become one vector")
         hidden = self(token_ids, segment_ids=segment_ids)
         real = torch.ones_like(token_ids, dtype=torch.bool) if segment_ids is None else segment_ids != 0
         if self.sizes.pool == "mean":

@@ -262,7 +262,7 @@ class VisionTransformer(nn.Module):
     def _positioned(self, x: Float[Tensor, "b m d"], rows: int, columns: int) -> Float[Tensor, "b m d"]:
         if self.position is None:
             return x
-        code = self.position(rows, columns).to(x.dtype)
+        code = self.position(rows, columns).to(x)
         # A code of the cells alone says nothing about the class token.
         return x + functional.pad(code, (0, 0, x.shape[1] - len(code), 0))
 

@@ -1,0 +1,52 @@
+"""``plait study NAME``: try a claim of the field on small models, and publish what comes out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from plait.cli.output import Out
+
+STUDIES = ("positions",)
+"""``positions``: position codes on longer sequences and larger grids than they were trained at."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("study", choices=STUDIES, help="which claims to try")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as sequence.steps=50")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/studies"),
+        metavar="FOLDER",
+        help="where folders of studies go (default: runs/studies)",
+    )
+
+
+def main(args: argparse.Namespace, out: Out) -> int:
+    """Run the study and print its tables."""
+    from plait.cli.panel import watch
+
+    with watch(quiet_stdout=out.json) as listener:
+        import json
+
+        from plait.core.events import Events
+        from plait.core.files import lock, new_run
+        from plait.core.spec import resolve
+        from plait.core.yamltext import Node, Source
+        from plait.recipes.run import environment
+        from plait.studies.placing.tables import markdown
+        from plait.studies.positions import Positions
+
+        resolved = resolve(Positions, Node({}, Source("default")), args.overrides)
+        contents = {"study.yaml": resolved.to_yaml(), "env.json": json.dumps(environment(), indent=2) + "\n"}
+        folder = new_run(args.study, args.runs, contents=contents)
+        with lock(folder):
+            events = Events(folder / "events.jsonl", listeners=(listener,))
+            results = resolved.spec.run(folder, events=events)
+    out.line()
+    out.line(markdown(results))
+    out.line(f"{results['trained']} trainings in {results['seconds']:.0f} s; folder {folder}")
+    out.result({"folder": str(folder), **results})
+    return 0

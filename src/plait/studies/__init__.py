@@ -1,0 +1,1 @@
+"""Claims of the field, tried: one file a family of claims."""
