@@ -121,7 +121,7 @@ def load_image_tower(
             "max_cells is for efficientnet-lite0", place=name, remedy="leave it out; use a pooling connector"
         )
     if holds_tower(Path(name)):
-        return _load_learned(name, size, layer=layer, asked=dtype, events=events or Events())
+        return _load_learned(name, size, kind, layer=layer)
     return _load_pretrained_vision(name, size, kind, layer=layer, events=events or Events())
 
 
@@ -211,7 +211,22 @@ def _convert_efficientnet(source: Path, target: Path) -> None:
 # --- checkpoints of our own ----------------------------------------------------------------------------------------
 
 
-def _load_learned(name: str, size: int, *, layer: int, asked: str, events: Events) -> ImageTower:
+class _Rounded(nn.Module):
+    """A tower whose features come in another number format than it computes in."""
+
+    def __init__(self, tower: Encoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tower, self.dtype, self.d_out = tower, dtype, tower.d_out
+
+    def forward(self, media: Patches) -> Patches:
+        found = self.tower(media)
+        return Patches(values=found.values.to(self.dtype), grid=found.grid)
+
+    def grid_out(self, grid: torch.Tensor) -> torch.Tensor:
+        return self.tower.grid_out(grid)
+
+
+def _load_learned(name: str, size: int, dtype: str, *, layer: int) -> ImageTower:
     if layer != -1:
         raise ConfigError(f"layer is {layer}, a tower of our own has only -1", place=name, remedy="leave it out")
     tower, contract, key = load_learned(Path(name))
@@ -221,14 +236,13 @@ def _load_learned(name: str, size: int, *, layer: int, asked: str, events: Event
             place=name,
             remedy=f"set {contract.size}, or 0 for its own",
         )
-    if asked == "bfloat16":
-        events.note(f"{name}: stays in float32, the format it learned in")
     assert isinstance(tower, Encoder)
     return ImageTower(
-        encoder=tower,
+        # It computes in float32, as it learned; only its features are rounded.
+        encoder=_freeze(_Rounded(tower, getattr(torch, dtype))),
         contract=contract,
-        settings={"name": name, "size": contract.size},
-        key=digest({"tower": key} | _preprocessing(contract)),
+        settings={"name": name, "size": contract.size, "dtype": dtype},
+        key=digest({"tower": key, "dtype": dtype} | _preprocessing(contract)),
     )
 
 

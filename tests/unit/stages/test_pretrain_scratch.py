@@ -199,6 +199,8 @@ def test_its_tower_serves_as_a_frozen_one(trained: Path, data_stage: Path) -> No
     with torch.inference_mode():
         found = tower.encoder(raw)
         assert torch.equal(found.values, dual.model.tower(raw).values)
+        rounded = load_image_tower(str(trained), dtype="bfloat16").encoder(raw)
+    assert torch.equal(rounded.values, found.values.bfloat16())
     assert isinstance(found, Patches)
     assert found.grid.tolist() == [[1, 2, 2]]
     with pytest.raises(ConfigError, match="size is 64, this tower learned at 16 pixels"):
