@@ -38,11 +38,12 @@ def packages() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hugging Face folders of a tiny picture tower and a tiny decoder with random weights: ``image``, ``decoder``."""
+    """Hugging Face folders of tiny models with random weights: ``image``, ``text``, ``decoder``."""
     root = tmp_path_factory.mktemp("tiny")
-    _write_tower(root / "image")
-    _write_decoder(root / "decoder")
-    return {"image": root / "image", "decoder": root / "decoder"}
+    for name, write in (("image", _write_tower), ("text", _write_text_tower), ("decoder", _write_decoder)):
+        (root / name).mkdir()
+        write(root / name)
+    return {name: root / name for name in ("image", "text", "decoder")}
 
 
 @pytest.fixture
@@ -79,6 +80,20 @@ def _write_tower(folder: Path) -> None:
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
     settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3, "size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def _write_text_tower(folder: Path) -> None:
+    """A BERT of one layer and 32 positions that reads letters and figures."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=32)).save_pretrained(folder)
 
 
 def _write_decoder(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Folder ⇄ dual encoder: small trained heads, and by name and digest the frozen towers under them.
 
 A folder holds ``config.json`` and ``model.safetensors`` (heads and scale) and ``plait.json``: format, composition
-(which towers, with the digest of their weights and preprocessing) and media contract. The towers' own weights are not
-copied: they are packages or folders on this machine, and loading refuses any whose digest is another.
+(which towers, with the digest of their weights and preprocessing) and media contract. The weights of frozen towers are
+not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A picture
+tower that learned lies in the folder: its weights with the heads', its spec in the composition.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.assembly.local import load_weights
 from plait.assembly.record import PLAIT, read_fields, read_record, write_record
-from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower
+from plait.assembly.scratch import SCRATCH, WEIGHTS, build_tower, contract_of, read_spec
+from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower, raw_pictures
 from plait.core.errors import CheckpointError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.tensors import Patches
+from plait.models import specs
 from plait.models.dual import DualEncoder, rows
 from plait.models.heads import ProjectionHead
 
 _CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
 _BATCH = 16
 
 
@@ -51,8 +53,8 @@ class Dual:
     """A dual encoder with its towers: pictures and texts to unit vectors of one space.
 
     Attributes:
-        model: Heads and scale.
-        image: Frozen picture tower.
+        model: Heads and scale, and the picture tower if it learns.
+        image: Frozen picture tower; the pixels alone (:func:`~plait.assembly.towers.raw_pictures`) if it learns.
         text: Frozen text tower.
         sizes: Of the heads.
 
@@ -96,20 +98,28 @@ class Dual:
         return Patches(values=found.values.float().to(device), grid=found.grid.to(device))
 
 
-def build_dual(image: ImageTower, text: TextEncoder, sizes: HeadSizes, *, scale: float) -> Dual:
+def build_dual(image: ImageTower | specs.ScratchImage, text: TextEncoder, sizes: HeadSizes, *, scale: float) -> Dual:
     """New heads on two towers, drawn from torch's generator.
 
     Args:
-        image: Picture tower.
+        image: Frozen picture tower; or the spec of one that learns, drawn before the heads.
         text: Text tower.
         sizes: Of the heads.
         scale: Where the factor on the cosine starts.
+
+    Raises:
+        ConfigError: The sizes of the spec do not fit together.
     """
+    tower = None
+    if not isinstance(image, ImageTower):
+        tower, spec = build_tower(image), image
+        image = raw_pictures(contract_of(spec, tower), spec)
     heads = [
         ProjectionHead(width, sizes.d_hidden, sizes.d_shared, dropout=sizes.dropout)
-        for width in (image.encoder.d_out, text.encoder.d_out)
+        for width in (_width(image, tower), text.encoder.d_out)
     ]
-    return Dual(model=DualEncoder(heads[0], heads[1], scale=scale), image=image, text=text, sizes=sizes)
+    model = DualEncoder(heads[0], heads[1], scale=scale, tower=tower)
+    return Dual(model=model, image=image, text=text, sizes=sizes)
 
 
 def save_dual(dual: Dual, folder: Path) -> None:
@@ -122,7 +132,7 @@ def save_dual(dual: Dual, folder: Path) -> None:
     config = {
         "architectures": ["DualEncoder"],
         "model_type": "plait-dual",
-        "image_width": dual.image.encoder.d_out,
+        "image_width": _width(dual.image, dual.model.tower),
         "text_width": dual.text.encoder.d_out,
         **asdict(dual.sizes),
     }
@@ -132,7 +142,7 @@ def save_dual(dual: Dual, folder: Path) -> None:
     }
     media = {"image": dual.image.contract.as_dict(), "text": {"max_tokens": dual.text.encoder.max_tokens}}
     weights = {name: value.detach().cpu().contiguous() for name, value in dual.model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / _CONFIG, config)
     write_record(folder, kind="dual", composition=composition, media=media)
 
@@ -154,17 +164,28 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
         raise CheckpointError(
             f"a field is missing: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy of the folder"
         ) from error
-    image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
+    image: ImageTower | specs.ScratchImage
+    if SCRATCH in settings["image"]:
+        image = read_spec(settings["image"][SCRATCH], folder=folder)
+    else:
+        image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
     text = load_text_tower(settings["text"].pop("name"), **settings["text"])
-    for side, tower in (("image", image), ("text", text)):
+    dual = build_dual(image, text, sizes, scale=1.0)
+    for side, tower in (("image", dual.image), ("text", text)):
         if tower.key != keys[side]:
             raise CheckpointError(
-                f"the {side} tower {tower.settings['name']!r} has digest {tower.key[:12]}, "
+                f"the {side} tower {tower.settings.get('name', 'from scratch')!r} has digest {tower.key[:12]}, "
                 f"the heads were trained on {keys[side][:12]}",
                 place=str(folder / PLAIT),
                 remedy="fetch the version of the tower that was used, or train the heads again",
             )
-    dual = build_dual(image, text, sizes, scale=1.0)
-    load_weights(dual.model, folder / _WEIGHTS)
+    load_weights(dual.model, folder / WEIGHTS)
     dual.model.eval()
     return dual
+
+
+def _width(image: ImageTower, tower: nn.Module | None) -> int:
+    """Of what the picture's head reads."""
+    width = image.encoder.d_out if tower is None else tower.d_out
+    assert isinstance(width, int)
+    return width

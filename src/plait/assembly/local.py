@@ -120,8 +120,13 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     """Put the tensors of a safetensors file into a module that has exactly these.
+
+    Args:
+        module: Where they go.
+        path: The file.
+        prefix: Take only those whose names begin so, and cut it off.
 
     Raises:
         CheckpointError: The file is damaged, or of another shape; names a tensor with both shapes.
@@ -130,9 +135,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
+        loaded = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
+    weights = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
     put_weights(module, weights, path)
 
 

@@ -1,4 +1,4 @@
-"""Splits of the data stage as features of frozen towers: what a dual encoder's heads learn from."""
+"""Splits of the data stage as features of frozen towers, or as pixels for a tower that learns."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +15,7 @@ from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.types import Sample
 from plait.data.features import FeatureStore, cached_features
+from plait.data.pair_batches import StoredPixels
 from plait.data.shards import ShardReader
 from plait.models.dual import pool
 from plait.models.towers.text import TextTower
@@ -32,7 +33,7 @@ class Pairs:
         names: The name of each picture.
         concepts: Its concept.
         uris: Where its bytes are, in the shard folder.
-        image: Pooled features of the pictures.
+        image: Pooled features of the pictures; their pixels, read when asked for, where the tower learns.
         text: Features of all texts of the split.
         texts_of: Rows of ``text`` that may stand for each pair; the first is its name.
         classes: Number of the concept.
@@ -42,7 +43,7 @@ class Pairs:
     names: tuple[str, ...]
     concepts: tuple[str, ...]
     uris: tuple[str, ...]
-    image: Float[Tensor, "pair d"]
+    image: Float[Tensor, "pair d"] | StoredPixels
     text: Float[Tensor, "text e"]
     texts_of: tuple[tuple[int, ...], ...]
     classes: Int[Tensor, " pair"]
@@ -107,7 +108,7 @@ def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywo
         names=names,
         concepts=concepts,
         uris=tuple(sample.media()[0].uri for sample in samples),
-        image=_pooled(store, [sample.media()[0].sha256 for sample in samples]).to(device),
+        image=_pictures(store, tuple(sample.media()[0].sha256 for sample in samples), dual),
         text=_texts(texts, dual, events).to(device),
         texts_of=tuple(tuple(row[text] for text in listed) for listed in lists),
         classes=torch.tensor([number[concept] for concept in concepts], dtype=torch.long, device=device),
@@ -129,6 +130,13 @@ def _check_length(
                     place=f"sample {sample.id}",
                     remedy="shorten or leave out those texts, or raise stages.pretrain.max_tokens",
                 )
+
+
+def _pictures(store: FeatureStore, sha256s: tuple[str, ...], dual: Dual) -> Float[Tensor, "pair d"] | StoredPixels:
+    device = dual.model.log_scale.device
+    if dual.model.tower is not None:
+        return StoredPixels(store=store, sha256s=sha256s, device=device)
+    return _pooled(store, sha256s).to(device)
 
 
 def _pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "pair d"]:

@@ -1,4 +1,4 @@
-"""Name to frozen tower: from fetched packages or from a local Hugging Face folder, with the preprocessing it needs.
+"""Name to tower: from fetched packages, a local Hugging Face folder or a checkpoint, with the preprocessing it needs.
 
 Each tower carries a ``key``: a digest of its weights, preprocessing and number format, by which a saved model finds the
 same tower again. Its ``cache_key`` adds the libraries' versions, so that cached features are used again exactly when
@@ -21,14 +21,17 @@ from torch import nn
 from plait.assembly.backbone import load_backbone
 from plait.assembly.contract import ImageContract, read_contract
 from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, converted, digest, find_tower, fingerprint, quiet
+from plait.assembly.scratch import SCRATCH, holds_tower, load_learned
 from plait.core.device import choose_dtype
 from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.packages import verify
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
+from plait.models import specs
 from plait.models.towers.convnet import REDUCTION, EfficientNetLite, rename_original
 from plait.models.towers.families import Layout, layout
+from plait.models.towers.pixels import RawPixels
 from plait.models.towers.pretrained import PretrainedVision
 from plait.models.towers.text import TextTower
 
@@ -40,10 +43,11 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTower:
-    """A frozen picture encoder with its preprocessing.
+    """What does not learn of a picture's way: an encoder with its preprocessing.
 
     Attributes:
-        encoder: Raw pixels to features; an :class:`~plait.core.protocols.Encoder` and an ``nn.Module``.
+        encoder: Raw pixels to features; an :class:`~plait.core.protocols.Encoder` and an ``nn.Module``. Before a tower
+            that learns it is :class:`~plait.models.towers.pixels.RawPixels`.
         contract: How pictures become those pixels.
         settings: Arguments of :func:`load_image_tower` that give this tower again.
         key: Digest of weights, contract, settings and the version of our code: heads trained on one key need it again.
@@ -92,8 +96,8 @@ def load_image_tower(
     """Load a frozen picture tower.
 
     Args:
-        name: ``efficientnet-lite0``, or a local Hugging Face folder of a family in
-            :data:`~plait.models.towers.families.FAMILIES`.
+        name: ``efficientnet-lite0``; a local Hugging Face folder of a family in
+            :data:`~plait.models.towers.families.FAMILIES`; or a checkpoint of the pretrain stage whose tower learned.
         size: Pixels a side; 0 takes what the folder's preprocessing asks for. Another size than the positions were
             learned on interpolates them, which an event says; where that cannot be done it is refused.
         max_cells: Of efficientnet-lite0: feature maps of more cells a side are averaged down to this; 0 keeps all.
@@ -116,7 +120,20 @@ def load_image_tower(
         raise ConfigError(
             "max_cells is for efficientnet-lite0", place=name, remedy="leave it out; use a pooling connector"
         )
+    if holds_tower(Path(name)):
+        return _load_learned(name, size, kind, layer=layer)
     return _load_pretrained_vision(name, size, kind, layer=layer, events=events or Events())
+
+
+def raw_pictures(contract: ImageContract, spec: specs.ScratchImage) -> ImageTower:
+    """What stands before a tower that learns: preprocessing alone, so that prepared pictures can be cached.
+
+    Args:
+        contract: How pictures become pixels.
+        spec: Of the tower.
+    """
+    settings = {SCRATCH: spec.model_dump(mode="json")}
+    return ImageTower(encoder=RawPixels(), contract=contract, settings=settings, key=digest(_preprocessing(contract)))
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:
@@ -189,6 +206,44 @@ def _convert_efficientnet(source: Path, target: Path) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = {k: v.contiguous() for k, v in rename_original(state).items()}
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- checkpoints of our own ----------------------------------------------------------------------------------------
+
+
+class _Rounded(nn.Module):
+    """A tower whose features come in another number format than it computes in."""
+
+    def __init__(self, tower: Encoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tower, self.dtype, self.d_out = tower, dtype, tower.d_out
+
+    def forward(self, media: Patches) -> Patches:
+        found = self.tower(media)
+        return Patches(values=found.values.to(self.dtype), grid=found.grid)
+
+    def grid_out(self, grid: torch.Tensor) -> torch.Tensor:
+        return self.tower.grid_out(grid)
+
+
+def _load_learned(name: str, size: int, dtype: str, *, layer: int) -> ImageTower:
+    if layer != -1:
+        raise ConfigError(f"layer is {layer}, a tower of our own has only -1", place=name, remedy="leave it out")
+    tower, contract, key = load_learned(Path(name))
+    if size not in (0, contract.size):
+        raise ConfigError(
+            f"size is {size}, this tower learned at {contract.size} pixels",
+            place=name,
+            remedy=f"set {contract.size}, or 0 for its own",
+        )
+    assert isinstance(tower, Encoder)
+    return ImageTower(
+        # It computes in float32, as it learned; only its features are rounded.
+        encoder=_freeze(_Rounded(tower, getattr(torch, dtype))),
+        contract=contract,
+        settings={"name": name, "size": contract.size, "dtype": dtype},
+        key=digest({"tower": key, "dtype": dtype} | _preprocessing(contract)),
+    )
 
 
 # --- Hugging Face folders ------------------------------------------------------------------------------------------

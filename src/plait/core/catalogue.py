@@ -124,7 +124,7 @@ class Catalogue:
         schema, labelled = self.schema, False
         for part in map(str, loc):
             if labelled or part == "[key]":
-                labelled = False
+                labelled = part.startswith("tagged-union[")  # inside another union: its own label comes next
                 continue
             keys = (*keys, part)
             schema, given = self._step(schema, part, given), _value(given, part)

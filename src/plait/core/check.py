@@ -51,7 +51,10 @@ class Check:
     def add(self, errors: Iterable[ErrorDetails]) -> None:
         """Note what pydantic found in :attr:`clean`, unless that value has a fault already."""
         for error in errors:
-            fault = self._translate(error, self.catalogue.path_of(error["loc"], self._plain))
+            keys = self.catalogue.path_of(error["loc"], self._plain)
+            if self._of_another_shape(error, keys):
+                continue
+            fault = self._translate(error, keys)
             if all(known.keys != fault.keys for known in self.faults):
                 self.faults.append(fault)
 
@@ -115,6 +118,13 @@ class Check:
         options = [option for option in self.catalogue.options(schema) if not _words(option)]
         return any(option.get("type", types[0]) in types for option in options)
 
+    def _of_another_shape(self, error: ErrorDetails, keys: Keys) -> bool:
+        """Whether pydantic tried a mapping (or a list) as text, where an alternative takes mappings and says more."""
+        node, depth = self.clean.nearest(keys)
+        if not isinstance(node.value, (dict, list)) or depth < len(keys) or not error["type"].endswith("_type"):
+            return False
+        return bool(self.catalogue.choices(self.catalogue.at(keys, self._plain), node.plain()))
+
     # --- wording ---------------------------------------------------------------------------------------------------
 
     def _wrong(self, schema: Schema, node: Node, keys: Keys) -> Fault:
@@ -171,7 +181,7 @@ class Check:
         path = ".".join(keys)
         words = [option["properties"][tag] for option in self.catalogue.options(schema) if "properties" in option]
         expected = self.catalogue.expected({"anyOf": words})
-        near = nearest(path, (p for p in self._paths if p != path))
+        near = () if path in self._paths else nearest(path, self._paths)  # a setting of that name lacks only its kind
         remedy = f"did you mean {near[0]!r}?" if near else f"give {path}.{tag}"
         given = node.get(tag)
         if given is None:

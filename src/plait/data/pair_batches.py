@@ -1,4 +1,4 @@
-"""Batches of picture-text pairs from features that were computed before; which ones depends on seed and step alone."""
+"""Batches of picture-text pairs, as features computed before or as pixels: a function of seed and step alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,52 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.core.tensors import Batch, Patches
+from plait.data.features import FeatureStore
 from plait.data.order import Order, generator
+
+_LEVELS = 255  # of an 8-bit channel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPixels:
+    """Prepared pictures in a cache: read when they are asked for, so that they take no memory.
+
+    A tower that learns sees each picture in every epoch: decoding and scaling happen once, encoding every time.
+
+    Attributes:
+        store: Raw pixels by the sha256 of their picture, kept in float16.
+        sha256s: Picture of each pair.
+        device: Where pixels go.
+    """
+
+    store: FeatureStore
+    sha256s: tuple[str, ...]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.sha256s)
+
+    def __call__(self, pairs: Sequence[int]) -> Patches:
+        """Pixels of some pairs, in this order: bit for bit those that the media contract prepares.
+
+        Raises:
+            DataError: A picture is not in the cache.
+        """
+        kept = self.store([self.sha256s[pair] for pair in pairs])
+        return Patches(values=exact(kept.values).to(self.device), grid=kept.grid.to(self.device))
+
+
+def exact(values: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+    """Pixels that were kept in 16 bits as the float32 they were: the nearest k/255.
+
+    Below 1 float16 is off by at most 2^-12; half a level is 2^-9.
+
+    Example:
+        >>> level = torch.tensor([[0.0, 100 / 255, 1.0]])
+        >>> torch.equal(exact(level.half()), level)
+        True
+    """
+    return values.float().mul_(_LEVELS).round_().div_(_LEVELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +63,7 @@ class PairBatches:
     All pairs are gone through in a new random order each epoch (:class:`plait.data.order.Order`).
 
     Attributes:
-        image: Feature of each picture.
+        image: Feature of each picture; or its pixels, where a tower learns.
         text: Features of all texts.
         texts_of: Which rows of ``text`` may stand for each pair. The first is taken half the time, else any.
         classes: Class of each pair; pairs of one class are positives of each other.
@@ -27,7 +72,7 @@ class PairBatches:
         seed: Seed of order and choice of text.
     """
 
-    image: Float[Tensor, "pair d"]
+    image: Float[Tensor, "pair d"] | StoredPixels
     text: Float[Tensor, "text e"]
     texts_of: Sequence[Sequence[int]]
     classes: Int[Tensor, " pair"]
@@ -48,16 +93,16 @@ class PairBatches:
             self.texts_of[row][0 if main < 0.5 else int(which * len(self.texts_of[row]))]
             for row, (main, which) in zip(rows, draws, strict=True)
         ]
-        device = self.image.device
+        device = self.text.device
         ones = torch.ones(len(rows), 3, dtype=torch.long, device=device)
         place = torch.arange(len(rows), device=device)
-        image, text = self.image[chosen.to(device)], self.text[torch.tensor(texts, device=device)]
+        text = self.text[torch.tensor(texts, device=device)]
         return [
             Batch(
                 token_ids=torch.zeros(len(rows), 1, dtype=torch.long, device=device),
                 labels=self.classes[chosen.to(device)][:, None],
                 segment_ids=ones[:, :1],
-                media={"image": Patches(values=image, grid=ones), "text": Patches(values=text, grid=ones)},
+                media={"image": picked(self.image, rows), "text": Patches(values=text, grid=ones)},
                 item_row={"image": place, "text": place},
                 sample_ids=tuple(self.ids[row] for row in rows),
             )
@@ -66,3 +111,19 @@ class PairBatches:
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
         """Which pairs are in the batch of a step."""
         return self._order.batch(step)
+
+
+def picked(image: Float[Tensor, "pair d"] | StoredPixels, pairs: Sequence[int]) -> Patches:
+    """Pictures of some pairs as media: features one row an item, or pixels.
+
+    Args:
+        image: Of all pairs.
+        pairs: Numbers of those wanted.
+
+    Raises:
+        DataError: A picture is not in the cache.
+    """
+    if isinstance(image, StoredPixels):
+        return image(pairs)
+    values = image[torch.tensor(pairs, dtype=torch.long, device=image.device)]
+    return Patches(values=values, grid=torch.ones(len(pairs), 3, dtype=torch.long, device=image.device))

@@ -9,9 +9,12 @@ from jaxtyping import Float
 
 from plait.assembly.pairs import Pairs
 from plait.core.types import Score
+from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
 from plait.evaluation.statistics import paired_difference
 from plait.models.dual import DualEncoder, rows
+
+_BATCH = 32  # pictures that a tower encodes together: their activations, not their pixels, take the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,13 @@ class RetrievalTask:
         """
         training = model.training
         model.eval()
-        image, text = (
-            model.embed_image(rows(self.pairs.image)),
-            model.embed_text(rows(self.pairs.text[self._candidates])),
-        )
+        number = len(self.pairs.ids)
+        step = _BATCH if isinstance(self.pairs.image, StoredPixels) else max(number, 1)  # features: all at once
+        parts = [
+            model.embed_image(picked(self.pairs.image, range(at, min(at + step, number))))
+            for at in range(0, max(number, 1), step)
+        ]
+        image, text = torch.cat(parts), model.embed_text(rows(self.pairs.text[self._candidates]))
         model.train(training)
         similarity = (image @ text.T).double().cpu().numpy()
         return RetrievalResult(similarity, self.gallery.directions(similarity))

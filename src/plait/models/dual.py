@@ -33,6 +33,8 @@ class DualEncoder(nn.Module):
         image: Maps pooled picture features, ``b d``, to the shared space.
         text: Maps pooled text features, ``b d``, to the shared space.
         scale: Where the learned factor starts; 1 / 0.07 in CLIP.
+        tower: Picture encoder that learns with the rest: pictures then come as raw pixels. Without one they come as
+            features of a frozen tower.
 
     Example:
         >>> dual = DualEncoder(nn.Linear(1280, 256), nn.Linear(384, 256))
@@ -40,8 +42,11 @@ class DualEncoder(nn.Module):
         14.29
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, *, scale: float = 1 / 0.07) -> None:
+    def __init__(
+        self, image: nn.Module, text: nn.Module, *, scale: float = 1 / 0.07, tower: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.tower = tower
         self.image = image
         self.text = text
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
@@ -57,7 +62,7 @@ class DualEncoder(nn.Module):
 
         Args:
             batch: ``media`` holds ``image`` and ``text``, one item a row; items of several rows (a map of cells) are
-                averaged first.
+                averaged before the head.
 
         Raises:
             DataError: A modality is missing, or the two have different numbers of items.
@@ -76,7 +81,9 @@ class DualEncoder(nn.Module):
         return Embeddings(self.embed_image(image), self.embed_text(text), self.scale)
 
     def embed_image(self, media: Patches) -> Float[Tensor, "item d"]:
-        """Unit vectors of pictures."""
+        """Unit vectors of pictures: of their pixels where there is a tower, else of their features."""
+        if self.tower is not None:
+            media = self.tower(media)
         return functional.normalize(self.image(pool(media)), dim=-1)
 
     def embed_text(self, media: Patches) -> Float[Tensor, "item d"]:

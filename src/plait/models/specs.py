@@ -157,6 +157,9 @@ class CoAtNet(Part):
     """Width of heads."""
 
 
+ScratchImage = Annotated[ViT | ResNet | EfficientNetLite | Swin | Hybrid | CoAtNet, Field(discriminator="kind")]
+"""Encoders of pictures from scratch: their weights are drawn, not loaded."""
+
 ImageEncoder = Annotated[
     PretrainedImage | ViT | ResNet | EfficientNetLite | Swin | Hybrid | CoAtNet, Field(discriminator="kind")
 ]

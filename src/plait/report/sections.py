@@ -13,6 +13,7 @@ from plait.report.charts import Charts, draw_metrics, read_metrics
 from plait.report.folder import RunFolder, StageFolder
 from plait.report.markdown import render
 from plait.report.markup import Html, alert, duration, el, fold, join, number, origin, table
+from plait.report.names import tower_name
 from plait.report.samples import draw_predictions, draw_samples
 from plait.report.scores import draw_scores, read_scores
 
@@ -57,11 +58,11 @@ def _made(run: RunFolder, stage: StageFolder) -> list[str]:
         rows = f", made from {number(ledger.get('rows'))} source rows" if is_mapping(ledger) else ""
         return [f"pictures: {counts}; {asked:,} questions{rows}"]
     if stage.kind == "pretrain" and is_mapping(summary.get("pairs")):
-        towers = f"{stage.spec.get('image_tower')} and {stage.spec.get('text_tower')}"
-        pairs = number(summary["pairs"].get("train"))
-        return [
-            f"heads between {towers} (both kept as they are): {number(summary.get('steps'))} steps on {pairs} pairs"
-        ]
+        image, text = stage.spec.get("image_tower"), stage.spec.get("text_tower")
+        done = f"{number(summary.get('steps'))} steps on {number(summary['pairs'].get('train'))} pairs"
+        if is_mapping(image):
+            return [f"{tower_name(image)}, from scratch, beside {text} (kept as it is): {done}"]
+        return [f"heads between {image} and {text} (both kept as they are): {done}"]
     return []
 
 

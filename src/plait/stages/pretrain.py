@@ -1,4 +1,7 @@
-"""The pretrain stage: a dual encoder (CLIP objective), small trained heads on frozen towers, scored by retrieval."""
+"""The pretrain stage: a dual encoder (CLIP objective), scored by retrieval.
+
+Small trained heads stand on frozen towers; or a picture tower from scratch learns with them.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
+from plait.core.spec import Derived
+from plait.models.specs import Part, ScratchImage
+from plait.report import names
 from plait.stages.stage import Stage, named_setting
 
 if TYPE_CHECKING:
@@ -29,26 +35,15 @@ TESTS = ("test-concept", "test-style", "test-both")
 
 _MILESTONES = 5  # how often answers for a few test pictures are shown while training
 
-# Sizes of the default towers, for the estimate; tests compare them with the weights.
-_IMAGE_WEIGHTS, _TEXT_WEIGHTS = 4_652_008, 22_565_376
-_IMAGE_WIDTH, _TEXT_WIDTH = 1280, 384
-_IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
-_TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
-_TEXT_TOKENS = 8
-# Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
-_SECONDS_PER_PICTURE_160 = (0.010, 0.025)
-_SECONDS_PER_TEXT = (0.002, 0.006)
-_SECONDS_START = (3.0, 15.0)  # imports and loading the towers
-_HEAD_EFFICIENCY = (0.15, 0.7)
-
 
 class Pretrain(Stage):
     """Train a dual encoder on the pictures and names of the data stage.
 
     Both towers stay frozen and run once over each picture and text; two heads and a temperature learn from the features
-    by symmetric InfoNCE, in which pictures of one concept are never negatives of each other. Writes ``metrics.jsonl``,
-    ``results.csv``, ``samples/<step>.json`` (answers for a few test pictures), ``checkpoints/<step>/``,
-    ``scores.json`` and ``predictions.jsonl``.
+    by symmetric InfoNCE, in which pictures of one concept are never negatives of each other. A picture tower from
+    scratch (``image_tower: {kind: vit, ...}``) learns too, and sees all pictures of a batch in every step. Writes
+    ``metrics.jsonl``, ``results.csv``, ``samples/<step>.json`` (answers for a few test pictures),
+    ``checkpoints/<step>/``, ``scores.json`` and ``predictions.jsonl``.
 
     Example:
         >>> Pretrain(epochs=20).batch_size
@@ -58,10 +53,11 @@ class Pretrain(Stage):
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["pretrain"] = "pretrain"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
-    image_tower: str = "efficientnet-lite0"
-    """Frozen picture tower: `efficientnet-lite0`, or a local Hugging Face folder with a picture tower."""
+    image_tower: str | ScratchImage = "efficientnet-lite0"
+    """Frozen picture tower: `efficientnet-lite0`, or a local folder in Hugging Face's layout. A mapping such as
+    `{kind: vit, size: 64}` is a tower from scratch, which learns."""
     resolution: Literal[0] | Annotated[int, Field(ge=32)] = 160
-    """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
+    """Pixels a side that pictures are scaled to; 0 takes the tower's own, as a tower from scratch always does."""
     text_tower: str = "minilm"
     """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
     max_tokens: int = Field(default=128, ge=8)
@@ -93,7 +89,28 @@ class Pretrain(Stage):
     save_every: int = Field(default=25, ge=0)
     """Steps between checkpoints; 0 saves only the last step."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the heads are trained: `auto`, `cpu`, `cuda` or `mps`."""
+    """Where what learns is trained: `auto`, `cpu`, `cuda` or `mps`."""
+
+    @classmethod
+    def derive(cls, given: Mapping[str, Any]) -> Mapping[tuple[str, ...], Derived]:
+        """A tower from scratch has its own size."""
+        scratch = isinstance(given.get("image_tower"), (Mapping, Part))
+        return {("resolution",): Derived(0, "image_tower.size")} if scratch else {}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Pretrain:
+        tower = self.image_tower
+        if not isinstance(tower, str) and self.resolution not in (0, tower.size):
+            raise ValueError(
+                f"resolution is {self.resolution}, image_tower.size is {tower.size}: pictures of a tower from scratch "
+                "have its own size; stages.pretrain.resolution=null takes the other away"
+            )
+        return self
+
+    @property
+    def tower_name(self) -> str:
+        """The picture tower as a person reads it."""
+        return names.tower_name(self.model_dump(mode="json", include={"image_tower"})["image_tower"])
 
     def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
         """Do the work; see :meth:`plait.stages.stage.Stage.run`.
@@ -123,7 +140,7 @@ class Pretrain(Stage):
         before = [task.evaluate(dual.model) for task in tasks]
         _show(folder, 0, tasks, results=before, events=events)
         settings = self._settings(
-            compute, self._steps(len(pairs["train"].ids)), dual, data=sha256_file(data / "done.json")
+            compute, self.steps_for(len(pairs["train"].ids)), dual, data=sha256_file(data / "done.json")
         )
         fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
         after = [task.evaluate(dual.model) for task in tasks]
@@ -145,12 +162,15 @@ class Pretrain(Stage):
         """See that the towers and the device are here; see :meth:`plait.stages.stage.Stage.check`."""
         from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, find_tower
 
-        for setting, name, packaged in (
-            ("image_tower", self.image_tower, IMAGE_TOWER),
-            ("text_tower", self.text_tower, TEXT_TOWER),
-        ):
-            with named_setting(f"stages.{self.kind}.{setting}"):
-                find_tower(name, packaged)
+        if isinstance(self.image_tower, str):
+            with named_setting(f"stages.{self.kind}.image_tower"):
+                find_tower(self.image_tower, IMAGE_TOWER)
+        else:
+            from plait.stages.pretraining.needs import tower_account  # imports torch
+
+            tower_account(self.image_tower)
+        with named_setting(f"stages.{self.kind}.text_tower"):
+            find_tower(self.text_tower, TEXT_TOWER)
         if self.device not in ("auto", "cpu", machine.device):
             from plait.core.device import choose_device  # imports torch
 
@@ -159,54 +179,10 @@ class Pretrain(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
+        from plait.stages.pretraining.needs import estimate
 
         known = before["data"].samples if "data" in before else {}
-        samples = {split: known[split] for split in ("train", *TESTS) if split in known}
-        pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
-        texts = pictures + 2 * train * self.keywords
-        batch, steps = min(self.batch_size, train), self._steps(train)
-        side = (self.resolution or 224) / 224
-        heads = (
-            (_IMAGE_WIDTH + _TEXT_WIDTH + 2 * self.d_shared) * self.d_hidden + 2 * (self.d_hidden + self.d_shared) + 1
-        )
-        head_flops = linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * self.d_shared * steps
-        low, high = time_range(head_flops, machine, dtype="float32", efficiency=_HEAD_EFFICIENCY)
-        area = side**2 / (160 / 224) ** 2
-        seconds = [
-            _SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i]
-            for i in (0, 1)
-        ]
-        cells = math.ceil((self.resolution or 224) / 32) ** 2
-        features = pictures * cells * _IMAGE_WIDTH * 2
-        widths = _IMAGE_WIDTH + _TEXT_WIDTH
-        kept = 4 * batch * (widths + 4 * self.d_hidden + 3 * self.d_shared) + 20 * batch * batch
-        memory = peak_memory(
-            machine,
-            frozen=_IMAGE_WEIGHTS + _TEXT_WEIGHTS,
-            frozen_dtype=machine.dtype if self.tower_dtype == "auto" else self.tower_dtype,
-            trainable=heads,
-            activations=kept,
-            caches=pictures * (2 * cells + 4) * _IMAGE_WIDTH + 4 * texts * _TEXT_WIDTH,
-        )
-        return Estimate(
-            stage=self.kind,
-            samples=samples,
-            params_trainable=heads,
-            params_frozen=_IMAGE_WEIGHTS + _TEXT_WEIGHTS,
-            tokens=pictures * cells + texts * _TEXT_TOKENS,
-            image_tokens=pictures * cells,
-            flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
-            memory=memory,
-            disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2) + pictures * 600,
-            home_bytes=features + 4 * _IMAGE_WEIGHTS,
-            seconds=(low + seconds[0], high + seconds[1]),
-            notes=(
-                f"{steps:,} steps of {batch:,} pairs; picture features are made once and kept in the cache "
-                f"({features / 2**20:,.0f} MiB outside the run folder)",
-                "sizes and speeds are those of efficientnet-lite0 and minilm",
-            ),
-        )
+        return estimate(self, machine, {split: known[split] for split in ("train", *TESTS) if split in known})
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -215,11 +191,16 @@ class Pretrain(Stage):
         from plait.assembly.towers import load_image_tower, load_text_tower
         from plait.core.device import seed_everything
 
-        image = load_image_tower(self.image_tower, size=self.resolution, dtype=self.tower_dtype, events=events)
+        image = self.image_tower
+        if isinstance(image, str):
+            image = load_image_tower(image, size=self.resolution, dtype=self.tower_dtype, events=events)
         text = load_text_tower(self.text_tower, max_tokens=self.max_tokens, dtype=self.tower_dtype)
         seed_everything(self.seed)
         sizes = HeadSizes(d_hidden=self.d_hidden, d_shared=self.d_shared, dropout=self.dropout)
         dual = build_dual(image, text, sizes, scale=self.scale)
+        if dual.model.tower is not None:
+            weights = sum(weight.numel() for weight in dual.model.tower.parameters() if weight.requires_grad)
+            events.note(f"picture tower from scratch: {self.tower_name}, {weights:,} weights learn")
         dual.model.to(compute.device)
         return dual
 
@@ -263,7 +244,8 @@ class Pretrain(Stage):
             hooks=hooks,
         )
 
-    def _steps(self, pairs: int) -> int:
+    def steps_for(self, pairs: int) -> int:
+        """Updates in all over so many training pairs."""
         return self.steps or max(1, math.ceil(self.epochs * pairs / max(1, min(self.batch_size, pairs))))
 
     def _batches(self, pairs: Pairs) -> PairBatches:

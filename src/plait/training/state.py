@@ -257,13 +257,26 @@ def _optimizer_dict(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The saved state in the form torch's ``load_state_dict`` takes; rates come from the present settings."""
-    index = {name: number for number, (name, _) in enumerate(_members(optimizer))}
+    members = _members(optimizer)
+    index, weights = {name: number for number, (name, _) in enumerate(members)}, dict(members)
     states: dict[int, dict[str, Any]] = {}
     for full, value in (*tensors.items(), *scalars.items()):
         name, _, key = full.rpartition("/")
-        # A loaded tensor is mapped from the file: an optimizer that writes into it must own its memory.
-        states.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
+        states.setdefault(index[name], {})[key] = (
+            _laid_out(value, weights[name]) if isinstance(value, Tensor) else value
+        )
     return optimizer.state_dict() | {"state": states}
+
+
+def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
+    """A copy of a loaded state in the memory order of its weight.
+
+    Fused optimizers go through memory, not through indices: a contiguous moment of a channels-last filter would meet
+    the wrong weights. A copy in any case, since a loaded tensor is mapped from the file.
+    """
+    if value.shape != weight.shape:
+        return value.clone()
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------

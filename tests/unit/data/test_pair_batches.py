@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.data.pair_batches import PairBatches
+from plait.core.errors import DataError
+from plait.data.features import FeatureStore
+from plait.data.pair_batches import PairBatches, StoredPixels, exact, picked
 
 
 def source(pairs: int = 10, batch_size: int = 4, seed: int = 0, extra: int = 0) -> PairBatches:
@@ -55,3 +58,49 @@ def test_the_main_text_is_taken_half_the_time_and_more():
     share = sum(t < 100 for t in texts) / len(texts)
     assert abs(share - (0.5 + 0.5 / 4)) < 0.04  # 2,000 draws: 3.6 standard errors
     assert {100.0, 110.0, 120.0} <= set(texts)
+
+
+def test_all_levels_of_a_pixel_survive_16_bits():
+    levels = torch.arange(256, dtype=torch.uint8).float().div_(255).view(-1, 1).expand(-1, 3)
+    assert torch.equal(exact(levels.half()), levels)
+    assert not torch.equal(levels.half().float(), levels)
+
+
+def stored(pairs: int) -> tuple[StoredPixels, dict[str, torch.Tensor]]:
+    """Pictures of 1 x 2, 2 x 2, 3 x 2 ... pixels as a cache keeps them, and as they were."""
+    store, raw = FeatureStore(3, torch.float16), {}
+    torch.manual_seed(0)
+    for i in range(pairs):
+        raw[f"p{i}"] = torch.randint(0, 256, ((i + 1) * 2, 3)).float().div_(255)
+        store.add(raw[f"p{i}"].half(), [(f"p{i}", 1, i + 1, 2)])
+    names = tuple(f"p{i}" for i in range(pairs))
+    return StoredPixels(store=store, sha256s=names, device=torch.device("cpu")), raw
+
+
+def test_pixels_come_in_the_order_of_the_batch_and_as_they_were():
+    pixels, raw = stored(6)
+    features = source(pairs=6, batch_size=4)
+    batches = PairBatches(
+        image=pixels,
+        text=features.text,
+        texts_of=features.texts_of,
+        classes=features.classes,
+        ids=features.ids,
+        batch_size=4,
+        seed=0,
+    )
+    for step in range(4):
+        (batch,), (other,) = batches.step_batches(step), features.step_batches(step)
+        assert batch.sample_ids == other.sample_ids
+        assert torch.equal(batch.media["text"].values, other.media["text"].values)
+        numbers = [int(i[1:]) for i in batch.sample_ids]
+        assert batch.media["image"].grid.tolist() == [[1, n + 1, 2] for n in numbers]
+        assert torch.equal(batch.media["image"].values, torch.cat([raw[f"p{n}"] for n in numbers]))
+
+
+def test_a_picture_that_is_not_stored_is_said():
+    pixels, _ = stored(2)
+    lost = StoredPixels(store=pixels.store, sha256s=("p0", "gone"), device=pixels.device)
+    assert len(lost) == 2
+    with pytest.raises(DataError, match="1 of 2 pictures have no cached features; the first is gone"):
+        picked(lost, [0, 1])

@@ -8,6 +8,8 @@ from torch import nn
 
 from plait.core.errors import DataError
 from plait.core.tensors import Batch, Patches
+from plait.models import specs
+from plait.models.build import build_encoder
 from plait.models.dual import MAX_SCALE, DualEncoder, pool
 from plait.models.heads import ProjectionHead
 
@@ -81,3 +83,32 @@ def test_a_head_does_not_mind_the_scale_of_its_features():
     head = ProjectionHead(6, 8, 4)
     x = torch.randn(3, 6)
     torch.testing.assert_close(head(x), head(100 * x))
+
+
+def test_a_tower_changes_no_name_of_the_heads():
+    heads = [ProjectionHead(6, 8, 4), ProjectionHead(3, 8, 4)]
+    tower = nn.Linear(3, 6)
+    without, with_one = DualEncoder(*heads), DualEncoder(*heads, tower=tower)
+    assert set(with_one.state_dict()) - set(without.state_dict()) == {"tower.weight", "tower.bias"}
+    assert set(without.state_dict()) == {
+        "log_scale",
+        *(f"{side}.layers.{i}.{kind}" for side in ("image", "text") for i in (0, 3) for kind in ("weight", "bias")),
+    }
+
+
+@pytest.mark.row("S2-05")
+@pytest.mark.parametrize(
+    "spec",
+    [specs.ViT(size=16, patch=8, d=16, depth=2, heads=2), specs.ResNet(size=32, width=8)],
+    ids=["vit", "resnet"],
+)
+def test_every_weight_of_a_tower_gets_its_gradient(spec: specs.ScratchImage):
+    torch.manual_seed(0)
+    tower = build_encoder(spec)
+    dual = DualEncoder(ProjectionHead(tower.d_out, 8, 4), nn.Linear(3, 4), tower=tower)
+    pixels = Patches(values=torch.rand(2 * spec.size**2, 3), grid=torch.tensor([[1, spec.size, spec.size]] * 2))
+    out = dual(batch(image=pixels, text=patches(torch.randn(2, 3))))
+    torch.testing.assert_close(out.image.norm(dim=1), torch.ones(2))
+    (out.image * out.text).sum().backward()
+    assert [name for name, w in dual.named_parameters() if w.grad is None and name != "log_scale"] == []
+    assert [name for name, w in tower.named_parameters() if not w.grad.any() and "key" not in name] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,29 +74,10 @@ print("torch" in sys.modules)
 # --- with tiny towers ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture
+def towers(tiny_folders: dict[str, Path]) -> dict[str, str]:
     """A vision transformer and a BERT of a few thousand weights, as Hugging Face folders."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    image, text = (tmp_path_factory.mktemp(name) for name in ("image", "text"))
-    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(image)
-    config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    (image / "preprocessor_config.json").write_text(json.dumps(config))
-    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    (text / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(text / "vocab.txt")).save_pretrained(text)
-    BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=32)).save_pretrained(text)
-    return {"image_tower": str(image), "text_tower": str(text)}
+    return {"image_tower": str(tiny_folders["image"]), "text_tower": str(tiny_folders["text"])}
 
 
 @pytest.fixture(autouse=True)

@@ -46,13 +46,10 @@ def test_more_of_anything_costs_more():
 def test_tower_sizes_are_the_real_ones(packages):
     from plait.assembly.towers import load_text_tower
     from plait.models.towers.convnet import EfficientNetLite
-    from plait.stages import pretrain
+    from plait.stages.pretraining import needs
 
     packages("minilm")
     encoder = load_text_tower("minilm").encoder
-    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (
-        pretrain._TEXT_WIDTH,
-        pretrain._TEXT_WEIGHTS,
-    )
+    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (needs.TEXT_WIDTH, needs.TEXT_WEIGHTS)
     tower = EfficientNetLite()
-    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (pretrain._IMAGE_WIDTH, pretrain._IMAGE_WEIGHTS)
+    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (needs.IMAGE_WIDTH, needs.IMAGE_WEIGHTS)

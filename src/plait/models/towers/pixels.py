@@ -51,6 +51,23 @@ class Normalize(nn.Module):
         return (pixels - self._mean.on(pixels.device)) / self._std.on(pixels.device)
 
 
+class RawPixels(nn.Module):
+    """An :class:`~plait.core.protocols.Encoder` that changes nothing, for a cache of prepared pictures.
+
+    A tower that learns sees each picture in every epoch: decoding and scaling happen once, encoding every time.
+    """
+
+    d_out = 3
+
+    def forward(self, media: Patches) -> Patches:
+        """The same pixels."""
+        return media
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """One row a pixel."""
+        return grid
+
+
 def by_size(
     media: Patches, encode: Encode, *, grid_out: Int[Tensor, "item 3"], d_out: int, batch_size: int = 0, name: str = ""
 ) -> Patches:

@@ -1,0 +1,87 @@
+"""What an encoder of pictures costs, counted on torch's meta device: no weight is drawn and no product computed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from plait.core.errors import ConfigError
+from plait.core.protocols import Encoder
+from plait.core.tensors import Patches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What one picture costs.
+
+    Attributes:
+        parameters: Weights of the encoder.
+        trainable: Those of them that learn.
+        d_out: Width of a token.
+        tokens: That come out of a picture.
+        flops: Operations of one forward pass: two for each multiply-add of convolutions, products and attention, which
+            are all that is counted. Published "FLOPs" of picture models are multiply-adds, half of these.
+        kept_bytes: Float32 that autograd keeps of a picture for the backward pass.
+    """
+
+    parameters: int
+    trainable: int
+    d_out: int
+    tokens: int
+    flops: int
+    kept_bytes: int
+
+
+def account(build: Callable[[], nn.Module], size: int) -> Account:
+    """Count what square pictures cost that go through an encoder in training mode.
+
+    Args:
+        build: Makes the encoder; called on the meta device.
+        size: Pixels a side.
+
+    Raises:
+        ConfigError: What it makes is no encoder.
+
+    Example:
+        >>> from plait.models.build import build_encoder
+        >>> from plait.models.specs import ResNet
+        >>> found = account(lambda: build_encoder(ResNet(depth=50)), 224)
+        >>> f"{found.parameters:,} weights, {found.flops / 2e9:.2f} GMAC, {found.tokens} tokens"
+        '23,508,032 weights, 4.09 GMAC, 49 tokens'
+    """
+    with torch.device("meta"):
+        encoder = build()
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(f"{type(encoder).__name__} is no encoder", remedy="give it forward, grid_out and d_out")
+        # What does not grow with the batch (tables of positions) falls out; batch norm wants more than one picture.
+        two, three = (_pass(encoder, size, pictures) for pictures in (2, 3))
+    return Account(
+        parameters=sum(weight.numel() for weight in encoder.parameters()),
+        trainable=sum(weight.numel() for weight in encoder.parameters() if weight.requires_grad),
+        d_out=encoder.d_out,
+        tokens=three[0] - two[0],
+        flops=three[1] - two[1],
+        kept_bytes=three[2] - two[2],
+    )
+
+
+def _pass(encoder: Any, size: int, pictures: int) -> tuple[int, int, int]:
+    """Tokens, operations and kept bytes of a batch."""
+    kept: set[torch.UntypedStorage] = set()  # several tensors may be views of one
+    own = {tensor.untyped_storage() for tensor in (*encoder.parameters(), *encoder.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage())
+        return tensor
+
+    grid = torch.tensor([[1, size, size]] * pictures, device="cpu")
+    media = Patches(values=torch.zeros(pictures * size * size, 3), grid=grid)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        found = encoder(media)
+    return len(found.values), counter.get_total_flops(), sum(storage.nbytes() for storage in kept - own)

@@ -1,0 +1,172 @@
+"""What the pretrain stage will need, from its settings alone: nothing is written and no weight loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from plait.core.estimate import Estimate, Machine
+from plait.stages.stage import named_setting
+from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
+
+if TYPE_CHECKING:
+    from plait.models.measure import Account
+    from plait.models.specs import ScratchImage
+    from plait.stages.pretrain import Pretrain
+
+# Sizes of the default towers; tests compare them with the weights.
+IMAGE_WEIGHTS, TEXT_WEIGHTS = 4_652_008, 22_565_376
+IMAGE_WIDTH, TEXT_WIDTH = 1280, 384
+_IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
+_TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
+_TEXT_TOKENS = 8
+# Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
+_SECONDS_PER_PICTURE_160 = (0.010, 0.025)
+_SECONDS_PER_TEXT = (0.002, 0.006)
+_SECONDS_START = (3.0, 15.0)  # imports and loading the towers
+_HEAD_EFFICIENCY = (0.15, 0.7)
+
+_SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
+# Of a tower that learns, float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
+_TOWER_EFFICIENCY = (0.12, 0.6)
+# RSS of two runs (128 pictures of 17 tokens, 256 of 65) was 79 and 87 MiB above the sum of the parts.
+_TOWER_RUNTIME = 80 * 2**20
+_EVALUATIONS = 7  # untrained, five times while training, at the end
+
+
+def tower_account(spec: ScratchImage) -> Account:
+    """What a tower from scratch costs; imports torch.
+
+    Raises:
+        ConfigError: Its sizes do not fit together.
+    """
+    from plait.assembly.scratch import build_tower
+    from plait.models.measure import account
+
+    with named_setting("stages.pretrain.image_tower"):
+        return account(lambda: build_tower(spec), spec.size)
+
+
+def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:
+    """Needs of the stage.
+
+    Args:
+        spec: Its settings.
+        machine: What this machine can do.
+        samples: Pictures of each split that it uses.
+    """
+    if isinstance(spec.image_tower, str):
+        return _frozen(spec, machine, samples)
+    tower = tower_account(spec.image_tower)
+    return _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
+
+
+def _heads(spec: Pretrain, widths: int) -> int:
+    """Weights of both heads and the scale."""
+    return (widths + 2 * spec.d_shared) * spec.d_hidden + 2 * (spec.d_hidden + spec.d_shared) + 1
+
+
+def _head_flops(spec: Pretrain, heads: int, *, batch: int, steps: int) -> float:
+    return linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * spec.d_shared * steps
+
+
+def _head_activations(spec: Pretrain, widths: int, *, batch: int) -> int:
+    return 4 * batch * (widths + 4 * spec.d_hidden + 3 * spec.d_shared) + 20 * batch * batch
+
+
+def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:
+    pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
+    texts = pictures + 2 * train * spec.keywords
+    batch, steps = min(spec.batch_size, train), spec.steps_for(train)
+    side = (spec.resolution or 224) / 224
+    widths = IMAGE_WIDTH + TEXT_WIDTH
+    heads = _heads(spec, widths)
+    head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
+    low, high = time_range(head_flops, machine, dtype="float32", efficiency=_HEAD_EFFICIENCY)
+    area = side**2 / (160 / 224) ** 2
+    seconds = [
+        _SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)
+    ]
+    cells = math.ceil((spec.resolution or 224) / 32) ** 2
+    features = pictures * cells * IMAGE_WIDTH * 2
+    memory = peak_memory(
+        machine,
+        frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
+        frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
+        trainable=heads,
+        activations=_head_activations(spec, widths, batch=batch),
+        caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
+    )
+    return Estimate(
+        stage=spec.kind,
+        samples=samples,
+        params_trainable=heads,
+        params_frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
+        tokens=pictures * cells + texts * _TEXT_TOKENS,
+        image_tokens=pictures * cells,
+        flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
+        memory=memory,
+        disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2) + pictures * 600,
+        home_bytes=features + 4 * IMAGE_WEIGHTS,
+        seconds=(low + seconds[0], high + seconds[1]),
+        notes=(
+            f"{steps:,} steps of {batch:,} pairs; picture features are made once and kept in the cache "
+            f"({features / 2**20:,.0f} MiB outside the run folder)",
+            "sizes and speeds are those of efficientnet-lite0 and minilm",
+        ),
+    )
+
+
+def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, tower: Account, pixels: int) -> Estimate:
+    """With a picture tower from scratch: it runs forward and backward over each picture of each step.
+
+    ``pixels`` counts the three channels of a picture.
+    """
+    pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
+    texts = pictures + 2 * train * spec.keywords
+    batch, steps = min(spec.batch_size, train), spec.steps_for(train)
+    widths = tower.d_out + TEXT_WIDTH
+    heads = _heads(spec, widths)
+    trained, still = heads + tower.trainable, tower.parameters - tower.trainable
+    tests = _EVALUATIONS * (pictures - samples.get("train", 0))
+    tower_flops = tower.flops * (3.0 * batch * steps + tests)
+    head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
+    low, high = time_range(tower_flops + head_flops, machine, dtype="float32", efficiency=_TOWER_EFFICIENCY)
+    seconds = [_SECONDS_START[i] + pictures * _SECONDS_PREPARED[i] + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)]
+    kept = tower.kept_bytes * batch
+    text_dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
+    memory = peak_memory(
+        machine,
+        frozen=TEXT_WEIGHTS,
+        frozen_dtype=text_dtype,
+        trainable=trained,
+        activations=kept + _head_activations(spec, widths, batch=batch),
+        # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
+        caches=2 * pixels * pictures + 6 * pixels * batch + 4 * texts * TEXT_WIDTH,
+    )
+    memory["weights"] += 4 * still
+    memory["runtime"] += _TOWER_RUNTIME
+    seen = batch * steps + tests
+    return Estimate(
+        stage=spec.kind,
+        samples=samples,
+        params_trainable=trained,
+        params_frozen=TEXT_WEIGHTS + still,
+        tokens=seen * tower.tokens + texts * _TEXT_TOKENS,
+        image_tokens=seen * tower.tokens,
+        flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
+        memory=memory,
+        disk_bytes=checkpoint_bytes(weights=4 * (2 * trained + still), trainable=trained, keep=2) + pictures * 600,
+        home_bytes=2 * pixels * pictures,
+        seconds=(low + seconds[0], high + seconds[1]),
+        notes=(
+            f"{steps:,} steps of {batch:,} pairs; the picture tower learns from scratch: "
+            f"{spec.tower_name}, {tower.trainable:,} weights, "
+            f"{tower.tokens:,} tokens a picture",
+            f"a step is 3 forward passes of {tower.flops / 1e9:,.2f} GFLOP for each of its pictures, all of which are "
+            f"held at once: {kept / 2**20:,.0f} MiB of activations; a smaller batch_size takes less",
+            f"pixels are made once and kept in the cache ({2 * pixels * pictures / 2**20:,.0f} MiB outside the run "
+            "folder); sizes and speeds of texts are those of minilm",
+        ),
+    )

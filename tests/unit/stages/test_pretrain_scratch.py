@@ -1,0 +1,248 @@
+"""A picture tower from scratch in the pretrain stage: it learns, goes on to the same bits, is saved, and serves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plait.assembly.dual import load_dual
+from plait.assembly.towers import load_image_tower
+from plait.core.errors import CheckpointError, ConfigError
+from plait.core.estimate import Estimate, Machine
+from plait.core.events import Event, Events
+from plait.core.files import read_done, read_json, read_jsonl
+from plait.core.tensors import Patches
+from plait.data.shards import ShardReader
+from plait.stages.pretrain import Pretrain
+
+MACHINE = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**35, gemm_fp32=1e11, gemm_bf16=1e11, measured=True)
+VIT = {"kind": "vit", "size": 16, "patch": 8, "d": 16, "depth": 1, "heads": 2}
+TOWERS: dict[str, dict[str, Any]] = {
+    "vit": VIT | {"dropout": 0.1},
+    "resnet": {"kind": "resnet", "size": 32, "width": 8},  # batch norm: state that is no weight
+    "swin": {"kind": "swin", "size": 16, "patch": 2, "d": 8, "depths": [1, 1], "heads": [2, 2], "window": 4},
+}
+
+
+class Killed(BaseException):
+    """What no handler expects, as little as kill -9."""
+
+
+@pytest.fixture
+def settings(tiny_folders: dict[str, Path]) -> dict[str, Any]:
+    return {
+        "text_tower": str(tiny_folders["text"]),
+        "max_tokens": 16,
+        "steps": 6,
+        "batch_size": 8,
+        "d_hidden": 8,
+        "d_shared": 4,
+        "save_every": 2,
+        "seed": 3,
+    }
+
+
+def pretrain(data: Path, folder: Path, settings: dict[str, Any], *, stop: str = "", **changes: Any) -> list[str]:
+    said: list[str] = []
+
+    def listener(event: Event) -> None:
+        said.append(event.text)
+        if stop and event.text.startswith(stop):
+            raise Killed
+
+    folder.mkdir(exist_ok=True)
+    Pretrain.model_validate(settings | changes).run(data, folder, events=Events(listeners=(listener,)))
+    return said
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """Every tensor of the last checkpoint, byte for byte: the model's, weights, optimizer, generators."""
+    from safetensors.torch import load_file
+
+    last = max((folder / "checkpoints").glob("[0-9]*"))
+    found = {
+        f"{path.relative_to(last).as_posix()}: {name}": value.contiguous().view(-1).numpy().tobytes()
+        for path in last.rglob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+    # Not Python's generator: beartype, which checks signatures in tests, draws from it as often as it is called.
+    del found["resume/rng.safetensors: python"]
+    return found
+
+
+@pytest.mark.row("S2-05")
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    kind: str, data_stage: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    tower = {"image_tower": TOWERS[kind]}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    pretrain(data_stage, whole, settings, **tower)
+    with pytest.raises(Killed):
+        pretrain(data_stage, stopped, settings, stop="checkpoint 000004 saved", **tower)
+    assert read_done(stopped) is None
+    said = pretrain(data_stage, stopped, settings, **tower)
+    assert any(text.startswith("resumed at step 4") for text in said)
+    assert tensors(stopped) == tensors(whole)
+    for name in ("scores.json", "predictions.jsonl", "samples/000006.json"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+    dual = load_dual(whole / "checkpoints" / "000006")
+    first = load_dual(whole / "checkpoints" / "000004")
+    assert dual.model.tower is not None
+    assert first.model.tower is not None
+    before = dict(first.model.tower.named_parameters())
+    still = [name for name, w in dual.model.tower.named_parameters() if torch.equal(w, before[name])]
+    assert still == []  # the gradient reaches every weight
+
+
+def test_it_learns_pictures_it_can_tell_apart(tmp_path: Path, settings: dict[str, Any], own_colors: Path) -> None:
+    folder = tmp_path / "02-pretrain"
+    pretrain(own_colors, folder, settings, image_tower=VIT, steps=60, batch_size=24, lr=0.01, dropout=0.0)
+    losses = [record["loss"] for record in read_jsonl(folder / "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.fixture
+def own_colors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """24 pictures of one color each."""
+    from plait.stages.data import Data, PairsSource
+
+    monkeypatch.setenv("PLAIT_HOME", str(tmp_path / "home"))
+    own, stage = tmp_path / "colors", tmp_path / "01-data"
+    for path in (own, stage):
+        path.mkdir()
+    lines = ["image,text"]
+    colors = np.random.default_rng(0).integers(0, 256, (24, 3))
+    for number, color in enumerate(colors.tolist()):
+        Image.new("RGB", (20, 20), tuple(color)).save(own / f"{number}.png")
+        lines.append(f"{number}.png,{'abcdefghijklmnopqrstuvwx'[number] * 3}")
+    (own / "pairs.csv").write_text("\n".join(lines) + "\n")
+    Data(source=PairsSource(path=own / "pairs.csv", test_fraction=0.0)).run(None, stage, events=Events())
+    return stage
+
+
+@pytest.fixture
+def trained(data_stage: Path, tmp_path: Path, settings: dict[str, Any]) -> Path:
+    """Checkpoint of a vision transformer."""
+    pretrain(data_stage, tmp_path / "02-pretrain", settings, image_tower=VIT, steps=2)
+    return tmp_path / "02-pretrain" / "checkpoints" / "000002"
+
+
+def pictures(data: Path) -> dict[str, Image.Image]:
+    from plait.data.media import decode_image
+
+    with ShardReader(data / "shards", "test-concept") as reader:
+        return {s.id: decode_image(reader.media(s.media()[0]), place=s.id) for s in reader}
+
+
+def test_the_saved_model_answers_like_the_trained_one(trained: Path, data_stage: Path) -> None:
+    dual = load_dual(trained)
+    assert dual.model.tower is not None
+    assert not dual.model.training
+    assert dual.image.contract.size == 16
+    record = read_json(trained / "plait.json")
+    assert record["composition"]["image"]["scratch"]["d"] == 16
+    assert record["media"]["image"]["size"] == 16
+    shown = pictures(data_stage)
+    predictions = read_jsonl(trained.parents[1] / "predictions.jsonl")
+    found = dual.embed_pictures([shown[p["id"]] for p in predictions])
+    for vector, prediction in zip(found, predictions, strict=True):
+        said = dual.embed_texts([answer["text"] for answer in prediction["top"]])
+        expected = torch.tensor([answer["score"] for answer in prediction["top"]])
+        torch.testing.assert_close(said @ vector, expected, atol=0.02, rtol=0)  # texts in bfloat16, in another batch
+
+
+def test_pixels_of_training_are_those_of_serving(trained: Path, data_stage: Path) -> None:
+    from plait.assembly.pairs import read_pairs
+
+    dual = load_dual(trained)
+    cache = data_stage.parent / "home" / "features"
+    found = read_pairs(data_stage / "shards", ["test-concept"], dual, cache=cache, keywords=False, events=Events())[
+        "test-concept"
+    ]
+    assert not isinstance(found.image, torch.Tensor)
+    prepared = [dual.image.prepare(picture).values for picture in pictures(data_stage).values()]
+    assert torch.equal(found.image(range(len(found.ids))).values, torch.cat(prepared))
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda r: r["composition"]["image"].update(key="0" * 64), "the image tower 'from scratch'"),
+        (lambda r: r["composition"]["image"]["scratch"].update(kind="foo"), "the picture tower's spec"),
+        (lambda r: r["composition"]["image"]["scratch"].update(patch=4), "tensors do not fit"),
+    ],
+    ids=["preprocessing", "kind", "size"],
+)
+def test_what_does_not_fit_is_refused(trained: Path, edit: Any, match: str) -> None:
+    record = read_json(trained / "plait.json")
+    edit(record)
+    (trained / "plait.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=match):
+        load_dual(trained)
+
+
+def test_its_tower_serves_as_a_frozen_one(trained: Path, data_stage: Path) -> None:
+    dual, tower = load_dual(trained), load_image_tower(str(trained), dtype="float32")
+    assert dual.model.tower is not None
+    assert tower.encoder.d_out == 16
+    assert not any(w.requires_grad for w in tower.encoder.parameters())  # type: ignore[attr-defined]
+    raw = tower.prepare(next(iter(pictures(data_stage).values())))
+    again = load_image_tower(str(trained), **{k: v for k, v in tower.settings.items() if k != "name"})
+    assert again.key == tower.key
+    with torch.inference_mode():
+        found = tower.encoder(raw)
+        assert torch.equal(found.values, dual.model.tower(raw).values)
+        rounded = load_image_tower(str(trained), dtype="bfloat16").encoder(raw)
+    assert torch.equal(rounded.values, found.values.bfloat16())
+    assert isinstance(found, Patches)
+    assert found.grid.tolist() == [[1, 2, 2]]
+    with pytest.raises(ConfigError, match="size is 64, this tower learned at 16 pixels"):
+        load_image_tower(str(trained), size=64)
+
+
+# --- settings and estimate -----------------------------------------------------------------------------------------
+
+
+def test_a_tower_from_scratch_has_its_own_size() -> None:
+    assert Pretrain.model_validate({"image_tower": VIT}).resolution == 0
+    assert Pretrain.model_validate({"image_tower": VIT | {"size": 64}, "resolution": 64}).resolution == 64
+    with pytest.raises(ValueError, match=r"resolution is 128, image_tower\.size is 16"):
+        Pretrain.model_validate({"image_tower": VIT, "resolution": 128})
+    again = Pretrain.model_validate(Pretrain.model_validate({"image_tower": VIT}).model_dump(mode="json"))
+    assert again == Pretrain.model_validate({"image_tower": VIT})
+
+
+def test_sizes_that_do_not_fit_are_said_before_anything_runs(settings: dict[str, Any]) -> None:
+    stage = Pretrain.model_validate(settings | {"image_tower": VIT | {"heads": 3}})
+    with pytest.raises(ConfigError, match="3 heads") as caught:
+        stage.check(MACHINE)
+    assert caught.value.place == "stages.pretrain.image_tower"
+    Pretrain.model_validate(settings | {"image_tower": VIT}).check(MACHINE)
+
+
+def test_the_estimate_counts_the_tower() -> None:
+    data = Estimate(stage="data", samples={"train": 100, "test-concept": 10})
+
+    def needs(**changes: Any) -> Estimate:
+        stage = Pretrain.model_validate({"image_tower": VIT | changes.pop("tower", {}), "steps": 10} | changes)
+        return stage.estimate(MACHINE, {"data": data})
+
+    base = needs()
+    assert base.image_tokens == (10 * 100 + 7 * 10) * 4
+    assert base.seconds[0] < base.seconds[1]
+    assert "vit d16 x1 /8 at 16 px" in base.notes[0]
+    assert "3 forward passes" in base.notes[1]
+    deeper = needs(tower={"depth": 3})
+    assert deeper.params_trainable - base.params_trainable == 2 * (12 * 16 * 16 + 13 * 16)
+    assert deeper.flops > base.flops
+    assert deeper.memory["activations"] > base.memory["activations"]
+    small = needs(batch_size=10)
+    assert small.memory["activations"] < 0.2 * base.memory["activations"]
+    assert small.flops < base.flops
