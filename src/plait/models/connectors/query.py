@@ -5,6 +5,7 @@ https://arxiv.org/abs/2204.14198, after Jaegle et al., Perceiver, https://arxiv.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,7 +60,7 @@ class QFormerBlock(nn.Module):
             d=sizes.d, depth=1, heads=sizes.heads, norm_place="post", eps=1e-12, dropout=sizes.dropout
         )
         d_ff = sizes.d_ff or 4 * sizes.d
-        part = lambda: Part(shape, drop_path=0.0)  # noqa: E731  one shape, five parts
+        part = partial(Part, shape, drop_path=0.0)
         own = AttentionSizes(d=sizes.d, heads=sizes.heads, dropout=sizes.dropout)
         self.attention, self.attention_part = Attention(own), part()
         self.cross = None
