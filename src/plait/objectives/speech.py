@@ -33,7 +33,7 @@ def span_mask(
     Raises:
         DataError: A sound is shorter than a span.
     """
-    counts: list[int] = lengths.tolist()
+    counts = [int(n) for n in lengths]
     if counts and min(counts) < span:
         raise DataError(
             f"a sound has {min(counts)} time steps, a span {span}",
@@ -69,9 +69,10 @@ def other_steps(
         DataError: A sound has a single masked step, which has no others.
     """
     found: list[Tensor] = []
-    first = 0
-    for number, part in enumerate(masked.cpu().split(lengths.tolist())):
-        m = int(part.sum())
+    at = first = 0
+    for number, length in enumerate(int(n) for n in lengths):
+        m = int(masked[at : at + length].sum())
+        at += length
         if m == 1:
             raise DataError(
                 "a sound has one masked step, so there is no wrong answer",
@@ -127,12 +128,13 @@ def code_diversity(probability: Float[Tensor, "g v"], count: Float[Tensor, ""]) 
         1.0
     """
     share = probability / count
-    perplexity = torch.special.entr(share).sum(1).exp().sum()
+    floor = torch.finfo(share.dtype).tiny  # a code that nobody uses adds nothing, and its gradient is a number
+    perplexity = (-(share * share.clamp(min=floor).log()).sum(1)).exp().sum()
     return count * (share.numel() - perplexity) / share.numel()
 
 
 class MaskedSpeech:
-    """Objective of wav2vec 2.0: terms ``contrast`` and ``diversity`` (weight 0.1 in the paper), counted in masked steps.
+    """Objective of wav2vec 2.0: terms ``contrast`` and ``diversity`` (weighed with 0.1), counted in masked steps.
 
     The model is :class:`plait.models.towers.wav2vec_pretraining.Wav2VecPretraining`.
 

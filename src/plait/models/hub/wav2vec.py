@@ -202,8 +202,7 @@ def pretraining_config_from(sizes: Wav2VecSizes, task: SpeechTaskSizes) -> dict[
 
 
 def pretraining_to_ours(state: Mapping[str, Tensor], sizes: Wav2VecSizes, *, place: str = "") -> dict[str, Tensor]:
-    """Weights of a file of ``Wav2Vec2ForPreTraining`` under the names of
-    :class:`~plait.models.towers.wav2vec_pretraining.Wav2VecPretraining`.
+    """Weights of a file of ``Wav2Vec2ForPreTraining`` under our names, quantizer and all.
 
     Raises:
         CheckpointError: Names have no place here.
