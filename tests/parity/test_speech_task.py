@@ -51,13 +51,10 @@ def sounds(dtype: torch.dtype) -> tuple[Tensor, Patches]:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_losses_and_gradients_are_theirs(as_saved, loaded, kind: str, mode: str):
     more = STABLE if kind == "stable" else {}
-    # Training: so many codes that no two steps have the same. Theirs compares codes that came through a softmax and
-    # back, which are equal only nearly, and so counts some right answers as wrong.
-    codes = 5 if mode == "eval" else 200
     dtype = torch.float64 if mode == "eval" else torch.float32  # their noise is always float32
     values = {"atol": 1e-10, "rtol": 1e-8} if mode == "eval" else {"atol": 1e-5, "rtol": 1e-4}
-    near = {"atol": 1e-5, "rtol": 1e-4}  # their loss is computed in float32, always
-    theirs = stirred(Wav2Vec2ForPreTraining(Wav2Vec2Config(**CONFIG | more | {"num_codevectors_per_group": codes})))
+    near = {"atol": 1e-5, "rtol": 1e-4}  # their loss is always in float32; worst: 2e-6 of the largest
+    theirs = stirred(Wav2Vec2ForPreTraining(Wav2Vec2Config(**CONFIG | more)))
     theirs = theirs.to(dtype).train(mode == "train")
     config, state = as_saved(theirs)
     ours = ours_of(config, state).to(dtype).train(mode == "train")
@@ -83,7 +80,7 @@ def test_losses_and_gradients_are_theirs(as_saved, loaded, kind: str, mode: str)
     total = ours.sizes.groups * ours.sizes.codes
     torch.testing.assert_close(total * (1 - diversity / count), wanted.codevector_perplexity.to(dtype), **near)
     same = (found.codes[others] == found.codes[:, None]).all(-1)
-    assert bool(same.any()) == (mode == "eval")  # right answers among the wrong ones are met where there are few codes
+    assert same.any()  # right answers among the wrong ones are met
     (contrast + 0.1 * diversity).backward()
     wanted.loss.backward()
     gradients = wav2vec.pretraining_to_ours(as_saved(theirs, gradients=True).state, ours.tower.sizes)

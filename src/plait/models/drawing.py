@@ -300,4 +300,6 @@ def _choose(
     if top_k and top_k < scores.shape[1]:
         least = scores.topk(top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
-    return torch.multinomial((scores / temperature).softmax(1), 1, generator=generator)[:, 0]
+    probability = (scores / temperature).softmax(1)
+    where = scores.device if generator is None else generator.device  # one on the CPU draws the same on every machine
+    return torch.multinomial(probability.to(where), 1, generator=generator)[:, 0].to(scores.device)

@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.models.blip2 import Blip2Stage1
 from plait.models.connectors.query import QFormer, QFormerSizes
 from plait.models.dual import MAX_SCALE
+from plait.models.multimodal import MultimodalLM
 from plait.models.towers.pixels import RawPixels
+from plait.objectives.language import NextToken
 from plait.objectives.matching import QueryTasks
 
 CLS, END, START = 0, 1, 2
@@ -101,6 +104,45 @@ def test_negatives_are_a_function_of_seed_and_samples():
         "match": 12,
         "generate": 12,
     }
+
+
+@pytest.mark.row("S2-09")
+def test_second_stage_learns_with_the_same_qformer_and_leaves_the_frozen_as_they_were():
+    torch.manual_seed(0)
+    sizes = QFormerSizes(d_source=6, d=32, depth=2, heads=2, queries=3, vocabulary=9, max_tokens=8, dropout=0.0)
+    qformer = QFormer(sizes, d_out=16)  # the way into the decoder, which the first stage passes by
+    first = Blip2Stage1(nn.Identity(), qformer, start=START, d_shared=8)
+    sum(loss(first, batch([0, 1, 2], seed=0)).values(), torch.zeros(())).backward()
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)).requires_grad_(False)
+    for weight in decoder.parameters():
+        weight.copy_(torch.randn_like(weight) * 0.5 if weight.ndim > 1 else weight)  # a fresh one says nothing at all
+    tower = nn.Linear(6, 6).requires_grad_(False)
+    model = MultimodalLM({"image": tower}, {"image": qformer}, decoder, placeholder=9)
+    before = {name: p.clone() for part in (decoder, tower) for name, p in part.state_dict().items()}
+
+    def seen(seed: int) -> Batch:
+        """Each text with its picture's tokens in front."""
+        given = batch([0, 1, 2, 3], seed=seed)
+        front = torch.full((4, 3), 9)
+        ids = torch.cat([front, given.token_ids], dim=1)
+        labels = torch.cat([torch.full_like(front, IGNORE), given.labels], dim=1)
+        segments = torch.cat([torch.ones_like(front), given.segment_ids], dim=1)
+        return replace(given, token_ids=ids, labels=labels, segment_ids=segments)
+
+    objective = NextToken()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    costs: list[float] = []
+    for step in range(60):
+        given = seen(step)
+        cost = objective(model, given)["next_token"] / objective.count(given)["next_token"]
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+        costs.append(cost.item())
+    assert sum(costs[-5:]) < 0.5 * sum(costs[:5])  # measured: 3.66 at first, 0.69 at last
+    after = {name: p for part in (decoder, tower) for name, p in part.state_dict().items()}
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_scale_is_limited():

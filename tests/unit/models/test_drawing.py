@@ -84,9 +84,9 @@ def test_scenes_are_coded_learned_and_drawn_as_their_text_says(decay: float):
     ids = torch.zeros(12, 1, dtype=torch.long)
     given = Batch(token_ids=ids, labels=ids, segment_ids=ids, media={"image": media}, item_row={}, sample_ids=())
     recoding = Recoding(cell=SIZES.cell, d_code=SIZES.d_code)
-    optimizer = torch.optim.AdamW([p for p in tokenizer.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-2)
     counts = recoding.count(given)
-    for number in range(120):
+    for number in range(90):
         terms = recoding(tokenizer, given)
         weights = {"pixels": 1.0, "codebook": 1.0, "commitment": 0.25}
         step(tokenizer, sum((weights[n] * x / counts[n] for n, x in terms.items()), torch.zeros(())), optimizer)
@@ -95,13 +95,13 @@ def test_scenes_are_coded_learned_and_drawn_as_their_text_says(decay: float):
     tokenizer.eval()
     codes = tokenizer.encode(pictures)
     quality = peak_signal_to_noise(tokenizer.decode(codes), pictures)
-    assert min(quality) > 15, quality  # measured: 19.0 and 24.8 dB; an all gray picture has 6
+    assert min(quality) > 12, quality  # measured: 23.8 dB, and 17.6 with moving averages; an all gray picture has 6
     model = DrawingLM(decoder(), tokenizer, IDS).train()
     texts = [[1 + left, 5 + right] for left, right in SCENES]
     rows = batch([IDS.row(text, code) for text, code in zip(texts, codes, strict=True)])
     objective, before = NextToken(), {n: p.clone() for n, p in tokenizer.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(130):
         step(model, objective(model, rows)["next_token"] / objective.count(rows)["next_token"], optimizer)
     model.eval()
     assert all(torch.equal(before[name], value) for name, value in tokenizer.state_dict().items())
@@ -109,7 +109,7 @@ def test_scenes_are_coded_learned_and_drawn_as_their_text_says(decay: float):
     assert [parsed(picture) for picture in drawn] == SCENES  # by chance one of 16 each
     sampled = model.pictures(texts, top_k=8, generator=torch.Generator().manual_seed(0))
     right = sum(parsed(picture) == colors for picture, colors in zip(sampled, SCENES, strict=True))
-    assert right > 6  # measured: 11 with codes by gradients, 10 with moving averages
+    assert right > 8  # measured: 12 of 12
     # Whatever their lengths, texts are drawn together as they are alone.
     mixed = [texts[0], [3, *texts[5]], [], texts[7]]
     alone = torch.cat([model.draw([text], temperature=0.0) for text in mixed])

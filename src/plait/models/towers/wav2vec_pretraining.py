@@ -99,7 +99,7 @@ class ProductQuantizer(nn.Module):
         noise = torch.empty(scores.shape, dtype=scores.dtype, device=where).exponential_(generator=generator)
         soft = ((scores - noise.log().to(scores.device)) / temperature).softmax(-1)
         ids = soft.argmax(-1)
-        # s - s is 0 to the last bit: codes that are the same are equal, and not nearly so.
+        # s - s is 0 to the last bit, so the choice is hard and only its gradient soft.
         chosen = functional.one_hot(ids, self.codes_each).to(scores) + (soft - soft.detach())
         return Quantized(self._joined(chosen), ids, scores.softmax(-1))
 
