@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
-from plait.core.mesh import all_reduce_sum
+from plait.core.mesh import all_reduce_sum, rank
 
 _ROWS = 4_096
 """Vectors compared with all codes at once."""
@@ -146,7 +146,9 @@ class VectorQuantizer(nn.Module):
         dead = (self.usage < self.restart).nonzero()[:, 0]
         if len(dead):
             picks = torch.randint(len(self._latest), (len(dead),), generator=generator)
-            self.codes[dead] = self._latest[picks.to(self._latest.device)].to(self.codes)
+            fresh = self._latest[picks.to(self._latest.device)].to(self.codes)
+            # Every rank has other vectors, and all must go on with the same codes: those of the first one.
+            self.codes[dead] = all_reduce_sum(fresh * (rank() == 0))
             self.usage[dead] = 1.0
             self.total[dead] = self.codes[dead].to(self.total)
         self._chosen = self._sums = self._latest = None

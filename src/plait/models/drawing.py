@@ -170,9 +170,9 @@ class DrawingLM(nn.Module):
         self.decoder, self.ids = decoder, ids
         self.tokenizer = tokenizer.requires_grad_(False)
         own, d = ids.total - ids.first, words.shape[1]
-        # As long as words are: a decoder that is not used to longer embeddings would see nothing else.
+        # As long as words are: longer ones would be all that a trained decoder sees.
         self.embedding = nn.Embedding(own, d, device=words.device, dtype=words.dtype)
-        nn.init.normal_(self.embedding.weight, std=float(words.detach().float().std()) or 0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02 if words.is_meta else float(words.detach().float().std()))
         self.head = nn.Linear(d, own, bias=False, device=words.device, dtype=words.dtype)
         nn.init.normal_(self.head.weight, std=0.02)
 
@@ -194,6 +194,7 @@ class DrawingLM(nn.Module):
             self.embed(batch.token_ids),
             attention_mask=causal_mask(batch.segment_ids, self.embedding.weight.dtype),
             position_ids=positions(batch.segment_ids),
+            use_cache=False,
         ).last_hidden_state
         places = predicting(batch.labels)
         allowed = self.ids.allowed(self.ids.drawn(batch.token_ids)[places])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -102,6 +108,51 @@ def test_codes_nobody_uses_start_anew_at_vectors_of_the_last_step():
     assert again[:3] == [0, 0, 2]  # use 0.5, 0.25, 0.125
     assert quantizer.codes.abs().max() < 10
     assert len(quantizer(vectors).ids.unique()) == 4
+
+
+WORKER = """
+import json, torch
+from plait.core import mesh
+from plait.models.codebook import VectorQuantizer
+torch.manual_seed(0)
+quantizer = VectorQuantizer(4, 2, decay=0.5, restart=0.2)
+quantizer.codes[3:] = 100.0
+quantizer.total.copy_(quantizer.codes)
+vectors = torch.randn(20, 2)
+with mesh.joined():
+    again = 0
+    for step in range(3):
+        quantizer(vectors[mesh.rank() :: mesh.world()])
+        again += quantizer.update(generator=torch.Generator().manual_seed(step))
+        if step == 1:
+            early = quantizer.codes.tolist()
+print(json.dumps([again, early, quantizer.codes.tolist()]))
+"""
+
+
+def test_two_processes_move_the_codes_as_one_does():
+    def run(world: int) -> list[list]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        workers = [
+            subprocess.Popen([sys.executable, "-c", WORKER], env={**os.environ, **own, "RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank in range(world)
+        ]  # fmt: skip
+        try:
+            said = [worker.communicate(timeout=120) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        assert [worker.returncode for worker in workers] == [0] * world, said
+        return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+    (one,), two = run(1), run(2)
+    assert two[0] == two[1]  # also where a code started anew: at a vector of the first process
+    assert one[0] == two[0][0] == 1
+    torch.testing.assert_close(torch.tensor(two[0][1]), torch.tensor(one[1]))
 
 
 def test_wrong_settings_and_vectors_are_refused():

@@ -152,6 +152,17 @@ def test_drawing_step_by_step_is_the_forward(kind: str):
     assert logits[targets > IDS.end].isfinite().sum(1).unique().tolist() == [IDS.codes]
 
 
+@torch.no_grad()
+def test_samples_of_one_row_are_as_they_are_alone():
+    model, codes = drawing(), torch.arange(16).view(4, 4)
+    rows = [IDS.row([1, 2], codes, trained_text=True), IDS.row([7], codes.flip(0), trained_text=True)]
+    one = batch([tuple(torch.cat(parts) for parts in zip(*rows, strict=True))])
+    one.segment_ids[0, len(rows[0][0]) :] = 2
+    one.labels[0, len(rows[0][0])] = IGNORE  # the first token of the second sample has nothing before it
+    two = batch(rows)
+    torch.testing.assert_close(model(one).logits, model(two).logits, atol=1e-5, rtol=1e-4)
+
+
 @given(st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(0, 3))
 def test_what_may_follow_is_what_stands_in_every_row(rows: int, columns: int, texts: list[int], gap: int):
     ids = PictureIds(words=5, codes=4, rows=rows, columns=columns, first=5 + gap)
