@@ -54,8 +54,7 @@ class DualEncoder(nn.Module):
     @property
     def scale(self) -> Float[Tensor, ""]:
         """Factor on the cosine, at most :data:`MAX_SCALE`."""
-        excess = (self.log_scale.detach() - math.log(MAX_SCALE)).clamp(min=0)
-        return (self.log_scale - excess).exp()
+        return limited(self.log_scale)
 
     def forward(self, batch: Batch) -> Embeddings:
         """Embed both sides.
@@ -89,6 +88,12 @@ class DualEncoder(nn.Module):
     def embed_text(self, media: Patches) -> Float[Tensor, "item d"]:
         """Unit vectors of texts."""
         return functional.normalize(self.text(pool(media)), dim=-1)
+
+
+def limited(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """``exp`` of it, at most :data:`MAX_SCALE`: the value is clamped, the gradient is not."""
+    excess = (log_scale.detach() - math.log(MAX_SCALE)).clamp(min=0)
+    return (log_scale - excess).exp()
 
 
 def rows(values: Float[Tensor, "item d"]) -> Patches:

@@ -54,3 +54,53 @@ class MaskedHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "*b d"], table: Float[Tensor, "v d"]) -> Float[Tensor, "*b v"]:
         """Scores of every token."""
         return functional.linear(self.norm(functional.gelu(self.dense(hidden))), table, self.bias)
+
+
+class MatchingHead(nn.Module):
+    """Whether a text belongs to a picture, judged by every query and averaged (BLIP-2, https://arxiv.org/abs/2301.12597).
+
+    Args:
+        d: Width of queries that have seen both.
+    """
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.judge = nn.Linear(d, 2)
+
+    def forward(self, queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b 2"]:
+        """Scores of no and yes."""
+        return self.judge(queries).mean(1)
+
+
+class QueryContrastHead(nn.Module):
+    """Pictures, each a handful of queries, and texts in one space: a pair is as near as the nearest query is.
+
+    Section 3.1 of BLIP-2, after FILIP's way to compare parts (https://arxiv.org/abs/2111.07783).
+
+    Args:
+        d: Width of queries and text.
+        d_out: Of the shared space.
+
+    Example:
+        >>> head = QueryContrastHead(8, 4)
+        >>> image, text = head.image_vectors(torch.rand(3, 5, 8)), head.text_vectors(torch.rand(2, 8))
+        >>> head.similarity(image, text).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, d: int, d_out: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(d, d_out), nn.Linear(d, d_out)
+
+    def image_vectors(self, queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q e"]:
+        """Unit vectors of every query."""
+        return functional.normalize(self.image(queries), dim=-1)
+
+    def text_vectors(self, text: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """Unit vectors of texts."""
+        return functional.normalize(self.text(text), dim=-1)
+
+    @staticmethod
+    def similarity(image: Float[Tensor, "b q e"], text: Float[Tensor, "c e"]) -> Float[Tensor, "b c"]:
+        """Cosine of each text with the query of each picture that is nearest to it."""
+        return (image @ text.T).amax(1)

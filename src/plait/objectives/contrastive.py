@@ -39,7 +39,16 @@ def info_nce(
         >>> round(info_nce(one, one, torch.tensor(10.0)).item() / 4, 4)  # all alike: ln 4
         1.3863
     """
-    logits = scale * image @ text.T
+    return symmetric_nce(scale * image @ text.T, positives=positives)
+
+
+def symmetric_nce(logits: Float[Tensor, "b b"], *, positives: Bool[Tensor, "b b"] | None = None) -> Float[Tensor, ""]:
+    """:func:`info_nce` of scores that are there already, such as the best of several queries.
+
+    Args:
+        logits: Score of picture i and text j, divided by the temperature.
+        positives: As in :func:`info_nce`.
+    """
     by_row, by_column = logits.log_softmax(1), logits.log_softmax(0)
     if positives is None:
         return -(by_row.diagonal() + by_column.diagonal()).sum() / 2

@@ -125,6 +125,8 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(sizes.queries, sizes.d))
         nn.init.normal_(self.queries, std=0.02)
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.d) if sizes.vocabulary else None
+        if self.embedding is not None:  # also the table that text is written with: longer rows would shout
+            nn.init.normal_(self.embedding.weight, std=0.02)
         self.position = LearnedSequence(sizes.max_tokens, sizes.d) if sizes.vocabulary else None
         self.norm = nn.LayerNorm(sizes.d, eps=1e-12)
         self.dropout = nn.Dropout(sizes.dropout)

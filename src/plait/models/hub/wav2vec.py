@@ -2,7 +2,7 @@
 
 Whether sounds are normalized stands in ``preprocessor_config.json``, and how many frames pretraining masks is the
 recipe's: :class:`~plait.models.towers.wav2vec.Wav2Vec` masks what it is told to and nothing by itself. Files of
-``Wav2Vec2ForPreTraining`` hold a quantizer too, which :func:`split` takes off.
+``Wav2Vec2ForPreTraining`` hold a quantizer too: :func:`split` takes it off, ``pretraining_`` functions keep it.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
 from plait.models.hub.settings import activation_from, activation_name, one_of, require, require_plain_blocks
 from plait.models.towers.wav2vec import Wav2VecSizes
+from plait.models.towers.wav2vec_pretraining import SpeechTaskSizes
 from plait.models.transformer import TransformerSizes
 
 _LAYER, _BLOCK = "wav2vec2.encoder.layers.*", "transformer.blocks.*"
@@ -40,6 +41,12 @@ _COMMON = (
     Rule(ours=f"{_BLOCK}.feed_forward.down", theirs=(f"{_LAYER}.feed_forward.output_dense",)),
     Rule(ours=f"{_BLOCK}.feed_forward_part.norm", theirs=(f"{_LAYER}.final_layer_norm",)),
     Rule(ours="head", theirs=("lm_head",)),
+)
+_TASK = (
+    Rule(ours="quantizer.codes", theirs=("quantizer.codevectors",), leading=1),
+    Rule(ours="quantizer.score", theirs=("quantizer.weight_proj",)),
+    Rule(ours="predict", theirs=("project_hid",)),
+    Rule(ours="target", theirs=("project_q",)),
 )
 _PRETRAINING = ("quantizer.", "project_hid.", "project_q.")
 _NORM = "wav2vec2.encoder.layer_norm"
@@ -164,6 +171,56 @@ def to_official(state: Mapping[str, Tensor], sizes: Wav2VecSizes) -> dict[str, T
     if "lm_head.weight" in named:
         return named
     return {name.removeprefix("wav2vec2."): value for name, value in named.items()}
+
+
+def pretraining_sizes_from(config: Mapping[str, Any]) -> SpeechTaskSizes:
+    """Sizes of what pretraining adds, of a ``config.json``."""
+    return SpeechTaskSizes(
+        groups=config["num_codevector_groups"],
+        codes=config["num_codevectors_per_group"],
+        d_code=config["codevector_dim"],
+        d_shared=config["proj_codevector_dim"],
+        dropout=config["feat_quantizer_dropout"],
+    )
+
+
+def pretraining_config_from(sizes: Wav2VecSizes, task: SpeechTaskSizes) -> dict[str, Any]:
+    """The ``config.json`` of a tower with what pretraining adds.
+
+    Raises:
+        CheckpointError: The layout has no place for what these sizes ask for.
+    """
+    require({"vocabulary": sizes.vocabulary}, {"vocabulary": 0}, place="Wav2VecSizes")
+    return config_from(sizes) | {
+        "architectures": ["Wav2Vec2ForPreTraining"],
+        "num_codevector_groups": task.groups,
+        "num_codevectors_per_group": task.codes,
+        "codevector_dim": task.d_code,
+        "proj_codevector_dim": task.d_shared,
+        "feat_quantizer_dropout": task.dropout,
+    }
+
+
+def pretraining_to_ours(state: Mapping[str, Tensor], sizes: Wav2VecSizes, *, place: str = "") -> dict[str, Tensor]:
+    """Weights of a file of ``Wav2Vec2ForPreTraining`` under our names, quantizer and all.
+
+    Raises:
+        CheckpointError: Names have no place here.
+    """
+    tower = {f"tower.{name}": value for name, value in to_ours(state, sizes, place=place).items()}
+    return tower | renamed(split(state).quantizer, _TASK, place=place)
+
+
+def pretraining_to_official(state: Mapping[str, Tensor], sizes: Wav2VecSizes) -> dict[str, Tensor]:
+    """Our weights, tower and all, under the names of a file.
+
+    Raises:
+        CheckpointError: Some have no name in this layout.
+    """
+    own = {name.removeprefix("tower."): value for name, value in state.items() if name.startswith("tower.")}
+    task = {name: value for name, value in state.items() if not name.startswith("tower.")}
+    tower = {f"wav2vec2.{name}": value for name, value in to_official(own, sizes).items()}
+    return tower | to_theirs(task, _TASK, place="Wav2VecPretraining")
 
 
 def _rules(sizes: Wav2VecSizes) -> tuple[Rule, ...]:

@@ -221,7 +221,22 @@ class Wav2Vec(nn.Module):
         Raises:
             ConfigError: Frames are masked, but there is no vector for that.
         """
-        x = self.project(self.norm_features(self.heard(samples)))
+        return self.in_context(self.frames(samples), masked=masked, weights=weights, hidden=hidden)
+
+    def frames(self, samples: Float[Tensor, "b s"]) -> Float[Tensor, "b n e"]:
+        """What the convolutions make of sounds, normalized: the frames that pretraining predicts."""
+        return self.norm_features(self.heard(samples))
+
+    def in_context(
+        self,
+        frames: Float[Tensor, "b n e"],
+        *,
+        masked: Bool[Tensor, "b n"] | None = None,
+        weights: list[Tensor] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Tokens of frames that have heard each other; arguments and faults as of :meth:`features`."""
+        x = self.project(frames)
         x = functional.dropout(x, self.sizes.feature_dropout, self.training)
         if masked is not None:
             if self.mask_token is None:
@@ -232,7 +247,7 @@ class Wav2Vec(nn.Module):
         return self.transformer(x, weights=weights, hidden=hidden)
 
     def heard(self, samples: Float[Tensor, "b s"]) -> Float[Tensor, "b n e"]:
-        """What the convolutions make of sounds: the frames that pretraining predicts."""
+        """What the convolutions make of sounds."""
         if self.sizes.normalize:
             # In float32 whatever the weights are: a mean over a minute of bfloat16 would be none.
             wide = samples.to(torch.promote_types(samples.dtype, torch.float))
