@@ -16,8 +16,8 @@ from plait.models.build_media import build_audio, build_text, build_video
 def load_encoder(spec: specs.Part, *, events: Events | None = None) -> nn.Module:
     """The encoder that a spec describes; pretrained ones are frozen and in eval mode.
 
-    Encoders of pictures, sounds and videos are :class:`~plait.core.protocols.Encoder`; those of texts take token ids, or
-    texts where they are pretrained.
+    Encoders of pictures, sounds and videos are :class:`~plait.core.protocols.Encoder`; those of texts take token ids,
+    or texts where they are pretrained.
 
     Args:
         spec: Of any modality.

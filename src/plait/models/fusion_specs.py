@@ -27,7 +27,7 @@ class Concat(Part):
     """Of each modality on its own, so that none dominates by its scale."""
     flags: bool = False
     """Append 1 or 0 for every modality that is present or not."""
-    tokens: dict[str, Positive] = {}
+    tokens: dict[str, Positive] = Field(default_factory=dict)
     """Tokens of each modality, which all count; a modality that is not named is averaged to one."""
 
 
@@ -43,7 +43,7 @@ class Early(Part):
     """Its blocks."""
     heads: Positive = 4
     """Its heads."""
-    sees: dict[str, tuple[str, ...]] = {}
+    sees: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """What each modality sees; one that is not named sees all."""
     dropout: Share = 0.0
     """Share of what each part adds that is dropped while training."""
@@ -61,7 +61,7 @@ class Decision(Part):
     """Width of a hidden layer of each classifier; 0: a linear one."""
     rule: Literal["average", "product", "vote", "weighted", "stacking"] = "average"
     """Mean of probabilities, product of experts, majority, learned weights, or a linear model over decisions."""
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = Field(default_factory=dict)
     """Fixed weights of all modalities, for the first three rules; empty: all alike."""
     prior: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
     """Probabilities of the classes, for `product`: then it is Bayes' rule for independent modalities."""
@@ -307,7 +307,7 @@ class Intermediate(Part):
     """Blocks after which they exchange, counted from 0."""
     exchange: Literal["reads", "broadcast"] = "reads"
     """By cross-attention, or by a fused vector that goes back into every token; both change nothing at the start."""
-    reads: dict[str, tuple[str, ...]] = {}
+    reads: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Whom each modality reads; empty: all read all others."""
     through: SingleFusion = Gated()
     """What makes the vector that is broadcast."""
@@ -343,7 +343,9 @@ class Searched(Part):
     source: ClassVar[str] = "https://arxiv.org/abs/1806.09055"
     kind: Literal["searched"] = "searched"
     """Which fusion this is."""
-    candidates: Annotated[dict[str, Candidate], Field(min_length=2)] = {"concat": Concat(), "gated": Gated()}
+    candidates: dict[str, Candidate] = Field(
+        default_factory=lambda: {"concat": Concat(), "gated": Gated()}, min_length=2
+    )
     """Fusions by a name of yours; their results have one width."""
 
 

@@ -1,4 +1,4 @@
-"""Every fusion of the list: its settings make the module they say, which fuses, learns, and refuses what it cannot do."""
+"""Every fusion of the list: its settings make the module they say, which fuses and learns, or they are refused."""
 
 from typing import Any, get_args
 
@@ -35,7 +35,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "late": {"d": 8, "depth": 1, "heads": 2, "fusion": {"kind": "lmf", "d_out": 6}, "d_out": 3},
     "decision": {"classes": 3, "d_hidden": 5},
     "intermediate": {
-        "d": 8, "depth": 2, "heads": 2, "after": [0, 1], "merge": {"kind": "attention", "d_out": 8, "heads": 2},
+        "d": 8,
+        "depth": 2,
+        "heads": 2,
+        "after": [0, 1],
+        "merge": {"kind": "attention", "d_out": 8, "heads": 2},
     },
     "cross-modal": {"heads": 2},
     "attention": {"d_out": 8, "heads": 2},
@@ -49,7 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "temporal": {"d_out": 8, "d_memory": 4},
     "hierarchical": {"d": 8, "d_out": 8, "heads": 2},
     "searched": {"candidates": {"a": {"kind": "gated", "d_out": 8}, "b": {"kind": "late", "d": 8, "d_out": 8}}},
-}  # fmt: skip
+}
 MODULES: dict[str, type[nn.Module]] = {
     "concat": ConcatFusion,
     "early": EarlyFusion,
@@ -138,11 +142,16 @@ SAID: list[tuple[dict[str, Any], Any]] = [
         {"kind": "decision", "rule": "product", "prior": [0.25, 0.75], "weights": {"text": 2.0, "image": 1.0}},
         lambda f: f.rule.func is product and f.rule.keywords["weights"].tolist() == [1.0, 2.0],
     ),
-    ({"kind": "intermediate", "reads": {"text": ["image"]}}, lambda f: list(f.fusion.crossings["1"].readers) == ["text"]),
+    (
+        {"kind": "intermediate", "reads": {"text": ["image"]}},
+        lambda f: list(f.fusion.crossings["1"].readers) == ["text"],
+    ),
     ({"kind": "intermediate"}, lambda f: [type(c) for c in f.fusion.crossings.values()] == [CrossReading] * 2),
     (
         {"kind": "intermediate", "exchange": "broadcast", "through": {"kind": "lmf"}},
-        lambda f: all(isinstance(c, Broadcast) and isinstance(c.fusion, LowRankTensor) for c in f.fusion.crossings.values()),
+        lambda f: all(
+            isinstance(c, Broadcast) and isinstance(c.fusion, LowRankTensor) for c in f.fusion.crossings.values()
+        ),
     ),
     (
         {"kind": "cross-modal", "target": "image", "heads": 2, "level": "sentence", "gated": True},
@@ -152,7 +161,10 @@ SAID: list[tuple[dict[str, Any], Any]] = [
     ({"kind": "gated", "tied": True, "bias": False}, lambda f: f.tied and weights(f) == 256 * (6 + 4 + 10)),
     ({"kind": "bilinear", "one": False, "d_out": 7}, lambda f: weights(f) == 6 * 4 * 7 + 7),
     ({"kind": "mlb", "rank": 5, "activation": "none"}, lambda f: f.activation == "none" and f.out.in_features == 5),
-    ({"kind": "mfb", "k": 3, "normalize": False, "bias": False}, lambda f: weights(f) == 3 * 256 * 10 and not f.normalize),
+    (
+        {"kind": "mfb", "k": 3, "normalize": False, "bias": False},
+        lambda f: weights(f) == 3 * 256 * 10 and not f.normalize,
+    ),
     ({"kind": "mcb", "size": 64}, lambda f: f.out.in_features == 64),
     ({"kind": "lmf", "rank": 3, "d_out": 2}, lambda f: f.tensor().shape == (7, 5, 2)),
     ({"kind": "graph", "layer": "gcn", "depth": 3, "d_out": 9, "sparse": True}, lambda f: f.sparse and f.d_out == 9),
@@ -160,7 +172,7 @@ SAID: list[tuple[dict[str, Any], Any]] = [
     ({"kind": "temporal", "d_memory": 7}, lambda f: f.memory.hidden_size == 7),
     ({"kind": "hierarchical", "levels": ["word", "sentence"]}, lambda f: list(f.levels) == ["word", "sentence"]),
     ({"kind": "hierarchical", "window": 5}, lambda f: f.levels["phrase"].first.size == 5),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("settings", "has"), SAID, ids=lambda v: str(v) if isinstance(v, dict) else "")
