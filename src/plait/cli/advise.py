@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     import torch
 
     from plait import __version__
-    from plait.core.device import fingerprint, setup
+    from plait.core.device import fingerprint, setup, usable_cores
     from plait.core.packages import home
     from plait.models.advise import Clock, Need, judge, rules, scratch_candidates
 
@@ -57,7 +59,10 @@ def main(args: argparse.Namespace, out: Out) -> int:
     towers, notes = _pretrained(args.pretrained, need, compute.dtype)
     clock = Clock(compute=compute, cache=home() / "advise", seconds=args.seconds, again=args.again)
     found = judge([*towers, *scratch_candidates(need.size)], need, clock)
-    machine = {**fingerprint(compute), "torch": torch.__version__, "plait": __version__}
+    load = os.getloadavg()[0]
+    machine = {**fingerprint(compute), "torch": torch.__version__, "plait": __version__, "load_average": round(load, 2)}
+    if load > 1.5 * usable_cores():
+        notes.append(f"load average {load:.1f} on {usable_cores()} cores: the machine is busy, and alone it is faster")
     for line in describe(found, need, notes):
         out.line(line)
     out.line(f"machine  {machine['device']}, {compute.threads} threads, {compute.dtype}; torch {torch.__version__}")
@@ -150,8 +155,13 @@ def describe(found: Sequence[Judged], need: Need, notes: Sequence[str] = ()) -> 
         group = [one for one in found if one.status == status]
         lines += ["", head, *(f"  {one.candidate.name}: {one.why}" for one in group)] if group else []
     lines += ["", "why in this order (a later rule decides between equals)"]
+    pad = " " * 5
     for number, rule in enumerate(rules(need), 1):
-        lines += [f"  {number}. {rule.says}", f"     {rule.evidence}", f"     source: {rule.source}"]
+        lines += [
+            f"  {number}. {rule.says}",
+            *textwrap.wrap(rule.evidence, 115, initial_indent=pad, subsequent_indent=pad),
+        ]
+        lines.append(f"{pad}source: {rule.source}")
     if need.train_pictures is None:
         lines.append("  How many pictures there are to train on was not said (--train-pictures): no rule looks at it.")
     lines += ["", *_legend(found, need), *(f"note     {note}" for note in notes)]
@@ -179,10 +189,15 @@ def _row(number: int, one: Judged) -> list[str]:
 
 
 def _legend(found: Sequence[Judged], need: Need) -> list[str]:
+    from plait.models.advise import ENOUGH
+
     trained = "weights, gradients, Adam's moments and activations kept for backward, float32 (pretrained ones: frozen)"
     memory = trained if need.train_pictures else "weights, and most of pixels and activations at once without gradients"
     rounds = [one.timing.rounds for one in found if one.timing]
-    shown = f"{'-'.join(map(str, sorted({min(rounds), max(rounds)})))} rounds" if rounds else "nothing was measured"
+    few = " (few: rough figures, not kept; give more --seconds)" if rounds and min(rounds) < ENOUGH else ""
+    shown = (
+        f"{'-'.join(map(str, sorted({min(rounds), max(rounds)})))} rounds{few}" if rounds else "nothing was measured"
+    )
     sources: dict[str, list[str]] = {}
     for one in found:
         if one.candidate.source:

@@ -30,6 +30,8 @@ Family = Literal["convolutions", "both", "attention", "unknown"]
 IMAGENET = 1_281_167
 """Pictures of ImageNet-1k, with which published accuracies were reached."""
 MIB = 2**20
+ENOUGH = 3
+"""Rounds from which on a median is kept for later calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,7 +321,8 @@ def _timed(found: Sequence[Judged], need: Need, clock: Clock) -> dict[str, Timin
     for name, times in interleaved(calls, seconds=clock.seconds).items():
         median, least, most = (1e3 * t / need.batch for t in (times.median, times.least, times.most))
         known[name] = Timing(median=median, least=least, most=most, rounds=times.rounds, date=today)
-        write_json(paths[name], asdict(known[name]))
+        if times.rounds >= ENOUGH:
+            write_json(paths[name], asdict(known[name]))
     return known
 
 
