@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "fusions", "positions")
+KINDS = ("encoders", "connectors", "decoders", "fusions", "positions")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 
     Encoders also have the ``modality`` they read.
     """
-    from plait.models import audio_specs, fusion_specs, specs, text_specs, video_specs
+    from plait.models import audio_specs, composition, fusion_specs, specs, text_specs, video_specs
 
     by_modality = {
         "image": specs.ImageEncoder,
@@ -51,6 +51,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "encoders": encoders,
         "connectors": _parts(specs.Connector),
+        "decoders": _parts(composition.Decoder),
         "fusions": _parts(fusion_specs.Fusion),
         "positions": positions,
     }

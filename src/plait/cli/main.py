@@ -25,7 +25,7 @@ VERBS: dict[str, str] = {
     "doctor": "check this machine: versions, CPU, memory, disk, speed, packages",
     "data": "fetch data packages, show the data card or samples",
     "runs": "list runs, or show one",
-    "list": "list what a model may be made of: encoders, connectors, fusions, positions",
+    "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
     "advise": "say which encoder: from costs counted, speed measured on this machine, and published evidence",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",
     "study": "try a claim of the field on small models: position codes beyond the sizes they were trained at",
