@@ -125,6 +125,17 @@ def test_figures_are_kept_until_asked_again(clock: Clock) -> None:
     assert all(one.timing and not one.timing.cached for one in judge(candidates()[:1], SMALL, clock))
 
 
+def test_figures_of_one_moment_are_compared(clock: Clock) -> None:
+    judge(candidates()[:1], SMALL, clock)
+    found = judge(candidates()[:2], SMALL, clock)
+    assert [one.timing.cached for one in found if one.timing] == [False, False]
+    hasty = Clock(compute=clock.compute, cache=clock.cache, seconds=0.0)
+    found = {one.candidate.name: one.timing for one in judge(candidates(), SMALL, hasty)}
+    assert found["small"] is not None
+    assert found["large"] is not None
+    assert (found["small"].cached, found["large"].cached, found["maps"]) == (False, True, None)
+
+
 def test_the_callers_draws_are_left_alone(clock: Clock) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
