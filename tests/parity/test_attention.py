@@ -50,7 +50,7 @@ def masks(q: int, k: int) -> dict[str, Tensor | None]:
     return {
         "none": None,
         "causal": causal(max(q, k))[:, :, :q, :k],
-        "padding": real_keys(torch.arange(k)[None] >= torch.tensor([k, k - 3])[:, None]),
+        "padding": real_keys(torch.arange(k)[None] < torch.tensor([k, k - 3])[:, None]),
         "blind rows": some,
     }
 
@@ -198,7 +198,7 @@ def test_self_attention_is_torchs(kind: str) -> None:
     padding = torch.arange(6)[None] >= torch.tensor([6, 4])[:, None] if kind == "padding" else None
     hidden = ~causal(6)[0, 0] if kind == "causal" else None
     wanted, shares = theirs(x, x, x, key_padding_mask=padding, attn_mask=hidden, average_attn_weights=False)
-    mask = {"none": None, "causal": causal(6), "padding": None if padding is None else real_keys(padding)}[kind]
+    mask = {"none": None, "causal": causal(6), "padding": None if padding is None else real_keys(~padding)}[kind]
     found = ours(x, Places(mask=mask), need_weights=True)
     close(found.values, wanted, atol=1e-6)  # worst measured: 3e-7
     close(found.weights, shares, atol=1e-6)
@@ -225,7 +225,7 @@ def test_cross_attention_to_another_width_is_torchs() -> None:
     x, source = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 9, 20, requires_grad=True)
     padding = torch.arange(9)[None] >= torch.tensor([9, 2])[:, None]
     wanted, _ = theirs(x, source, source, key_padding_mask=padding)
-    found = ours(x, Places(mask=real_keys(padding)), source=source).values
+    found = ours(x, Places(mask=real_keys(~padding)), source=source).values
     close(found, wanted, atol=1e-6)  # worst measured: 3.6e-7
     pull = torch.randn_like(wanted)
     mine = torch.autograd.grad(found, [x, source, ours.q.weight], pull)

@@ -23,7 +23,7 @@ from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.models.connectors.projection import Mlp
-from plait.models.connectors.query import PerceiverResampler, QFormer, QFormerSizes, query_text_mask
+from plait.models.connectors.query import PerceiverResampler, QFormer, QFormerSizes, ResamplerSizes, query_text_mask
 from plait.models.hub import qformer as hub
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -138,7 +138,7 @@ def test_resampler_is_that_of_idefics() -> None:
     config = IdeficsConfig(perceiver_config={"qk_layer_norms_perceiver": False}, vision_config={"embed_dim": 16})
     theirs = IdeficsPerceiverResampler(config, 16, 2, 4, 6, 3)
     randomize(theirs)
-    ours = PerceiverResampler(16, queries=3, depth=2, heads=4, d_head=6, activation="relu")
+    ours = PerceiverResampler(ResamplerSizes(d=16, queries=3, depth=2, heads=4, d_head=6, activation="relu"))
     with torch.no_grad():
         ours.latents.copy_(theirs.latents)
         ours.norm.load_state_dict(theirs.layer_norm.state_dict())
@@ -183,9 +183,9 @@ def small(kind: str) -> nn.Module:
         case "qformer-frames":
             made = QFormer(sizes, d_out=6, per_frame=True)
         case "resampler":
-            made = PerceiverResampler(8, queries=3, depth=2, heads=2, d_out=6)
+            made = PerceiverResampler(ResamplerSizes(d=8, queries=3, depth=2, heads=2), d_out=6)
         case _:
-            made = PerceiverResampler(8, queries=3, depth=2, heads=2, d_out=6, frames=4)
+            made = PerceiverResampler(ResamplerSizes(d=8, queries=3, depth=2, heads=2, frames=4), d_out=6)
     return made.eval()
 
 

@@ -81,7 +81,7 @@ def test_a_stack_is_torchs_encoder(place: NormPlace, activation: Activation, kin
     for one in theirs:
         hidden = nn.Transformer.generate_square_subsequent_mask(7) if kind == "causal" else None
         wanted = one(wanted, src_mask=hidden, src_key_padding_mask=padding)
-    mask = {"none": None, "causal": causal(7), "padding": None if padding is None else real_keys(padding)}[kind]
+    mask = {"none": None, "causal": causal(7), "padding": None if padding is None else real_keys(~padding)}[kind]
     found = ours(x, Places(mask=mask))
     close(found, wanted, atol=1e-5)  # worst measured: 0
     pull = torch.randn_like(wanted)
@@ -111,7 +111,7 @@ def test_a_block_with_a_source_is_torchs_decoder_layer(place: NormPlace) -> None
     hidden = nn.Transformer.generate_square_subsequent_mask(5)
     wanted = theirs(x, source, tgt_mask=hidden, memory_key_padding_mask=padding)
     seen: list[Tensor] = []
-    places, there = Places(mask=causal(5)), Places(mask=real_keys(padding))
+    places, there = Places(mask=causal(5)), Places(mask=real_keys(~padding))
     found = ours(x, places, source=source, source_places=there)
     close(found, wanted, atol=1e-5)  # worst measured: 0; 1.4e-6 with weights
     close(ours(x, places, source=source, source_places=there, weights=seen), wanted, atol=1e-5)
@@ -307,7 +307,7 @@ def test_padding_changes_nothing_that_is_real(kind: str, backend: str, seed: int
     x[:, real:] *= 1e3
     padding = (torch.arange(real + more) >= real).expand(2, -1)
     turn = Rotary.sequence(4)
-    long = model(x, Places(mask=real_keys(padding), gap=gaps(at, at), turn=turn(at)))
+    long = model(x, Places(mask=real_keys(~padding), gap=gaps(at, at), turn=turn(at)))
     near = at[:real]
     short = model(x[:, :real], Places(gap=gaps(near, near), turn=turn(near)))
     close(long[:, :real], short, atol=2e-5)  # worst measured: 8e-7

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "decoders", "positions")
+KINDS = ("encoders", "connectors", "decoders", "fusions", "positions")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +19,40 @@ def main(args: argparse.Namespace, out: Out) -> int:
     """Print every part, one line each."""
     found = {kind: parts for kind, parts in catalogue().items() if args.kind in (None, kind)}
     for kind, parts in found.items():
-        out.line(f"{kind} ({len(parts)})")
-        width = max(len(part["name"]) for part in parts)
-        for part in parts:
-            out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}")
+        for modality in dict.fromkeys(part.get("modality", "") for part in parts):
+            group = [part for part in parts if part.get("modality", "") == modality]
+            out.line(f"{kind} of {modality} ({len(group)})" if modality else f"{kind} ({len(group)})")
+            width = max(len(part["name"]) for part in group)
+            for part in group:
+                out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}")
     out.result(found)
     return 0
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Kind → parts, each with ``name``, ``about``, ``source``; settings and defaults as the specs have them."""
-    from plait.models import composition, specs
+    """Kind → parts, each with ``name``, ``about``, ``source``; settings and defaults as the specs have them.
+
+    Encoders also have the ``modality`` they read.
+    """
+    from plait.models import audio_specs, composition, fusion_specs, specs, text_specs, video_specs
+
+    by_modality = {
+        "image": specs.ImageEncoder,
+        "audio": audio_specs.AudioEncoder,
+        "video": video_specs.VideoEncoder,
+        "text": text_specs.TextEncoder,
+    }
+    encoders = [{"modality": name, **part} for name, union in by_modality.items() for part in _parts(union)]
 
     positions = [
         {"name": name, "about": about, "source": source, "made_by": made_by}
         for name, (about, source, made_by) in specs.POSITIONS.items()
     ]
     return {
-        "encoders": _parts(specs.ImageEncoder),
+        "encoders": encoders,
         "connectors": _parts(specs.Connector),
         "decoders": _parts(composition.Decoder),
+        "fusions": _parts(fusion_specs.Fusion),
         "positions": positions,
     }
 

@@ -1,6 +1,6 @@
-"""How fast this machine is right now: which thread count wins, and the rate of matrix products.
+"""How fast this machine is right now: which thread count wins, the rate of matrix products, calls beside each other.
 
-Each takes about half a second. Nothing here draws from the seeded generators: a probe never changes what a run
+Each probe takes about half a second. Nothing here draws from the seeded generators: a probe never changes what a run
 computes.
 """
 
@@ -135,6 +135,69 @@ def gemm_rate(dtype: str, *, device: str = "cpu", budget_s: float = 0.25) -> flo
     sizes = (8192, 4096, 1024, 512) if device != "cpu" else (1024, 512)
     size = next((size for size in sizes if 8.0 * size**3 / rate < budget_s), 256)
     return 2.0 * size**3 / statistics.median(timed(size, budget_s))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """How long a call took.
+
+    Attributes:
+        median: Seconds.
+        least: Seconds of the quickest round.
+        most: Seconds of the slowest round.
+        rounds: Rounds that count.
+    """
+
+    median: float
+    least: float
+    most: float
+    rounds: int
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    rounds: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
+    """Time calls in turn, so that a busy moment hits all alike, in about ``seconds`` in all.
+
+    Every call runs once uncounted: that makes what it needs and plans its kernels. Half of the time may go there; calls
+    that come later than that are left out, so order them by what is worth knowing. Then rounds go over all of them,
+    to and fro, while another one fits; there is one at least.
+
+    Args:
+        calls: By name.
+        seconds: For everything; one call may overrun it.
+        rounds: At most.
+        clock: Seconds that only rise.
+
+    Example:
+        >>> sorted(interleaved({"sum": lambda: sum(range(100)), "none": lambda: None}, seconds=1.0))
+        ['none', 'sum']
+    """
+    begun = clock()
+    taken: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        if taken and clock() - begun > seconds / 2:
+            break
+        call()
+        taken[name] = []
+    longest = 0.0
+    for number in range(rounds):
+        started = clock()
+        if number and started - begun + longest > seconds:
+            break
+        for name in list(taken)[:: -1 if number % 2 else 1]:
+            before = clock()
+            calls[name]()
+            taken[name].append(clock() - before)
+        longest = max(longest, clock() - started)
+    return {
+        name: Times(median=statistics.median(found), least=min(found), most=max(found), rounds=len(found))
+        for name, found in taken.items()
+    }
 
 
 def guess_rates(flags: frozenset[str], cores: int) -> tuple[float, float]:

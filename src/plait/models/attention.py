@@ -314,13 +314,13 @@ def causal(t: int, *, device: torch.device | None = None) -> Bool[Tensor, "1 1 t
     return torch.ones(1, 1, t, t, dtype=torch.bool, device=device).tril()
 
 
-def real_keys(padding: Bool[Tensor, "b t"]) -> Bool[Tensor, "b 1 1 t"]:
-    """Every position sees those that are not padding.
+def real_keys(real: Bool[Tensor, "b t"]) -> Bool[Tensor, "b 1 1 t"]:
+    """Every position sees those that are no padding.
 
     Args:
-        padding: True where a position is padding.
+        real: True where a position is no padding.
     """
-    return ~padding[:, None, None, :]
+    return real[:, None, None, :]
 
 
 def same_segment(segment_ids: Int[Tensor, "b t"]) -> Bool[Tensor, "b 1 t t"]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from plait.core.errors import ConfigError
 from plait.models import specs
 from plait.models.connectors.projection import Chain, Linear, Mlp, PixelShuffle, Split, Unchanged
-from plait.models.connectors.query import PerceiverResampler, QFormer, QFormerSizes
+from plait.models.connectors.query import PerceiverResampler, QFormer, QFormerSizes, ResamplerSizes
 from plait.models.connectors.words import ToWords
 from plait.models.crossattend import GatedCrossAttention
 from plait.models.position.absolute import SinCosGrid
@@ -158,4 +158,5 @@ def _hybrid(spec: specs.Hybrid) -> HybridTower:
 
 
 def _resampler(spec: specs.Resampler, d_in: int, *, d_out: int) -> PerceiverResampler:
-    return PerceiverResampler(d_in, queries=spec.queries, depth=spec.depth, heads=spec.heads, d_out=d_out)
+    sizes = ResamplerSizes(d=d_in, queries=spec.queries, depth=spec.depth, heads=spec.heads)
+    return PerceiverResampler(sizes, d_out=d_out)

@@ -1,11 +1,14 @@
 """What an encoder of pictures costs, counted on torch's meta device: no weight is drawn and no product computed."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from plait.core.errors import ConfigError
@@ -68,6 +71,69 @@ def account(build: Callable[[], nn.Module], size: int) -> Account:
     )
 
 
+def peak_bytes(build: Callable[[], nn.Module], size: int, *, pictures: int = 1) -> int:
+    """Most bytes of pixels and activations that stand in memory at once, without gradients; weights not counted.
+
+    Counted operation by operation in the number format of the weights, attention with its whole matrix: a fused kernel
+    needs less, and what an operation uses inside is not seen.
+
+    Args:
+        build: Makes the encoder; called on the meta device.
+        size: Pixels a side.
+        pictures: That go through together.
+
+    Example:
+        >>> from plait.models.build import build_encoder
+        >>> from plait.models.specs import ResNet
+        >>> f"{peak_bytes(lambda: build_encoder(ResNet(depth=18)), 224) / 2**20:.1f} MiB"  # two maps of 64 x 112 x 112
+        '7.3 MiB'
+    """
+    with torch.device("meta"):
+        encoder = build().eval()
+        media = _pictures(size, pictures)
+        with torch.no_grad(), _Alive((*encoder.parameters(), *encoder.buffers())) as alive:
+            alive.add(media.values)
+            encoder(media)
+    return alive.most
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, as long as they live."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, or their views would count as new
+        for storage in self._known:
+            self._seen.add(storage)
+
+    def __torch_dispatch__(  # noqa: PLR0917  torch calls it so
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return found
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def _pictures(size: int, count: int) -> Patches:
+    grid = torch.tensor([[1, size, size]] * count, device="cpu")
+    return Patches(values=torch.zeros(count * size * size, 3), grid=grid)
+
+
 def _pass(encoder: Any, size: int, pictures: int) -> tuple[int, int, int]:
     """Tokens, operations and kept bytes of a batch."""
     kept: set[torch.UntypedStorage] = set()  # several tensors may be views of one
@@ -77,8 +143,7 @@ def _pass(encoder: Any, size: int, pictures: int) -> tuple[int, int, int]:
         kept.add(tensor.untyped_storage())
         return tensor
 
-    grid = torch.tensor([[1, size, size]] * pictures, device="cpu")
-    media = Patches(values=torch.zeros(pictures * size * size, 3), grid=grid)
+    media = _pictures(size, pictures)
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),

@@ -12,9 +12,30 @@ pytestmark = pytest.mark.light
 def test_every_part_has_a_line_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    for name in ("vit", "swin", "qformer", "gated-cross-attention", "rope", "m_rope"):
+    for name in ("vit", "swin", "whisper", "space-time", "llama", "qformer", "gated-cross-attention", "mfb", "m_rope"):
         (line,) = [line for line in said.splitlines() if line.startswith(f"  {name} ")]
         assert "https://" in line
+
+
+def test_encoders_come_by_modality(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "encoders"]) == 0
+    said = capsys.readouterr().out
+    heads = [line for line in said.splitlines() if not line.startswith(" ")]
+    assert [head.split(" (")[0] for head in heads] == [f"encoders of {m}" for m in ("image", "audio", "video", "text")]
+    assert main(["list", "encoders", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["encoders"]
+    assert {part["modality"] for part in found if part["name"] == "pretrained"} == {"image", "audio", "video", "text"}
+    tower = next(s for part in found if part["name"] == "frames" for s in part["settings"] if s["name"] == "tower")
+    assert tower["default"]["kind"] == "vit"
+
+
+def test_all_fusions_come(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "fusions", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["fusions"]
+    assert len(found["fusions"]) == 17
+    gated = next(part for part in found["fusions"] if part["name"] == "gated")
+    assert {"d_out", "tied", "sees", "bias"} == {setting["name"] for setting in gated["settings"]}
 
 
 def test_one_kind_with_settings_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.core.speed import choose_threads, gemm_rate, guess_rates, probe_threads
+from plait.core.speed import choose_threads, gemm_rate, guess_rates, interleaved, probe_threads
 
 QUIET = {1: (28e-6, 7.0e-3), 2: (20e-6, 3.6e-3)}
 """Measured on 2 quiet cores."""
@@ -86,3 +87,44 @@ def test_guesses_rank_machines() -> None:
     assert plain[0] < wide[0] == amx[0]
     assert plain[1] < plain[0]  # emulated
     assert amx[1] > 3 * amx[0]
+
+
+class Watch:
+    """A clock that calls move: each takes as many seconds as it says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.called: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.called.append(name)
+            self.now += seconds
+
+        return call
+
+
+def test_calls_take_turns_to_and_fro_after_one_that_does_not_count() -> None:
+    watch = Watch()
+    found = interleaved({name: watch.takes(name, 1.0) for name in "abc"}, seconds=100.0, rounds=2, clock=watch)
+    assert "".join(watch.called) == "abc" + "abc" + "cba"
+    assert {times.rounds for times in found.values()} == {2}
+    assert {times.median for times in found.values()} == {1.0}
+
+
+def test_the_time_is_kept() -> None:
+    watch = Watch()
+    found = interleaved({"a": watch.takes("a", 1.0), "b": watch.takes("b", 2.0)}, seconds=13.0, clock=watch)
+    assert found["a"].rounds == found["b"].rounds == 3  # 3 s before, 3 s a round, a fourth would end at 15
+    assert watch.now <= 13
+
+
+def test_what_comes_after_half_of_the_time_is_left_out() -> None:
+    watch = Watch()
+    found = interleaved({name: watch.takes(name, 4.0) for name in "abcd"}, seconds=10.0, clock=watch)
+    assert list(found) == ["a", "b"]
+    assert interleaved({}, seconds=1.0) == {}
+    assert list(interleaved({"a": watch.takes("a", 1.0)}, seconds=0.0, clock=watch)) == ["a"]

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
@@ -23,12 +24,19 @@ SMALL: dict[str, specs.Part] = {
 CONNECTORS: dict[str, specs.Part] = {
     "linear": specs.Linear(shuffle=2),
     "mlp": specs.Mlp(),
+    "words": specs.Words(d_hidden=8, tokens=3, free=1),
     "qformer": specs.QFormer(queries=3, d=8, depth=2, heads=2),
     "resampler": specs.Resampler(queries=3, depth=1, heads=2),
     "gated-cross-attention": specs.GatedCrossAttention(
         heads=2, every=2, resampler=specs.Resampler(queries=3, depth=1, heads=2)
     ),
 }
+
+
+def connector_of(kind: str) -> nn.Module:
+    """From 12 to 20."""
+    words = (torch.rand(7, 20), torch.eye(20)) if kind == "words" else None
+    return build_connector(CONNECTORS[kind], d_in=12, d_out=20, words=words)
 
 
 def kinds(union: object) -> set[str]:
@@ -62,7 +70,7 @@ def test_an_encoder_keeps_its_account_and_learns(kind: str) -> None:
 @pytest.mark.row("S2-06")
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_a_connector_joins_any_widths(kind: str) -> None:
-    connector = build_connector(CONNECTORS[kind], d_in=12, d_out=20)
+    connector = connector_of(kind)
     assert isinstance(connector, Encoder)
     grid = torch.tensor([[1, 3, 4], [1, 2, 2]])
     found = connector(Patches(values=torch.rand(16, 12), grid=grid))
@@ -78,7 +86,7 @@ def test_a_connector_joins_any_widths(kind: str) -> None:
 @pytest.mark.parametrize("kind", CONNECTORS)
 @pytest.mark.parametrize("grids", [[], [(1, 0, 3)], [(1, 2, 2), (1, 0, 3)]], ids=str)
 def test_a_connector_takes_nothing(kind: str, grids: list[tuple[int, int, int]]) -> None:
-    connector = build_connector(CONNECTORS[kind], d_in=12, d_out=20).eval()
+    connector = connector_of(kind).eval()
     grid = torch.tensor(grids, dtype=torch.long).view(-1, 3)
     found = connector(Patches(values=torch.rand(int(grid.prod(1).sum()), 12), grid=grid))
     assert torch.equal(found.grid, connector.grid_out(grid))
@@ -90,7 +98,7 @@ def test_rows_that_are_not_those_of_the_grid_are_refused() -> None:
     grid = torch.tensor([[1, 1, 2], [1, 2, 2]])
     for kind in ("qformer", "resampler"):
         with pytest.raises(DataError, match="9 tokens came for items of 6 tokens"):
-            build_connector(CONNECTORS[kind], d_in=12, d_out=20)(Patches(values=torch.rand(9, 12), grid=grid))
+            connector_of(kind)(Patches(values=torch.rand(9, 12), grid=grid))
 
 
 @pytest.mark.parametrize("name", specs.POSITIONS)

@@ -10,7 +10,7 @@ from plait.core.errors import ConfigError
 from plait.core.tensors import Patches
 from plait.models import specs
 from plait.models.build import build_encoder
-from plait.models.measure import Account, account
+from plait.models.measure import Account, account, peak_bytes
 
 
 def measured(spec: Any) -> Account:
@@ -90,3 +90,34 @@ def test_what_does_not_learn_is_told_apart() -> None:
 def test_only_encoders_are_measured() -> None:
     with pytest.raises(ConfigError, match="Linear is no encoder"):
         account(lambda: nn.Linear(3, 3), 32)
+
+
+class TwoLayers(nn.Module):
+    """An encoder whose memory can be told: pixels, one hidden layer, the result."""
+
+    d_out = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 40), nn.Linear(40, 6)
+
+    def forward(self, media: Patches) -> Patches:
+        hidden = self.second(self.first(media.values))
+        return Patches(values=self.third(hidden), grid=media.grid)
+
+    def grid_out(self, grid: torch.Tensor) -> torch.Tensor:
+        return grid
+
+
+def test_the_peak_is_what_lives_at_once() -> None:
+    rows = 3 * 16 * 16
+    # Pixels are the caller's and stay; 8 and 40 numbers live together, 40 and 6 after that. Weights are not counted.
+    assert peak_bytes(TwoLayers, 16, pictures=3) == 4 * rows * (3 + 8 + 40)
+
+
+def test_the_peak_grows_with_pictures_and_not_with_depth() -> None:
+    shallow, deep = (specs.ViT(size=32, patch=8, d=32, depth=depth, heads=2) for depth in (2, 8))
+    found = [peak_bytes(lambda spec=spec: build_encoder(spec), 32) for spec in (shallow, deep)]
+    assert found[0] == found[1]
+    more = peak_bytes(lambda: build_encoder(shallow), 32, pictures=8)
+    assert 6 < more / found[0] <= 8

@@ -10,7 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.models.connectors.projection import Linear, Unchanged
-from plait.models.connectors.query import PerceiverResampler
+from plait.models.connectors.query import PerceiverResampler, ResamplerSizes
 from plait.models.crossattend import GatedCrossAttention
 from plait.models.multimodal import MultimodalLM
 from plait.models.transformer import TransformerSizes
@@ -48,7 +48,10 @@ def batch(rows: list[list[int]], **grids: list[list[int]]) -> Batch:
 def spliced() -> MultimodalLM:
     llama = decoder()
     torch.manual_seed(2)
-    connectors = {"image": Linear(8, 16), "audio": PerceiverResampler(8, queries=2, depth=1, heads=2, d_out=16)}
+    connectors = {
+        "image": Linear(8, 16),
+        "audio": PerceiverResampler(ResamplerSizes(d=8, queries=2, depth=1, heads=2), d_out=16),
+    }
     return MultimodalLM({}, connectors, llama, placeholder={"image": IMAGE, "audio": AUDIO}).eval()
 
 
@@ -56,7 +59,7 @@ def reading() -> MultimodalLM:
     llama = decoder()
     torch.manual_seed(2)
     layers = [GatedCrossAttention(TransformerSizes(d=16, depth=1, heads=2, d_source=8)), None]
-    resampler = PerceiverResampler(8, queries=3, depth=1, heads=2)
+    resampler = PerceiverResampler(ResamplerSizes(d=8, queries=3, depth=1, heads=2))
     return MultimodalLM({}, {"image": resampler}, llama, placeholder=IMAGE, reading=layers, inside="image").eval()
 
 

@@ -175,7 +175,7 @@ class QFormer(nn.Module):
         if not parts:
             raise ConfigError("nothing to attend: neither source nor text", remedy="give one of them")
         x = self.dropout(self.norm(torch.cat(parts, dim=1)))
-        seen = None if real is None else real_keys(~real)
+        seen = None if real is None else real_keys(real)
         for block in self.blocks:
             x = block(x, source, queries=count, mask=mask, source_mask=seen, weights=weights)
         return x
@@ -206,16 +206,42 @@ def query_text_mask(queries: int, present: Bool[Tensor, "b t"], task: TextTask) 
     return (seen & there[:, None, :])[:, None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResamplerSizes:
+    """Shape of a Perceiver resampler; the defaults are Flamingo's.
+
+    Attributes:
+        d: Width of what is looked at, and of the latents.
+        queries: Latents, which is the number of tokens that come out.
+        depth: Blocks.
+        heads: Of attention.
+        d_head: Width of a head; 0: ``d / heads``.
+        d_ff: Width inside the feed-forward networks; 0: ``4 d``.
+        frames: Learned codes of frames; 0: none.
+        activation: Inside the feed-forward networks.
+    """
+
+    d: int
+    queries: int = 64
+    depth: int = 6
+    heads: int = 8
+    d_head: int = 0
+    d_ff: int = 0
+    frames: int = 0
+    activation: Activation = "gelu"
+
+
 class PerceiverBlock(nn.Module):
     """Latents look at the source and at themselves, then pass a feed-forward network; norms come first."""
 
-    def __init__(self, d: int, heads: int, *, d_head: int, d_ff: int, activation: Activation) -> None:
+    def __init__(self, sizes: ResamplerSizes) -> None:
         super().__init__()
+        d = sizes.d
         self.source_norm, self.norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        sizes = AttentionSizes(d=d, heads=heads, d_head=d_head, d_source=d, bias=False, out_bias=False)
-        self.attention = Attention(sizes)
+        shape = AttentionSizes(d=d, heads=sizes.heads, d_head=sizes.d_head, d_source=d, bias=False, out_bias=False)
+        self.attention = Attention(shape)
         self.feed_forward_norm = nn.LayerNorm(d)
-        self.feed_forward = FeedForward(d, d_ff, activation=activation, bias=False)
+        self.feed_forward = FeedForward(d, sizes.d_ff or 4 * d, activation=sizes.activation, bias=False)
 
     def forward(
         self, latents: Float[Tensor, "b k d"], source: Float[Tensor, "b s d"], mask: Bool[Tensor, "b 1 1 m"] | None
@@ -234,43 +260,25 @@ class PerceiverResampler(nn.Module):
     adds a learned code of the frame to the tokens of each frame: ``frames`` of them.
 
     Args:
-        d: Width of what is looked at, and of the latents.
-        queries: Latents.
-        depth: Blocks.
-        heads: Of attention.
-        d_head: Width of a head; 0: ``d / heads``.
-        d_ff: Width inside the feed-forward networks; 0: ``4 d``.
-        frames: Learned codes of frames; 0: none.
-        d_out: Width that comes out, through a linear layer; 0: ``d`` as it is.
+        sizes: Shape.
+        d_out: Width that comes out, through a linear layer; 0: ``sizes.d`` as it is.
 
     Raises:
         DataError: An item has more frames than there are codes.
 
     Example:
-        >>> resampler = PerceiverResampler(64, queries=8, depth=2, heads=4)
+        >>> resampler = PerceiverResampler(ResamplerSizes(d=64, queries=8, depth=2, heads=4))
         >>> resampler(Patches(values=torch.rand(50, 64), grid=torch.tensor([[1, 5, 10]]))).values.shape
         torch.Size([8, 64])
     """
 
-    def __init__(  # noqa: PLR0913  a shape of its own would be read once
-        self,
-        d: int,
-        *,
-        queries: int = 64,
-        depth: int = 6,
-        heads: int = 8,
-        d_head: int = 0,
-        d_ff: int = 0,
-        frames: int = 0,
-        d_out: int = 0,
-        activation: Activation = "gelu",
-    ) -> None:
+    def __init__(self, sizes: ResamplerSizes, *, d_out: int = 0) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(queries, d))
-        self.frames = LearnedSequence(frames, d) if frames else None
-        self.blocks = nn.ModuleList(
-            PerceiverBlock(d, heads, d_head=d_head, d_ff=d_ff or 4 * d, activation=activation) for _ in range(depth)
-        )
+        d = sizes.d
+        self.sizes = sizes
+        self.latents = nn.Parameter(torch.randn(sizes.queries, d))
+        self.frames = LearnedSequence(sizes.frames, d) if sizes.frames else None
+        self.blocks = nn.ModuleList(PerceiverBlock(sizes) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(d, d_out) if d_out else nn.Identity()
         self.d_in, self.d_out = d, d_out or d

@@ -47,7 +47,7 @@ class AttentionFusion(nn.Module):
         means, there = pooled(inputs, self.widths)
         hidden = torch.stack([self.norms[name](self.projections[name](x)) for name, x in means.items()], dim=1)
         asked = self.query.expand(len(hidden), 1, -1)
-        values, weights = self.attention(asked, Places(mask=real_keys(~there)), source=hidden, need_weights=True)
+        values, weights = self.attention(asked, Places(mask=real_keys(there)), source=hidden, need_weights=True)
         assert weights is not None
         present = there.any(1)
         values = values[:, 0].masked_fill(~present[:, None], 0.0)  # of nothing, the output projection left its bias

@@ -44,9 +44,9 @@ class CountSketch(nn.Module):
 
 
 def random_sketch(d: int, size: int, generator: torch.Generator) -> CountSketch:
-    """Places and signs drawn evenly."""
-    places = torch.randint(size, (d,), generator=generator)
-    return CountSketch(places, 2 * torch.randint(2, (d,), generator=generator) - 1, size=size)
+    """Places and signs drawn evenly, on the generator's device whatever the default device is."""
+    places, signs = (torch.randint(count, (d,), generator=generator, device=generator.device) for count in (size, 2))
+    return CountSketch(places, 2 * signs - 1, size=size)
 
 
 def product_sketch(sketches: list[Float[Tensor, "b size"]]) -> Float[Tensor, "b size"]:

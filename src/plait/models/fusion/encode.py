@@ -41,7 +41,7 @@ class TokenTower(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Encode."""
-        places = Places(mask=real_keys(~stream.there))
+        places = Places(mask=real_keys(stream.there))
         tokens = self.transformer(self.project(stream.tokens), places)
         return Stream(tokens=tokens, real=stream.real, present=stream.present)
 

@@ -28,7 +28,7 @@ class Crossed(NamedTuple):
 
 def every_real_token(name: str, stream: Stream) -> Places:
     """All tokens that count see each other; no positions beyond those the tokens carry."""
-    return Places(mask=real_keys(~stream.there))
+    return Places(mask=real_keys(stream.there))
 
 
 class CrossReading(nn.Module):

@@ -94,7 +94,7 @@ class EncoderDecoder(nn.Module):
         self, token_ids: Int[Tensor, "b s"], *, real: Bool[Tensor, "b s"] | None = None
     ) -> Float[Tensor, "b s d"]:
         """Hidden states of the encoder."""
-        mask = None if real is None else real_keys(~real)
+        mask = None if real is None else real_keys(real)
         bias = self.encoder_bias(_gap(token_ids))
         return self._dropped(self.encoder(self._embedded(token_ids), Places(mask=mask, bias=bias)))
 
@@ -108,7 +108,7 @@ class EncoderDecoder(nn.Module):
         """Hidden states of the decoder."""
         mask = causal(target_ids.shape[1], device=target_ids.device)
         places = Places(mask=mask, bias=self.decoder_bias(_gap(target_ids)))
-        seen = Places(mask=None if real is None else real_keys(~real))
+        seen = Places(mask=None if real is None else real_keys(real))
         return self._dropped(self.decoder(self._embedded(target_ids), places, source=source, source_places=seen))
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:

@@ -213,7 +213,7 @@ class TextTransformer(nn.Module):
         mask: Bool[Tensor, "#b 1 #t t"] | None = None
         if segment_ids is not None:
             one = bool((segment_ids <= 1).all())
-            mask = real_keys(segment_ids == 0) if one else same_segment(segment_ids)
+            mask = real_keys(segment_ids != 0) if one else same_segment(segment_ids)
         if self.sizes.causal:
             before = causal(t, device=token_ids.device)
             mask = before if mask is None else mask & before

@@ -1,0 +1,78 @@
+"""Encoders of videos as settings; beside :mod:`plait.models.specs`. Loads no torch."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from plait.models.specs import ImageEncoder, Part, Positive, Share, ViT
+
+
+class PretrainedVideo(Part):
+    """VideoMAE of Hugging Face from a folder, computed by our own tower."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2203.12602"
+    kind: Literal["pretrained"] = "pretrained"
+    """Which encoder this is."""
+    name: str = ""
+    """A local folder in Hugging Face's layout."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the frozen weights."""
+
+
+class FramesThenTime(Part):
+    """any picture tower for each frame, then a Transformer or a mean over time."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2103.15691"
+    kind: Literal["frames"] = "frames"
+    """Which encoder this is."""
+    tower: ImageEncoder = ViT()
+    """Of the frames; `size` is theirs."""
+    cells: Literal["pooled", "all"] = "pooled"
+    """One token a frame, or all cells of each."""
+    over_time: Literal["transformer", "mean", "none"] = "transformer"
+    """What joins frames: blocks in which a cell looks at the same cell of all frames, their mean, or nothing."""
+    position: Literal["learned", "sincos", "rope", "none"] = "sincos"
+    """Code of a frame's number; without one the order of frames cannot be told."""
+    frames: int = Field(default=0, ge=0)
+    """Longest video where that code is learned."""
+    depth: Positive = 4
+    """Blocks over time."""
+    heads: Positive = 6
+    """Their heads of attention."""
+    dropout: Share = 0.0
+    """Share of what each part adds that is dropped while training."""
+
+
+class SpaceTime(Part):
+    """one Transformer over space-time patches, as VideoMAE's and ViViT's joint form; the defaults are VideoMAE-S."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2203.12602"
+    kind: Literal["space-time"] = "space-time"
+    """Which encoder this is."""
+    size: Positive = 224
+    """Pixels a side that frames are fitted into; learned positions are made for it."""
+    frames: Positive = 16
+    """Frames of a clip; learned positions are made for it."""
+    tubelet: Positive = 2
+    """Frames of a patch."""
+    patch: Positive = 16
+    """Pixels a side of a patch."""
+    d: Positive = 384
+    """Width."""
+    depth: Positive = 12
+    """Blocks."""
+    heads: Positive = 6
+    """Heads of attention."""
+    position: Literal["sincos", "learned", "sequence", "none"] = "sincos"
+    """Sines and cosines of time, row and column; a learned table; VideoMAE's of the patch's number; nothing."""
+    dropout: Share = 0.0
+    """Share of what each part adds that is dropped while training."""
+    drop_path: Share = 0.0
+    """Share of clips for which the last block is skipped while training; earlier ones less."""
+
+
+ScratchVideo = Annotated[FramesThenTime | SpaceTime, Field(discriminator="kind")]
+"""Encoders of videos from scratch; the picture tower in one of them may be pretrained."""
+
+VideoEncoder = Annotated[PretrainedVideo | FramesThenTime | SpaceTime, Field(discriminator="kind")]
+"""All encoders of videos."""
