@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from plait.core.errors import DataError
+from plait.core.packing import pack
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import Modality
-from plait.data.packing import pack
 from plait.data.template import Rendered
 
 
