@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plait.assembly.fit import Fit, Item, Square, fit_from_json, fit_to_json
+from plait.assembly.fit import SQUARE, Fit, Item, fit_from_json, fit_to_json
 from plait.assembly.local import IMAGE_TOWER
 from plait.core.errors import CheckpointError, DataError
 from plait.core.files import read_json
@@ -67,7 +67,7 @@ class ImageContract:
     background: tuple[int, int, int] = _WHITE
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    fit: Fit = Square()
+    fit: Fit = SQUARE
 
     def sizes(self, width: int, height: int) -> tuple[tuple[int, int], ...]:
         """Height and width of each item that a picture becomes: the account before any pixel is touched.
@@ -108,7 +108,7 @@ class ImageContract:
         """
         fields = {name: getattr(self, name) for name in _PLAIN}
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        return found if self.fit == Square() else found | {"fit": fit_to_json(self.fit)}
+        return found if self.fit == SQUARE else found | {"fit": fit_to_json(self.fit)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ImageContract:

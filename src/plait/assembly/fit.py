@@ -124,6 +124,9 @@ class Tiles:
 Fit = Square | Native | Tiles
 """How pictures become items."""
 
+SQUARE = Square()
+"""What contracts were before there was a choice."""
+
 _KINDS: Mapping[str, type[Square] | type[Native] | type[Tiles]] = {"square": Square, "native": Native, "tiles": Tiles}
 
 

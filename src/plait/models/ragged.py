@@ -1,4 +1,4 @@
-"""Ragged media as rows of a batch and back, one item a row or several: for modules that look at all tokens of an item."""
+"""Ragged media as rows of a batch and back, one item a row or several: for modules that look at all of an item."""
 
 from typing import NamedTuple
 

@@ -106,7 +106,7 @@ def test_a_picture_of_another_size_than_its_placeholders_is_named_before_any_for
     features = store("1", "2")
     features["3"] = Patches(values=torch.zeros(16, 1), grid=torch.tensor([[1, 4, 4]]))
     with pytest.raises(
-        DataError, match=r"2 placeholders for the picture, 4 media tokens \(grid \[\[1, 4, 4\]\]\)"
+        DataError, match=r"2 placeholders for the picture, 4 media tokens \(1 item, grid \[\[1, 4, 4\]\]\)"
     ) as caught:
         collate([("a", good), ("b", bad)], features, grid_out=halved, encoded=True, row=9, pad=PAD)
     assert caught.value.place == "sample b, picture 2 (3)"

@@ -162,11 +162,9 @@ class RowEnds(nn.Module):
         sizes = media.grid.prod(1).tolist()
         items: list[Tensor] = []
         for values, before, after in zip(media.values.split(sizes), media.grid.tolist(), out.tolist(), strict=True):
-            if before != after:
-                rows = values.view(before[0] * before[1], before[2], self.d_in)
-                ends = self.token.to(values).expand(len(rows), 1, -1)
-                values = torch.cat([rows, ends], dim=1).flatten(0, 1)
-            items.append(values)
+            rows = values.view(before[0] * before[1], before[2], self.d_in)
+            ends = self.token.to(values).expand(len(rows), after[2] - before[2], -1)
+            items.append(torch.cat([rows, ends], dim=1).flatten(0, 1))
         return Patches(values=torch.cat(items) if items else media.values, grid=out)
 
 
