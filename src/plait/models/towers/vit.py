@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module):
             DataError: Rows and grid disagree, the rows are not RGB, or a picture is refused by ``remainder``.
         """
         encode, grid = self.features, self.grid_out(media.grid)
-        packed = self._packs(media.grid)
+        packed = self.packs(media.grid)
         if packed:  # what stands in front of a picture's patches is packed with them
             encode = self._embedded
             frames = grid.repeat_interleave(grid[:, 0], dim=0)
@@ -257,7 +257,8 @@ class VisionTransformer(nn.Module):
         rows, columns = ((side + more) // self.sizes.patch for side in pixels.shape[2:])
         return rows, columns
 
-    def _packs(self, grid: Int[Tensor, "item 3"]) -> bool:
+    def packs(self, grid: Int[Tensor, "item 3"]) -> bool:
+        """Whether these pictures are packed: they differ in size, and ``row`` is set."""
         if self.row == 0 or self.sizes.relative in ("grid_bias", "alibi"):
             return False
         if self.training and self.sizes.transformer.drop_path:
