@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from plait.assembly.contract import ImageContract
-from plait.assembly.fit import Native, Tiles
+from plait.assembly.fit import SQUARE, Native, Tiles
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
 from plait.core.types import MediaRef
@@ -101,7 +101,7 @@ def slots_of(contract: ImageContract, *parts: Encoder) -> Callable[[MediaRef], i
 
     def slots(ref: MediaRef) -> int:
         known = ref.width > 0 and ref.height > 0
-        if not known and contract.as_dict().get("fit"):
+        if not known and contract.fit != SQUARE:
             raise DataError(
                 f"the size of the picture is not known ({ref.width} x {ref.height}), and how many tokens it becomes "
                 "depends on it",
