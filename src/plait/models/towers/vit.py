@@ -134,11 +134,12 @@ class VisionTransformer(nn.Module):
     Args:
         sizes: Shape and kind.
         embed: Pixels (of whole patches) to tokens; the linear :class:`PatchEmbedding` unless given.
-        batch_size: Pictures (rows, where they are packed) computed together at most; 0: all.
-        row: Pack pictures of different sizes into rows of this many tokens, or as many as the largest has, where each
-            sees only itself (NaViT, https://arxiv.org/abs/2307.06304); 0: pictures of one size are a batch. The values
-            are the same. Not done where positions are biases of scores (``grid_bias``, ``alibi``), nor, while training,
-            with ``drop_path``, which drops rows.
+        batch_size: Pictures (rows, where they are packed by a mask) computed together at most; 0: all.
+        row: How pictures of different sizes are computed; the values are the same. None: those of one size are a batch.
+            Else they are packed, and each sees only itself (NaViT, https://arxiv.org/abs/2307.06304): 0 puts all in one
+            row and attends picture by picture, so that nothing is filled up; another number makes rows of so many
+            tokens, or as many as the largest has, with a mask: few large operations. Not done where positions are
+            biases of scores (``grid_bias``, ``alibi``), nor, while training, with ``drop_path``, which drops rows.
 
     Raises:
         ConfigError: It is to pool a class token that it has not.
@@ -151,7 +152,9 @@ class VisionTransformer(nn.Module):
         86567656
     """
 
-    def __init__(self, sizes: ViTSizes, *, embed: nn.Module | None = None, batch_size: int = 0, row: int = 0) -> None:
+    def __init__(
+        self, sizes: ViTSizes, *, embed: nn.Module | None = None, batch_size: int = 0, row: int | None = None
+    ) -> None:
         super().__init__()
         if sizes.pool == "class" and not sizes.class_token:
             raise ConfigError("pool is class, but there is no class token", remedy="set pool to mean")
@@ -259,7 +262,7 @@ class VisionTransformer(nn.Module):
 
     def packs(self, grid: Int[Tensor, "item 3"]) -> bool:
         """Whether these pictures are packed: they differ in size, and ``row`` is set."""
-        if self.row == 0 or self.sizes.relative in ("grid_bias", "alibi"):
+        if self.row is None or self.sizes.relative in ("grid_bias", "alibi"):
             return False
         if self.training and self.sizes.transformer.drop_path:
             return False
@@ -268,24 +271,42 @@ class VisionTransformer(nn.Module):
     def _packed(self, tokens: Float[Tensor, "n d"], grid: Int[Tensor, "item 3"]) -> Patches:
         """Through the blocks, several pictures in a row, and without what stands in front."""
         shapes: list[list[int]] = grid.repeat_interleave(grid[:, 0], dim=0)[:, 1:].tolist()
-        lengths = grid.new_tensor([self.prefix + rows * columns for rows, columns in shapes])
-        packed = packed_rows(lengths, self.row)
+        counts = [self.prefix + rows * columns for rows, columns in shapes]
+        lengths = grid.new_tensor(counts)
         turn = None
         if self.rotary is not None:
-            of_shape = {(r, c): self._places(r, c, tokens).turn for r, c in {(r, c) for r, c in shapes}}
+            of_shape = {(r, c): self._places(r, c, tokens).turn for r, c in shapes}
             turns = [found for found in (of_shape[r, c] for r, c in shapes) if found is not None]
-            turn = [packed.put(torch.cat(parts)) for parts in zip(*turns, strict=True)]
-        rows, done = packed.put(tokens), []
+            turn = Turn(*(torch.cat(parts) for parts in zip(*turns, strict=True)))
+        found = self._in_rows(tokens, lengths, turn) if self.row else self._apart(tokens, counts, turn)
+        within = torch.arange(len(found), device=found.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
+            lengths
+        )
+        return Patches(values=found[within >= self.prefix], grid=grid)
+
+    def _apart(self, tokens: Float[Tensor, "n d"], counts: list[int], turn: Turn | None) -> Float[Tensor, "n d"]:
+        """All in one row (so many pictures of one as are computed together), each attended to on its own."""
+        done: list[Tensor] = []
+        step, start = self.batch_size or len(counts), 0
+        for at in range(0, len(counts), step):
+            some = tuple(counts[at : at + step])
+            part = slice(start, start := start + sum(some))
+            places = Places(lengths=some, turn=None if turn is None else Turn(turn.cos[part], turn.sin[part]))
+            done.append(self.transformer(tokens[None, part], places)[0])
+        return torch.cat(done)
+
+    def _in_rows(self, tokens: Float[Tensor, "n d"], lengths: Int[Tensor, " item"], turn: Turn | None) -> Tensor:
+        """In rows of one length, with a mask."""
+        packed = packed_rows(lengths, self.row or 0)
+        rows, turns = packed.put(tokens), None if turn is None else [packed.put(part) for part in turn]
+        done: list[Tensor] = []
         step = self.batch_size or len(rows)
         for at in range(0, len(rows), step):
             some = slice(at, at + step)
             mask = same_segment(packed.segment_ids[some])
-            places = Places(mask=mask, turn=None if turn is None else Turn(*(part[some] for part in turn)))
+            places = Places(mask=mask, turn=None if turns is None else Turn(*(part[some] for part in turns)))
             done.append(self.transformer(rows[some], places))
-        found = packed.take(torch.cat(done))
-        first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        within = torch.arange(len(found), device=found.device) - first
-        return Patches(values=found[within >= self.prefix], grid=grid)
+        return packed.take(torch.cat(done))
 
     @property
     def embed_dtype(self) -> torch.dtype:

@@ -149,7 +149,8 @@ PACKS["both"] = replace(TINY, relative="rope", registers=3, norm_first=True)
 PACKS["bare"] = replace(PACKS["rope"], pool="mean", class_token=False)
 
 
-@pytest.mark.parametrize("row", [1, 20, 500])
+@pytest.mark.row("S2-01")
+@pytest.mark.parametrize("row", [0, 1, 20, 500])
 @pytest.mark.parametrize("kind", PACKS)
 def test_packed_pictures_are_what_they_are_alone_values_and_gradients(kind: str, row: int) -> None:
     made = tower(PACKS[kind]).double()
@@ -191,9 +192,10 @@ def test_what_cannot_be_packed_is_a_batch_a_size() -> None:
     assert not dropping.packs(same)
 
 
-def test_packing_holds_its_batches_small_and_takes_none() -> None:
+@pytest.mark.parametrize("row", [0, 12])
+def test_packing_holds_its_batches_small_and_takes_none(row: int) -> None:
     whole, parts = tower(KINDS["rope"]).double(), tower(KINDS["rope"]).double()
-    whole.row = parts.row = 12
+    whole.row = parts.row = row
     parts.batch_size = 2
     torch.testing.assert_close(parts(mixed()).values, whole(mixed()).values, atol=1e-12, rtol=0)
     none = Patches(values=torch.zeros(0, 3, dtype=torch.float64), grid=torch.zeros(0, 3, dtype=torch.long))
