@@ -15,7 +15,7 @@ from plait.core.errors import DataError, NumericsError, UsageError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import Completion, MediaRef, Modality, Request, Turn
 from plait.inference.sampling import sample
-from plait.models.multimodal import MultimodalLM
+from plait.models.decoding import Decodes
 
 Finish = Literal["stop", "length"]
 
@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        model: MultimodalLM,
+        model: Decodes,
         *,
         render: Callable[[Sequence[Turn]], Prompt],
         media: Callable[[Sequence[MediaRef]], Patches],
@@ -152,45 +152,30 @@ class Engine:
         """Let every row grow to its end; yields after each token of the batch."""
         if self.model.training:
             raise ValueError("the model is in training mode: dropout would change answers; call model.eval() first")
-        batch = self._batch(rows)
-        seen = batch.segment_ids
         # Around the calls and not around the whole: between tokens, the caller's own mode holds.
         with torch.inference_mode():
-            out = self.model.decoder.model(  # pyright: ignore[reportCallIssue]
-                inputs_embeds=self.model.embed(batch),
-                attention_mask=seen,
-                position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-                use_cache=True,
-            )
+            state = self.model.prefill(self._batch(rows))
         while True:
-            chosen = self._chosen(rows, self._scores(out.last_hidden_state))
+            chosen = self._chosen(rows, self._scores(state.hidden))
             yield
             if all(row.finish for row in rows):
                 return
-            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
-            # A finished row goes on while others do, past the context even: its position stops there.
-            place = (seen.sum(1, keepdim=True) - 1).clamp(max=self.context - 1)
             with torch.inference_mode():
-                out = self.model.decoder.model(  # pyright: ignore[reportCallIssue]
-                    input_ids=torch.tensor(chosen, device=seen.device)[:, None],
-                    attention_mask=seen,
-                    position_ids=place,
-                    past_key_values=out.past_key_values,
-                    use_cache=True,
-                )
+                # A finished row goes on while others do, past the context even: its position stops there.
+                token_ids = torch.tensor(chosen, device=self.model.device)
+                state = self.model.extend(state, token_ids, last=self.context - 1)
 
-    def _scores(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b v"]:
+    def _scores(self, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
         """Scores of the token after the last.
 
         Two dimensions on purpose: on a slice of three, torch copies the whole vocabulary's matrix once for every row
         (10 of 13 s for 32 rows of SmolLM2 on a CPU).
         """
         with torch.inference_mode():
-            return self.model.logits(hidden[:, -1])
+            return self.model.logits(hidden)
 
     def _batch(self, rows: Sequence[_Row]) -> Batch:
         """Prompts with padding in front (segment 0), on the model's device."""
-        device = self.model.decoder.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         width = max(len(row.prompt.token_ids) for row in rows)
         token_ids = torch.full((len(rows), width), self.stop, dtype=torch.long)
         seen = torch.zeros_like(token_ids)
@@ -211,7 +196,7 @@ class Engine:
             item_row={modality: torch.tensor(found) for modality, found in item_row.items()},
             sample_ids=tuple(row.request.id for row in rows),
             encoded=self.encoded,
-        ).to(device)
+        ).to(self.model.device)
 
     def _chosen(self, rows: Sequence[_Row], logits: Float[Tensor, "b v"]) -> list[int]:
         """The next token of every row; all of them come to the CPU at once, where each request's generator is."""

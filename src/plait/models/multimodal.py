@@ -1,6 +1,7 @@
 """``MultimodalLM``: encoders + connectors + a Hugging Face decoder, composed by passing modules."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +11,7 @@ from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Output, Patches
 from plait.models.attention import causal_mask, positions
 from plait.models.crossattend import GatedCrossAttention, MediaView, install, latest_item
+from plait.models.decoding import Decoding
 from plait.models.output_head import float32_scores
 
 
@@ -117,6 +119,11 @@ class MultimodalLM(nn.Module):
         """The placeholder of the only modality, or of pictures."""
         return self.placeholders["image"] if "image" in self.placeholders else next(iter(self.placeholders.values()))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's word embeddings are."""
+        return self.decoder.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
     def slots(self, modality: str, grid: Int[Tensor, "item 3"]) -> Int[Tensor, " item"]:
         """The token account: placeholders that each item of these features has in the text."""
         if modality == self.inside:
@@ -131,38 +138,63 @@ class MultimodalLM(nn.Module):
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other."""
         embedded, view = self.inputs(batch)
-        more = {} if view is None else {"media": view}
-        out = self.decoder.base_model(  # pyright: ignore[reportCallIssue]
+        return self._decode(
+            view,
             inputs_embeds=embedded,
             attention_mask=causal_mask(batch.segment_ids, embedded.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
-            **more,
+        ).last_hidden_state
+
+    def prefill(self, batch: Batch) -> Decoding:
+        """Read prompts, one a row, padded in front: the first step of an answer."""
+        embedded, view = self.inputs(batch)
+        seen = batch.segment_ids
+        out = self._decode(
+            view,
+            inputs_embeds=embedded,
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
         )
-        if view is not None and not view.readers:
+        return Decoding(hidden=out.last_hidden_state[:, -1], cache=out.past_key_values, seen=seen, kept=view)
+
+    def extend(self, decoding: Decoding, token_ids: Int[Tensor, " b"], *, last: int) -> Decoding:
+        """Read one more token a row.
+
+        Args:
+            decoding: From :meth:`prefill` or this; its cache is changed.
+            token_ids: Of the decoder's vocabulary.
+            last: Position that no token goes beyond.
+        """
+        seen = torch.cat([decoding.seen, decoding.seen.new_ones(len(token_ids), 1)], dim=1)
+        out = self._decode(
+            decoding.kept,  # its last row is what the prompt's last token saw: the latest item, for all that follow
+            input_ids=token_ids[:, None],
+            attention_mask=seen,
+            position_ids=(seen.sum(1, keepdim=True) - 1).clamp(max=last),
+            past_key_values=decoding.cache,
+            use_cache=True,
+        )
+        return Decoding(hidden=out.last_hidden_state[:, -1], cache=out.past_key_values, seen=seen, kept=decoding.kept)
+
+    def _decode(self, view: MediaView | None, **inputs: Any) -> Any:
+        """The decoder without its head; media that are read inside go with the call."""
+        if view is None:
+            return self.decoder.base_model(**inputs)  # pyright: ignore[reportCallIssue]
+        out = self.decoder.base_model(**inputs, media=view)  # pyright: ignore[reportCallIssue]
+        if not view.readers:
             raise ConfigError(
                 f"{type(self.decoder).__name__} does not hand its arguments on to its layers: no media were read",
                 remedy="use a decoder of LLaMA's kin or GPT-2, or splice media in",
             )
-        return out.last_hidden_state
+        return out
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Scores of the next token, in float32 (:func:`plait.models.output_head.float32_scores`)."""
         head = self.decoder.lm_head
         assert isinstance(head, nn.Module)
         return float32_scores(head, hidden)
-
-    def embed(self, batch: Batch) -> Float[Tensor, "b t d"]:
-        """Word embeddings, with media tokens in place of the placeholders; see :meth:`inputs`.
-
-        Raises:
-            ConfigError: Media are read by cross-attention, so embeddings alone are not all of the input.
-        """
-        if self.inside:
-            raise ConfigError(
-                f"{self.inside} is read inside the decoder", remedy="use inputs, and pass on both results"
-            )
-        return self.inputs(batch)[0]
 
     def inputs(self, batch: Batch) -> tuple[Float[Tensor, "b t d"], MediaView | None]:
         """What the decoder gets: embeddings with media in their places, and what its cross-attention looks at.

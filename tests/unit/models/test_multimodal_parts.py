@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Patches
@@ -66,7 +66,7 @@ def test_pictures_and_sounds_stand_where_their_placeholders_are() -> None:
     model = spliced()
     found = batch([[5, IMAGE, IMAGE, 6, AUDIO, AUDIO, 7], [AUDIO, AUDIO, 5, 6, IMAGE, IMAGE, IMAGE]],
                   image=[[1, 1, 2], [1, 1, 3]], audio=[[1, 1, 9], [1, 1, 4]])  # fmt: skip
-    embedded = model.embed(found)
+    embedded, _ = model.inputs(found)
     image = model.connectors["image"](found.media["image"]).values
     audio = model.connectors["audio"](found.media["audio"]).values
     assert torch.equal(embedded[0, 1:3], image[:2])
@@ -113,6 +113,43 @@ def test_what_is_read_inside_takes_one_place_and_changes_nothing_at_the_start() 
     assert model.mark.grad is not None
 
 
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+
+
+@pytest.mark.row("S2-11")
+@pytest.mark.parametrize("make", [decoder, gpt2])
+@torch.inference_mode()
+def test_an_answer_token_by_token_is_what_the_whole_text_gives(make) -> None:
+    torch.manual_seed(2)
+    readers = [GatedCrossAttention(TransformerSizes(d=16, depth=1, heads=2, d_source=8)) for _ in range(2)]
+    for read in readers:
+        nn.init.ones_(read.gate)
+        nn.init.ones_(read.feed_forward_gate)
+    model = MultimodalLM(
+        {}, {"image": Unchanged(8), "audio": Linear(8, 16)}, make(),
+        placeholder={"image": IMAGE, "audio": AUDIO}, reading=readers, inside="image",
+    ).eval()  # fmt: skip
+    nn.init.normal_(model.mark)
+    # Two pictures, a sound and padding in front; the second row sees one picture, the third none.
+    prompts = [[IMAGE, 5, IMAGE, 6, 7], [0, 0, AUDIO, IMAGE, 8], [0, 3, 4, 5, 6]]
+    segments = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    media = {"image": [[1, 1, 2], [1, 2, 2], [1, 1, 3]], "audio": [[1, 1, 1]]}
+    start = replace(batch(prompts, **media), segment_ids=segments)
+    answers = torch.tensor([[9, 10, 11], [12, 13, 14], [15, 16, 17]])
+    ids = torch.cat([start.token_ids, answers], 1)
+    seen = torch.cat([segments, torch.ones_like(answers)], 1)
+    whole = replace(start, token_ids=ids, labels=torch.full_like(ids, IGNORE), segment_ids=seen)
+    wanted = model.hidden(whole)[:, 4:]
+    state = model.prefill(start)
+    found = [state.hidden]
+    for column in answers.T:
+        state = model.extend(state, column, last=31)
+        found.append(state.hidden)
+    torch.testing.assert_close(torch.stack(found, 1), wanted, atol=1e-5, rtol=1e-5)  # worst seen 5e-7
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     llama = decoder()
     line = {"image": Linear(8, 16)}
@@ -134,8 +171,6 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     other = [GatedCrossAttention(TransformerSizes(d=32, depth=1, heads=2, d_source=16)), None]
     with pytest.raises(ConfigError, match="decoder of another width than 16"):
         MultimodalLM({}, line, llama, placeholder=40, reading=other, inside="image")
-    with pytest.raises(ConfigError, match="read inside the decoder"):
-        reading().embed(batch([[5, 6]]))
     sound = batch([[5, 6]])
     with pytest.raises(DataError, match="the batch has audio, this model reads image"):
         reading()(replace(sound, media={"audio": Patches(values=torch.zeros(0, 8), grid=torch.zeros(0, 3).long())}))
