@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.core.errors import ConfigError
@@ -28,6 +28,7 @@ def test_rows_are_block_diagonal_and_positions_restart(lengths: list[int], paddi
     assert positions(segments)[0].tolist() == wanted
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
 def test_items_apart_are_what_a_mask_of_segments_makes_of_them(lengths: list[int]) -> None:
     torch.manual_seed(0)
