@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from plait.assembly.contract import ImageContract
 from plait.assembly.fit import SQUARE, Native, Tiles
@@ -88,15 +89,15 @@ def cell_of(encoder: Encoder, size: int) -> int:
     return rows.index(2) - rows.index(1)
 
 
-def slots_of(contract: ImageContract, *parts: Encoder) -> Callable[[MediaRef], int]:
+def slots_of(contract: ImageContract, *accounts: Callable[[Tensor], Tensor]) -> Callable[[MediaRef], int]:
     """The token account of a picture, from its width and height alone, for :class:`plait.data.template.Template`.
 
     Args:
         contract: How pictures become items.
-        parts: What each item goes through: tower and connector.
+        accounts: What each item goes through, grid to grid: of the tower, then of the model or its connector.
 
     Example:
-        ``Template(tokenizer, placeholder=..., slots=slots_of(tower.contract, tower.encoder, connector))``
+        ``slots_of(tower.contract, tower.encoder.grid_out, connector.grid_out)``
     """
 
     def slots(ref: MediaRef) -> int:
@@ -110,8 +111,8 @@ def slots_of(contract: ImageContract, *parts: Encoder) -> Callable[[MediaRef], i
             )
         sizes = contract.sizes(ref.width or 1, ref.height or 1)
         grid = torch.tensor([[1, height, width] for height, width in sizes])
-        for part in parts:
-            grid = part.grid_out(grid)
+        for account in accounts:
+            grid = account(grid)
         return int(grid.prod(1).sum())
 
     return slots

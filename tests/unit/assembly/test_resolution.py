@@ -185,7 +185,8 @@ def test_pictures_of_any_size_from_the_template_to_the_gradient(
         album.sample("many", contract, *[(1 + 3 * i, 50 - i) for i in range(50)]),
         album.sample("usual", contract, (40, 30)),
     ]
-    template = Template(tokenizer, placeholder=PLACEHOLDER, slots=slots_of(contract, encoder, connector))
+    slots = slots_of(contract, encoder.grid_out, connector.grid_out)
+    template = Template(tokenizer, placeholder=PLACEHOLDER, slots=slots)
     rendered = [(sample.id, template.sample(sample)) for sample in samples]
     longest = max(len(found) for _, found in rendered)
 
@@ -217,7 +218,7 @@ def test_a_picture_whose_size_was_said_wrongly_is_named(
     fit: Tiles | Native, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     contract, encoder, connector = parts(fit)
-    slots = slots_of(contract, encoder, connector)
+    slots = slots_of(contract, encoder.grid_out, connector.grid_out)
     with pytest.raises(DataError, match="size of the picture is not known"):
         slots(MediaRef(modality="image", sha256="a" * 64, uri="a.png"))
     album = Album()
@@ -237,4 +238,4 @@ def test_a_picture_whose_size_was_said_wrongly_is_named(
 
 def test_a_square_needs_no_size() -> None:
     contract, encoder, connector = parts(None)
-    assert slots_of(contract, encoder, connector)(MediaRef(modality="image", sha256="a", uri="")) == 6
+    assert slots_of(contract, encoder.grid_out, connector.grid_out)(MediaRef(modality="image", sha256="a", uri="")) == 6
