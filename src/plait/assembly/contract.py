@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plait.assembly.fit import SQUARE, Fit, Item, fit_from_json, fit_to_json
 from plait.assembly.local import IMAGE_TOWER
 from plait.core.errors import CheckpointError, DataError
 from plait.core.files import read_json
@@ -44,14 +45,21 @@ _WHITE = (255, 255, 255)
 class ImageContract:
     """How a picture becomes pixels; kept in ``plait.json``, so that serving does what training did.
 
-    The whole picture is scaled to fit a square and the rest of the square is filled: nothing is cropped or bent.
+    The whole picture is shown, and never cropped. By default it is scaled to fit a square, and the rest of the square
+    is filled; ``fit`` says otherwise (:mod:`plait.assembly.fit`).
 
     Attributes:
-        size: Pixels a side of the square.
+        size: Pixels a side of the square, or of a tile; a picture at its own resolution does not depend on it.
         resample: Filter, antialiased when it shrinks.
         background: RGB of the filling, 0..255.
         mean: Subtracted from values in 0..1 by the tower itself.
         std: Divided by, by the tower itself.
+        fit: Which items a picture becomes.
+
+    Example:
+        >>> from plait.assembly.fit import Tiles
+        >>> ImageContract(size=336, fit=Tiles(max_tiles=9)).sizes(1000, 480)
+        ((336, 336), (672, 1008))
     """
 
     size: int
@@ -59,23 +67,48 @@ class ImageContract:
     background: tuple[int, int, int] = _WHITE
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    fit: Fit = SQUARE
+
+    def sizes(self, width: int, height: int) -> tuple[tuple[int, int], ...]:
+        """Height and width of each item that a picture becomes: the account before any pixel is touched.
+
+        Raises:
+            DataError: A side has no pixel, or is not known.
+        """
+        return tuple((item.height, item.width) for item in self.fit.items(width, height, size=self.size))
 
     def prepare(self, picture: Image.Image) -> Patches:
-        """RGB picture to one item of ``size * size`` rows, values in 0..1, not yet normalized."""
-        scale = self.size / max(picture.size)
+        """RGB picture to the items of :meth:`sizes`, one row a pixel, values in 0..1, not yet normalized."""
+        items = self.fit.items(*picture.size, size=self.size)
+        shown = [self._scaled(picture, item) for item in items]
+        pixels = [torch.from_numpy(np.array(item.convert("RGB"))).view(-1, 3) for item in shown]
+        values = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+        return Patches(
+            values=values.float().div_(255), grid=torch.tensor([[1, item.height, item.width] for item in items])
+        )
+
+    def _scaled(self, picture: Image.Image, item: Item) -> Image.Image:
+        """The picture as one item: fitted whole in the middle, or each side on its own."""
+        scale = min(item.width / picture.width, item.height / picture.height)
         width, height = (max(1, round(side * scale)) for side in picture.size)
+        if item.bent:
+            width, height = item.width, item.height
         if picture.size != (width, height):
             picture = picture.resize((width, height), _RESAMPLE[self.resample])
-        if (width, height) != (self.size, self.size):
-            square = Image.new("RGB", (self.size, self.size), self.background)
-            square.paste(picture, ((self.size - width) // 2, (self.size - height) // 2))
-            picture = square
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float().div_(255)
-        return Patches(values=pixels.view(-1, 3), grid=torch.tensor([[1, self.size, self.size]]))
+        if (width, height) != (item.width, item.height):
+            whole = Image.new("RGB", (item.width, item.height), self.background)
+            whole.paste(picture, ((item.width - width) // 2, (item.height - height) // 2))
+            picture = whole
+        return picture
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``plait.json``; the inverse of :meth:`from_dict`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain data for ``plait.json``; the inverse of :meth:`from_dict`.
+
+        A square, which is what contracts were before there was a choice, is not written: digests of saved models hold.
+        """
+        fields = {name: getattr(self, name) for name in _PLAIN}
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return found if self.fit == SQUARE else found | {"fit": fit_to_json(self.fit)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ImageContract:
@@ -84,15 +117,19 @@ class ImageContract:
         Raises:
             CheckpointError: A field is missing or unknown.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(record) != names:
+        if set(record) - {"fit"} != set(_PLAIN):
             raise CheckpointError(
-                f"the media contract has the fields {sorted(record)}, expected {sorted(names)}",
+                f"the media contract has the fields {sorted(record)}, expected {sorted(_PLAIN)} and perhaps 'fit'",
                 place="plait.json",
                 remedy="save the model again with this version of plait",
             )
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        if "fit" in record:
+            fields["fit"] = fit_from_json(record["fit"])
         return cls(**fields)
+
+
+_PLAIN = tuple(field.name for field in dataclasses.fields(ImageContract) if field.name != "fit")
 
 
 def read_contract(folder: Path, *, size: int, multiple: int, own: int, fixed: bool) -> tuple[ImageContract, str]:

@@ -142,7 +142,7 @@ def _pictures(store: FeatureStore, sha256s: tuple[str, ...], dual: Dual) -> Floa
 def _pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "pair d"]:
     parts: list[Tensor] = []
     for at in range(0, len(sha256s), _ITEMS):  # the maps of a few at a time: only their means stay in memory
-        media = store(sha256s[at : at + _ITEMS])
+        media = store.one_each(sha256s[at : at + _ITEMS])
         parts.append(pool(type(media)(values=media.values.float(), grid=media.grid)))
     return torch.cat(parts) if parts else torch.zeros(0, store.d_out)
 

@@ -20,7 +20,9 @@ from torch import nn
 
 from plait.assembly.backbone import load_backbone
 from plait.assembly.contract import ImageContract, read_contract
+from plait.assembly.fit import fit_to_json
 from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, converted, digest, find_tower, fingerprint, quiet
+from plait.assembly.resolution import fitted, read_fit
 from plait.assembly.scratch import SCRATCH, build_tower, contract_of, holds_tower, load_learned
 from plait.core.device import choose_dtype
 from plait.core.errors import ConfigError
@@ -91,6 +93,7 @@ def load_image_tower(
     max_cells: int = 0,
     layer: int = -1,
     dtype: str = "auto",
+    fit: specs.Fit | Mapping[str, Any] | None = None,
     events: Events | None = None,
 ) -> ImageTower:
     """Load a frozen picture tower.
@@ -104,6 +107,7 @@ def load_image_tower(
         layer: Which hidden layer of a transformer is taken, counted from the end; see
             :class:`~plait.models.towers.pretrained.PretrainedVision`.
         dtype: ``auto`` (:func:`plait.core.device.choose_dtype`), ``bfloat16`` or ``float32``.
+        fit: How pictures are fitted: into a square (None), at their own resolution, or in tiles.
         events: Where the one-time conversion of weights is said.
 
     Raises:
@@ -111,18 +115,37 @@ def load_image_tower(
         ResourceError: Its package is not fetched, or damaged.
         CheckpointError: The folder holds no usable weights.
     """
-    kind = choose_dtype("cpu", dtype)[0]
+    kind, events = choose_dtype("cpu", dtype)[0], events or Events()
+    chosen = read_fit(fit)
+    tower = _load_square(name, size, max_cells=max_cells, layer=layer, dtype=kind, events=events)
+    if isinstance(chosen, specs.Square):
+        return tower
+    found = getattr(tower.encoder, "layout", None)
+    sizes = found.sizes if isinstance(found, Layout) else "any"
+    encoder, contract = fitted(tower.encoder, tower.contract, chosen, name=name, fixed=sizes == "own")
+    if isinstance(chosen, specs.Native) and sizes == "interpolated":
+        events.note(f"{name}: positions learned on one square are interpolated to the shape of every picture")
+    return ImageTower(
+        encoder=encoder,
+        contract=contract,
+        settings={**tower.settings, "fit": chosen.model_dump(mode="json")},
+        key=digest({"tower": tower.key, "fit": fit_to_json(contract.fit)}),
+    )
+
+
+def _load_square(name: str, size: int, *, max_cells: int, layer: int, dtype: str, events: Events) -> ImageTower:
+    """A tower of pictures fitted into a square."""
     if name == IMAGE_TOWER:
         if layer != -1:
             raise ConfigError(f"layer is {layer}, {name} has only -1", place=name, remedy="leave it out")
-        return _load_efficientnet(name, size or 224, max_cells=max_cells, dtype=kind, events=events or Events())
+        return _load_efficientnet(name, size or 224, max_cells=max_cells, dtype=dtype, events=events)
     if max_cells:
         raise ConfigError(
             "max_cells is for efficientnet-lite0", place=name, remedy="leave it out; use a pooling connector"
         )
     if holds_tower(Path(name)):
-        return _load_learned(name, size, kind, layer=layer)
-    return _load_pretrained_vision(name, size, kind, layer=layer, events=events or Events())
+        return _load_learned(name, size, dtype, layer=layer)
+    return _load_pretrained_vision(name, size, dtype, layer=layer, events=events)
 
 
 def raw_pictures(contract: ImageContract, spec: specs.ScratchImage) -> ImageTower:

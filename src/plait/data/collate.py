@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from plait.core.errors import DataError
+from plait.core.packing import pack
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import Modality
-from plait.data.packing import pack
 from plait.data.template import Rendered
 
 
@@ -32,7 +32,8 @@ def collate(
 
     Args:
         samples: Id and rendering.
-        features: One item's patches by the sha256 of the picture: pixels, or features of a frozen tower.
+        features: Patches by the sha256 of the picture, of one item or several (overview and tiles): pixels, or features
+            of a frozen tower.
         grid_out: The model's token account from these very patches on: grids in, grids of media tokens out.
         encoded: Whether ``features`` are a tower's features rather than pixels.
         row: Tokens a row holds.
@@ -67,8 +68,9 @@ def collate(
             token_ids[number, at:end] = ids
             labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
             segments[number, at:end] = segment
-            items += _pictures(sample_id, rendered, features, grid_out=grid_out)
-            item_row += [number] * len(rendered.media)
+            found = _pictures(sample_id, rendered, features, grid_out=grid_out)
+            items += found
+            item_row += [number] * sum(len(picture.grid) for picture in found)
             at = end
     media: dict[Modality, Patches] = {"image": joined(items)} if items else {}
     return Batch(
@@ -83,7 +85,7 @@ def collate(
 
 
 def joined(items: Sequence[Patches]) -> Patches:
-    """Several items' patches as one."""
+    """Patches of several pictures as one."""
     return Patches(values=torch.cat([i.values for i in items]), grid=torch.cat([i.grid for i in items]))
 
 
@@ -144,12 +146,16 @@ def _pictures(
             )
         item = features[ref.sha256]
         came: list[int] = grid_out(item.grid).prod(1).tolist()
-        if came != [expected]:
-            grids = item.grid.tolist()
+        if sum(came) != expected:
+            size = f" of {ref.width} x {ref.height} pixels" if ref.width and ref.height else ""
+            items = f"{len(came)} items" if len(came) != 1 else "1 item"
+            total = f"{' + '.join(map(str, came))} = {sum(came)}" if len(came) > 1 else str(sum(came))
             raise DataError(
-                f"{expected} placeholders for the picture, {' + '.join(map(str, came))} media tokens (grid {grids})",
+                f"{expected} placeholders for the picture{size}, {total} media tokens ({items}, grid "
+                f"{item.grid.tolist()})",
                 place=place,
-                remedy="render with the token account (grid_out) of the model and the features that are trained with",
+                remedy="render with the token account (grid_out) of the model and the features that are trained with, "
+                "and let MediaRef say the size of the very picture",
             )
         found.append(item)
     return found

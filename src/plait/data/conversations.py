@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from plait.core.errors import ConfigError, DataError
+from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.collate import collate, split_rows
 from plait.data.features import FeatureStore
 from plait.data.order import generator
-from plait.data.packing import pack
 from plait.data.template import Rendered
 
 

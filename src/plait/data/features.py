@@ -94,7 +94,7 @@ class FeatureStore:
     def __init__(self, d_out: int, dtype: torch.dtype) -> None:
         self.d_out = d_out
         self.dtype = dtype
-        self._items: dict[str, tuple[Tensor, tuple[int, int, int]]] = {}
+        self._items: dict[str, tuple[Tensor, list[list[int]]]] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -103,7 +103,7 @@ class FeatureStore:
         return sha256 in self._items
 
     def __call__(self, sha256s: Sequence[str]) -> Patches:
-        """Features of the pictures, in this order; one may be named more than once.
+        """Features of the pictures, in this order; one may be named more than once, and may be several items.
 
         Raises:
             DataError: A picture is not in the cache.
@@ -117,15 +117,37 @@ class FeatureStore:
             )
         parts = [self._items[s] for s in sha256s]
         values = torch.cat([p[0] for p in parts]) if parts else torch.zeros(0, self.d_out, dtype=self.dtype)
-        return Patches(values=values, grid=torch.tensor([p[1] for p in parts], dtype=torch.long).view(-1, 3))
+        grid = [row for _, rows in parts for row in rows]
+        return Patches(values=values, grid=torch.tensor(grid, dtype=torch.long).view(-1, 3))
 
-    def add(self, values: Float[Tensor, "n d"], items: Sequence[Sequence[Any]]) -> None:
-        """Take in one chunk: its rows, and ``(sha256, frames, rows, columns)`` of each item in order."""
+    def one_each(self, sha256s: Sequence[str]) -> Patches:
+        """Features of pictures that are one item each, for who takes a row of the grid for a picture.
+
+        Raises:
+            DataError: A picture is not in the cache, or is several items; says which.
+        """
+        found = self(sha256s)
+        if len(found.grid) != len(sha256s):
+            name = next(s for s in sha256s if len(self._items[s][1]) != 1)
+            raise DataError(
+                f"the picture is {len(self._items[name][1])} items (grid {self._items[name][1]}), one is read here",
+                place=f"picture {name[:12]}",
+                remedy="fit pictures into a square or at their own resolution; tiles are for models with a decoder",
+            )
+        return found
+
+    def add(self, values: Float[Tensor, "n d"], pictures: Sequence[Sequence[Any]]) -> None:
+        """Take in one chunk.
+
+        Args:
+            values: Its rows.
+            pictures: Of each in order its sha256, then frames, rows and columns of each of its items.
+        """
         start = 0
-        for sha256, *grid in items:
-            frames, rows, columns = map(int, grid)
-            stop = start + frames * rows * columns
-            self._items[sha256] = (values[start:stop], (frames, rows, columns))
+        for sha256, *numbers in pictures:
+            grid = [[int(n) for n in numbers[at : at + 3]] for at in range(0, len(numbers), 3)]
+            stop = start + sum(frames * rows * columns for frames, rows, columns in grid)
+            self._items[sha256] = (values[start:stop], grid)
             start = stop
 
 
@@ -149,7 +171,7 @@ def cached_features(
     Args:
         media: Pictures; equal bytes are encoded once.
         read: Gives the encoded bytes of one.
-        prepare: RGB picture to raw pixels, as the encoder wants them.
+        prepare: RGB picture to raw pixels, as the encoder wants them; one item or several.
         encoder: Raw pixels to features.
         key: Digest of the encoder's weights, preprocessing and number format.
         folder: Where caches lie; this one becomes a folder in it.
@@ -173,8 +195,9 @@ def cached_features(
         for start in range(0, len(missing), chunk_items):
             refs = missing[start : start + chunk_items]
             at = time.perf_counter()
-            values, grid = _encode(refs, read=read, prepare=prepare, encoder=encoder)
-            cache.append(values, [(r.sha256, *g) for r, g in zip(refs, grid, strict=True)], time.perf_counter() - at)
+            values, grids = _encode(refs, read=read, prepare=prepare, encoder=encoder)
+            pictures = [(ref.sha256, *grid) for ref, grid in zip(refs, grids, strict=True)]
+            cache.append(values, pictures, time.perf_counter() - at)
             done = start + len(refs)
             speed = done / (time.perf_counter() - begun)
             events.progress("features", done, len(missing), items_per_s=round(speed, 1))
@@ -221,6 +244,7 @@ def _encode(
     prepare: Callable[[Image.Image], Patches],
     encoder: Encoder,
 ) -> tuple[Tensor, list[list[int]]]:
+    """Features of the pictures, and of each the grid of its items, one after the other."""
     values: list[Tensor] = []
     grids: list[list[int]] = []
     for start in range(0, len(refs), _BATCH):
@@ -239,14 +263,15 @@ def _encode(
         kept = _in_16_bits(features.values)
         if not kept.isfinite().all():
             bad = kept.isfinite().all(1).logical_not().nonzero()[0, 0]
-            item = int((expected.prod(1).cumsum(0) <= bad).sum())
+            ends = expected.prod(1).cumsum(0)[torch.tensor([len(p.grid) for p in prepared]).cumsum(0) - 1]
+            picture = int((ends <= bad).sum())
             raise NumericsError(
                 f"features are not finite in {kept.dtype}; the encoder's largest is {features.values.abs().max():.3g}",
-                place=batch[item].uri,
+                place=batch[picture].uri,
                 remedy="run the encoder in bfloat16 if they are merely large; else look at the picture and the weights",
             )
         values.append(kept)
-        grids += expected.tolist()
+        grids += [part.flatten().tolist() for part in expected.split([len(p.grid) for p in prepared])]
     return torch.cat(values), grids
 
 

@@ -37,9 +37,9 @@ class StoredPixels:
         """Pixels of some pairs, in this order: bit for bit those that the media contract prepares.
 
         Raises:
-            DataError: A picture is not in the cache.
+            DataError: A picture is not in the cache, or is several items.
         """
-        kept = self.store([self.sha256s[pair] for pair in pairs])
+        kept = self.store.one_each([self.sha256s[pair] for pair in pairs])
         return Patches(values=exact(kept.values).to(self.device), grid=kept.grid.to(self.device))
 
 

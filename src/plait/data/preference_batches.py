@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from plait.core.errors import DataError
+from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
 from plait.core.types import AnswerKind, Sample, Text, Turn
 from plait.data.collate import collate
-from plait.data.packing import pack, row_length
+from plait.data.packing import row_length
 from plait.data.template import Rendered, Template
 
 

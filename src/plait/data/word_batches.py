@@ -82,7 +82,7 @@ class WordBatches:
         for number, store in enumerate(self.stores):
             of_view = [row for row, its in zip(rows, view.values.tolist(), strict=True) if its == number]
             if of_view:
-                items.append(store([self.pictures[row] for row in of_view]))
+                items.append(store.one_each([self.pictures[row] for row in of_view]))
         labels = torch.cat([self.targets[names], names[:, None]], dim=1)
         return [
             Batch(

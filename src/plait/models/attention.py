@@ -5,6 +5,7 @@ Vaswani et al., "Attention is all you need", https://arxiv.org/abs/1706.03762.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -132,6 +133,8 @@ class Places:
         grid: Rows and columns of the cells, for codes that are learned on one grid.
         turn: By how much queries and keys are turned (RoPE).
         bias: Added to the scores of all layers (T5 shares one table).
+        lengths: Tokens of items that stand one after the other in every row, each of which sees only itself: what
+            :func:`same_segment` says with a mask, computed item by item, so that nothing is computed and dropped.
     """
 
     mask: Bool[Tensor, "#b #h #q k"] | None = None
@@ -139,6 +142,7 @@ class Places:
     grid: tuple[int, int] | None = None
     turn: Turn | None = None
     bias: Float[Tensor, "#b h q k"] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 ANYWHERE = Places()
@@ -246,7 +250,7 @@ class Attention(nn.Module):
             ``b t d``, and the weights if asked for.
 
         Raises:
-            ConfigError: There is a relative code and no gap.
+            ConfigError: There is a relative code and no gap; or lengths came with what they do not go with.
         """
         q, k, v = self._project(x, source)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -257,16 +261,23 @@ class Attention(nn.Module):
                 bias = own if bias is None else bias + own
             if places.turn is not None:
                 q, k = turned(q, places.turn), turned(k, places.turn)
-        values, weights = attend(
-            q,
-            k,
-            v,
-            mask=places.mask,
-            bias=bias,
+        one = partial(
+            attend,
             scale=self.sizes.scale or None,
             dropout=self.sizes.dropout if self.training else 0.0,
             backend="reference" if need_weights else self.backend,
         )
+        if places.lengths is None:
+            values, weights = one(q, k, v, mask=places.mask, bias=bias)
+        elif source is not None or need_weights or not (places.mask is None is bias):
+            raise ConfigError(
+                "items apart (Places.lengths) have no mask, bias, source or weights here",
+                place="attention",
+                remedy="say with a mask which tokens see each other (same_segment)",
+            )
+        else:
+            items = zip(*(part.split(places.lengths, dim=2) for part in (q, k, v)), strict=True)
+            values, weights = torch.cat([one(*item).values for item in items], dim=2), None
         return Attended(self.out(values.transpose(1, 2).flatten(2)), weights)
 
     def _project(self, x: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,7 +108,7 @@ def test_a_picture_of_another_size_than_its_placeholders_is_named_before_any_for
     features = store("1", "2")
     features["3"] = Patches(values=torch.zeros(16, 1), grid=torch.tensor([[1, 4, 4]]))
     with pytest.raises(
-        DataError, match=r"2 placeholders for the picture, 4 media tokens \(grid \[\[1, 4, 4\]\]\)"
+        DataError, match=r"2 placeholders for the picture, 4 media tokens \(1 item, grid \[\[1, 4, 4\]\]\)"
     ) as caught:
         collate([("a", good), ("b", bad)], features, grid_out=halved, encoded=True, row=9, pad=PAD)
     assert caught.value.place == "sample b, picture 2 (3)"
@@ -155,3 +157,36 @@ def test_pieces_put_together_are_the_batch(drawn: list[tuple[int, list[str], int
         media = joined([piece.media["image"] for piece in found if piece.media])
         assert media.values.equal(batch.media["image"].values)
         assert media.grid.equal(batch.media["image"].grid)
+
+
+# --- pictures of several items -------------------------------------------------------------------------------------
+
+
+def test_a_picture_may_be_several_items_overview_and_tiles() -> None:
+    """Each item is told its row; placeholders are the sum."""
+    features = store("1", "2")
+    values = torch.full((8 + 16, 1), 2.0)
+    features["2"] = Patches(values=values, grid=torch.tensor([[1, 2, 4], [1, 4, 4]]))  # 2 and 4 tokens
+    both = Rendered(
+        token_ids=(*[HOLE] * 8, 10),
+        trained=(False,) * 8 + (True,),
+        media=tuple(MediaRef(modality="image", sha256=name, uri="", width=30, height=20) for name in "12"),
+        slots=(2, 6),
+    )
+    samples = [("a", both), ("b", rendered(1, ("1",), 1)), ("c", replace(both, media=both.media[::-1], slots=(6, 2)))]
+    batch = collate(samples, features, grid_out=halved, encoded=True, row=9, pad=PAD)
+    assert batch.sample_ids == ("a", "c", "b")
+    one, two = [[1, 2, 4]], [[1, 2, 4], [1, 4, 4]]
+    assert batch.media["image"].grid.tolist() == [*one, *two, *two, *one, *one]
+    assert batch.item_row["image"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    second = split_rows(batch, 3)[1]
+    assert second.media["image"].values[:, 0].tolist() == [2.0] * 24 + [1.0] * 8
+    assert second.item_row["image"].tolist() == [0, 0, 0]
+    short = replace(both, token_ids=both.token_ids[1:], trained=both.trained[1:], slots=(2, 5))
+    with pytest.raises(DataError) as caught:
+        collate([("a", short)], features, grid_out=halved, encoded=True, row=9, pad=PAD)
+    assert caught.value.cause == (
+        "5 placeholders for the picture of 30 x 20 pixels, 2 + 4 = 6 media tokens (2 items, grid "
+        "[[1, 2, 4], [1, 4, 4]])"
+    )
+    assert caught.value.place == "sample a, picture 2 (2)"

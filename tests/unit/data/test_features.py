@@ -339,3 +339,55 @@ def test_a_file_without_its_line_in_the_index_is_not_trusted(tmp_path):
     assert (encoder.seen, len(store)) == (6, 6)
     assert [p.name for p in chunks(tmp_path)] == ["chunk-00000.safetensors", "chunk-00001.safetensors"]
     assert store([Album(6).refs[5].sha256]).grid.tolist() == [[1, 3, 2]]
+
+
+# --- pictures of several items -------------------------------------------------------------------------------------
+
+
+def overview_and_whole(picture: Image.Image) -> Patches:
+    """Two items where a picture has more than one row of 2 x 2 pixels; else one."""
+    small = prepare(picture.resize((2, 2)))
+    if picture.height == 2:
+        return small
+    whole = prepare(picture)
+    return Patches(values=torch.cat([small.values, whole.values]), grid=torch.cat([small.grid, whole.grid]))
+
+
+def test_pictures_of_one_item_and_of_several_come_back_as_they_are(tmp_path):
+    album, encoder = Album(7), Halver()
+    parts = {"read": album.read, "prepare": overview_and_whole, "encoder": encoder, "key": "k" * 64}
+    names = [ref.sha256 for ref in album.refs]
+    for _ in range(2):  # computed, then read back
+        store = cached_features(album.refs, **parts, folder=tmp_path, events=Events(), chunk_items=3)
+        wanted = {name: encoder(overview_and_whole(Image.open(io.BytesIO(album.data[name])))) for name in names}
+        counts = {len(media.grid) for media in wanted.values()}
+        assert counts == {1, 2}
+        for name in names:
+            assert store([name]).grid.tolist() == wanted[name].grid.tolist()
+            assert store([name]).values.equal(wanted[name].values)
+        chosen = [names[4], names[0], names[4]]
+        assert store(chosen).values.equal(torch.cat([wanted[name].values for name in chosen]))
+        assert store(chosen).grid.equal(torch.cat([wanted[name].grid for name in chosen]))
+    assert store.fill.computed == 0
+    one = [name for name in names if len(wanted[name].grid) == 1]
+    assert len(store.one_each(one).grid) == len(one)
+    several = next(name for name in names if len(wanted[name].grid) == 2)
+    with pytest.raises(DataError, match="the picture is 2 items") as caught:
+        store.one_each([*one, several])
+    assert several[:12] in caught.value.place
+
+
+def test_a_feature_that_is_not_finite_names_its_picture_among_pictures_of_several_items(tmp_path):
+    album = Album(6)
+    last = album.refs[-1].sha256
+
+    class Broken(Halver):
+        def __call__(self, media):
+            found = super().__call__(media)
+            found.values[-1] = float("inf")
+            return found
+
+    parts = {"read": album.read, "prepare": overview_and_whole, "encoder": Broken(), "key": "k" * 64}
+    with pytest.raises(NumericsError) as caught:
+        cached_features(album.refs, **parts, folder=tmp_path, events=Events())
+    assert caught.value.place == next(ref.uri for ref in album.refs if ref.sha256 == last)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import DataError
-from plait.data.packing import pack, row_length
+from plait.core.packing import pack
+from plait.data.packing import row_length
 
 pytestmark = pytest.mark.light
 

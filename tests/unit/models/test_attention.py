@@ -1,10 +1,15 @@
 """Masks and positions from segment ids."""
 
+from dataclasses import replace
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.models.attention import causal_mask, positions
+from plait.core.errors import ConfigError
+from plait.models.attention import Attention, AttentionSizes, Places, causal_mask, positions, same_segment
+from plait.models.position.rotary import Rotary
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -21,3 +26,25 @@ def test_rows_are_block_diagonal_and_positions_restart(lengths: list[int], paddi
     assert torch.equal((causal_mask(segments, torch.bfloat16)[0, 0] == 0).float(), expected)
     wanted = [p for n in lengths for p in range(n)] + list(range(padding))
     assert positions(segments)[0].tolist() == wanted
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_items_apart_are_what_a_mask_of_segments_makes_of_them(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    attention = Attention(AttentionSizes(d=8, heads=2, kv_heads=1)).double()
+    segments = torch.tensor([[s for s, n in enumerate(lengths, 1) for _ in range(n)]])
+    x = torch.randn(2, sum(lengths), 8, dtype=torch.float64)
+    turn = Rotary.sequence(4)(positions(segments)[0][:, None])
+    masked = attention(x, Places(mask=same_segment(segments), turn=turn)).values
+    apart = attention(x, Places(lengths=tuple(lengths), turn=turn)).values
+    torch.testing.assert_close(apart, masked, atol=1e-12, rtol=0)
+
+
+def test_items_apart_go_with_no_mask_bias_or_weights() -> None:
+    attention, x, places = Attention(AttentionSizes(d=8, heads=2)), torch.randn(1, 4, 8), Places(lengths=(3, 1))
+    with pytest.raises(ConfigError, match="items apart"):
+        attention(x, places, need_weights=True)
+    for wrong in (replace(places, mask=torch.ones(1, 1, 4, 4).bool()), replace(places, bias=torch.ones(1, 2, 4, 4))):
+        with pytest.raises(ConfigError, match="items apart"):
+            attention(x, wrong)

@@ -1,4 +1,4 @@
-"""Projection connectors: every token of a tower to the decoder's width, neighbors joined before or split after."""
+"""Projection connectors: every token to the decoder's width, neighbors joined before or split after, ends of rows."""
 
 from collections.abc import Sequence
 
@@ -129,6 +129,43 @@ class Split(nn.Module):
     def forward(self, media: Patches) -> Patches:
         """Split."""
         return Patches(values=media.values.reshape(-1, self.d_out), grid=self.grid_out(media.grid))
+
+
+class RowEnds(nn.Module):
+    """A learned token after each row of an item, so that a decoder sees where rows end: LLaVA-NeXT's ``image_newline``.
+
+    It belongs behind what projects to the decoder's width. Each frame's rows end for themselves.
+
+    Args:
+        d: Width.
+        above: Items with at most so many rows and columns are left as they are: LLaVA-NeXT's overview has no row ends.
+
+    Example:
+        >>> RowEnds(8).grid_out(torch.tensor([[1, 24, 36]])).tolist()
+        [[1, 24, 37]]
+    """
+
+    def __init__(self, d: int, *, above: int = 0) -> None:
+        super().__init__()
+        self.d_in = self.d_out = d
+        self.above = above
+        self.token = nn.Parameter(torch.randn(d) / d**0.5)  # as LLaVA-NeXT draws it: of length 1, about
+
+    def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """One more column."""
+        ended = (grid[:, 1:] > self.above).any(1).to(grid)
+        return torch.stack([grid[:, 0], grid[:, 1], grid[:, 2] + ended], dim=1)
+
+    def forward(self, media: Patches) -> Patches:
+        """Put the ends in."""
+        out = self.grid_out(media.grid)
+        sizes = media.grid.prod(1).tolist()
+        items: list[Tensor] = []
+        for values, before, after in zip(media.values.split(sizes), media.grid.tolist(), out.tolist(), strict=True):
+            rows = values.view(before[0] * before[1], before[2], self.d_in)
+            ends = self.token.to(values).expand(len(rows), after[2] - before[2], -1)
+            items.append(torch.cat([rows, ends], dim=1).flatten(0, 1))
+        return Patches(values=torch.cat(items) if items else media.values, grid=out)
 
 
 class Chain(nn.Module):

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Patches
-from plait.models.attention import Places
+from plait.models.attention import Places, same_segment
 from plait.models.position.absolute import LearnedGrid, LearnedRowColumn, SinCosGrid
 from plait.models.position.relative import GridBias, LinearBias, gaps
-from plait.models.position.rotary import Rotary, unit_coordinates
+from plait.models.position.rotary import Rotary, Turn, unit_coordinates
+from plait.models.ragged import packed_rows
 from plait.models.towers.pixels import HALF, Normalize, by_size
 from plait.models.transformer import Transformer, TransformerSizes, norm_of
 
@@ -133,7 +134,12 @@ class VisionTransformer(nn.Module):
     Args:
         sizes: Shape and kind.
         embed: Pixels (of whole patches) to tokens; the linear :class:`PatchEmbedding` unless given.
-        batch_size: Pictures computed together at most; 0: all of one size.
+        batch_size: Pictures (rows, where they are packed by a mask) computed together at most; 0: all.
+        row: How pictures of different sizes are computed; the values are the same. None: those of one size are a batch.
+            Else they are packed, and each sees only itself (NaViT, https://arxiv.org/abs/2307.06304): 0 puts all in one
+            row and attends picture by picture, so that nothing is filled up; another number makes rows of so many
+            tokens, or as many as the largest has, with a mask: few large operations. Not done where positions are
+            biases of scores (``grid_bias``, ``alibi``), nor, while training, with ``drop_path``, which drops rows.
 
     Raises:
         ConfigError: It is to pool a class token that it has not.
@@ -146,11 +152,13 @@ class VisionTransformer(nn.Module):
         86567656
     """
 
-    def __init__(self, sizes: ViTSizes, *, embed: nn.Module | None = None, batch_size: int = 0) -> None:
+    def __init__(
+        self, sizes: ViTSizes, *, embed: nn.Module | None = None, batch_size: int = 0, row: int | None = None
+    ) -> None:
         super().__init__()
         if sizes.pool == "class" and not sizes.class_token:
             raise ConfigError("pool is class, but there is no class token", remedy="set pool to mean")
-        self.sizes, self.batch_size = sizes, batch_size
+        self.sizes, self.batch_size, self.row = sizes, batch_size, row
         inner = sizes.transformer
         self.d_out = inner.d
         self.normalize = Normalize(sizes.mean, sizes.std)
@@ -174,14 +182,17 @@ class VisionTransformer(nn.Module):
         Raises:
             DataError: Rows and grid disagree, the rows are not RGB, or a picture is refused by ``remainder``.
         """
-        return by_size(
-            media,
-            self.features,
-            grid_out=self.grid_out(media.grid),
-            d_out=self.d_out,
-            batch_size=self.batch_size,
-            name="VisionTransformer",
+        encode, grid = self.features, self.grid_out(media.grid)
+        packed = self.packs(media.grid)
+        if packed:  # what stands in front of a picture's patches is packed with them
+            encode = self._embedded
+            frames = grid.repeat_interleave(grid[:, 0], dim=0)
+            count = frames[:, 1] * frames[:, 2] + self.prefix
+            grid = torch.stack([torch.ones_like(count), count, torch.ones_like(count)], dim=1)
+        found = by_size(
+            media, encode, grid_out=grid, d_out=self.d_out, batch_size=self.batch_size, name="VisionTransformer"
         )
+        return self._packed(found.values, self.grid_out(media.grid)) if packed else found
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """One token a patch; begun patches count when they are filled up."""
@@ -227,16 +238,75 @@ class VisionTransformer(nn.Module):
             weights: If given, attention weights of every block are appended.
             hidden: If given, what goes into every block is appended.
         """
-        pixels = self._whole(self.normalize(pixels).to(self.embed_dtype))
-        rows, columns = (side // self.sizes.patch for side in pixels.shape[2:])
-        x = self.embed(pixels)
+        x = self._embedded(pixels)
+        places = self._places(*self._cells_of(pixels), x)
+        return self.transformer(x, places, weights=weights, hidden=hidden)
+
+    def _embedded(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b m d"]:
+        """What goes into the first block: patches with their positions, and what stands in front of them."""
+        rows, columns = self._cells_of(pixels)
+        x = self.embed(self._whole(self.normalize(pixels).to(self.embed_dtype)))
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         x = self._positioned(x, rows, columns)
         if self.registers is not None:  # after positions: they stand nowhere
             at = int(self.sizes.class_token)
             x = torch.cat([x[:, :at], self.registers.expand(len(x), -1, -1), x[:, at:]], dim=1)
-        return self.transformer(self.norm_first(x), self._places(rows, columns, x), weights=weights, hidden=hidden)
+        return self.norm_first(x)
+
+    def _cells_of(self, pixels: Float[Tensor, "b 3 h w"]) -> tuple[int, int]:
+        """Rows and columns of patches, as :meth:`grid_out` counts them."""
+        more = 0 if self.sizes.remainder == "crop" else self.sizes.patch - 1
+        rows, columns = ((side + more) // self.sizes.patch for side in pixels.shape[2:])
+        return rows, columns
+
+    def packs(self, grid: Int[Tensor, "item 3"]) -> bool:
+        """Whether these pictures are packed: they differ in size, and ``row`` is set."""
+        if self.row is None or self.sizes.relative in ("grid_bias", "alibi"):
+            return False
+        if self.training and self.sizes.transformer.drop_path:
+            return False
+        return len(grid[:, 1:].unique(dim=0)) > 1
+
+    def _packed(self, tokens: Float[Tensor, "n d"], grid: Int[Tensor, "item 3"]) -> Patches:
+        """Through the blocks, several pictures in a row, and without what stands in front."""
+        shapes: list[list[int]] = grid.repeat_interleave(grid[:, 0], dim=0)[:, 1:].tolist()
+        counts = [self.prefix + rows * columns for rows, columns in shapes]
+        lengths = grid.new_tensor(counts)
+        turn = None
+        if self.rotary is not None:
+            of_shape = {(r, c): self._places(r, c, tokens).turn for r, c in shapes}
+            turns = [found for found in (of_shape[r, c] for r, c in shapes) if found is not None]
+            turn = Turn(*(torch.cat(parts) for parts in zip(*turns, strict=True)))
+        found = self._in_rows(tokens, lengths, turn) if self.row else self._apart(tokens, counts, turn)
+        within = torch.arange(len(found), device=found.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
+            lengths
+        )
+        return Patches(values=found[within >= self.prefix], grid=grid)
+
+    def _apart(self, tokens: Float[Tensor, "n d"], counts: list[int], turn: Turn | None) -> Float[Tensor, "n d"]:
+        """All in one row (so many pictures of one as are computed together), each attended to on its own."""
+        done: list[Tensor] = []
+        step, start = self.batch_size or len(counts), 0
+        for at in range(0, len(counts), step):
+            some = tuple(counts[at : at + step])
+            part = slice(start, start := start + sum(some))
+            places = Places(lengths=some, turn=None if turn is None else Turn(turn.cos[part], turn.sin[part]))
+            done.append(self.transformer(tokens[None, part], places)[0])
+        return torch.cat(done)
+
+    def _in_rows(self, tokens: Float[Tensor, "n d"], lengths: Int[Tensor, " item"], turn: Turn | None) -> Tensor:
+        """In rows of one length, with a mask."""
+        packed = packed_rows(lengths, self.row or 0)
+        rows, turns = packed.put(tokens), None if turn is None else [packed.put(part) for part in turn]
+        done: list[Tensor] = []
+        step = self.batch_size or len(rows)
+        for at in range(0, len(rows), step):
+            some = slice(at, at + step)
+            mask = same_segment(packed.segment_ids[some])
+            places = Places(mask=mask, turn=None if turns is None else Turn(*(part[some] for part in turns)))
+            done.append(self.transformer(rows[some], places))
+        return packed.take(torch.cat(done))
 
     @property
     def embed_dtype(self) -> torch.dtype:

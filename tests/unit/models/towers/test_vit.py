@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
+from plait.models.ragged import packed_rows
 from plait.models.towers.vit import (
     PatchEmbedding,
     VisionTransformer,
@@ -129,3 +130,91 @@ def test_attention_maps_and_bfloat16() -> None:
     assert [w.shape for w in weights] == [(2, 2, 10, 10)] * 2
     torch.testing.assert_close(weights[1].sum(-1), torch.ones(2, 2, 10))
     assert made.bfloat16().features(torch.rand(1, 3, 12, 12)).dtype == torch.bfloat16
+
+
+# --- pictures of different sizes in one row ------------------------------------------------------------------------
+
+MIXED = ((5, 9), (12, 12), (4, 4), (12, 12), (1, 33), (3, 1), (21, 6))
+
+
+def mixed(*, frames: int = 0) -> Patches:
+    """Pictures of many sizes, and perhaps a clip."""
+    grid = torch.tensor([[1, h, w] for h, w in MIXED] + [[frames, 7, 7]] * bool(frames))
+    torch.manual_seed(3)
+    return Patches(values=torch.rand(int(grid.prod(1).sum()), 3, dtype=torch.float64), grid=grid)
+
+
+PACKS = {name: sizes for name, sizes in KINDS.items() if sizes.relative not in ("grid_bias", "alibi")}
+PACKS["both"] = replace(TINY, relative="rope", registers=3, norm_first=True)
+PACKS["bare"] = replace(PACKS["rope"], pool="mean", class_token=False)
+
+
+@pytest.mark.row("S2-01")
+@pytest.mark.parametrize("row", [0, 1, 20, 500])
+@pytest.mark.parametrize("kind", PACKS)
+def test_packed_pictures_are_what_they_are_alone_values_and_gradients(kind: str, row: int) -> None:
+    made = tower(PACKS[kind]).double()
+    media = mixed(frames=2)
+    media.values.requires_grad_()
+    weights = torch.rand(int(made.grid_out(media.grid).prod(1).sum()), 16, dtype=torch.float64)
+    alone = [
+        made(Patches(values=values, grid=media.grid[i : i + 1]))
+        for i, values in enumerate(media.values.split(media.grid.prod(1).tolist()))
+    ]
+    wanted = torch.cat([found.values for found in alone])
+    learned = [media.values, *made.parameters()]
+    wanted_gradients = torch.autograd.grad((wanted * weights).sum(), learned, allow_unused=True)
+    made.row = row
+    assert made.packs(media.grid)
+    found = made(media)
+    assert torch.equal(found.grid, made.grid_out(media.grid))
+    torch.testing.assert_close(found.values, wanted, atol=1e-10, rtol=0)
+    gradients = torch.autograd.grad((found.values * weights).sum(), learned, allow_unused=True)
+    for a, b in zip(gradients, wanted_gradients, strict=True):
+        if b is None:  # the head's parts
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_what_cannot_be_packed_is_a_batch_a_size() -> None:
+    pictures = mixed()
+    for kind in ("grid_bias", "alibi"):
+        made = tower(KINDS[kind]).double()
+        by_size = made(pictures)
+        made.row = 40
+        assert torch.equal(made(pictures).values, by_size.values)
+    dropping = tower(replace(TINY, transformer=replace(TINY.transformer, drop_path=0.5)))
+    dropping.row = 40
+    assert not dropping.train().packs(pictures.grid)
+    assert dropping.eval().packs(pictures.grid)
+    same = torch.tensor([[1, 8, 8], [1, 8, 8]])
+    assert not dropping.packs(same)
+
+
+@pytest.mark.parametrize("row", [0, 12])
+def test_packing_holds_its_batches_small_and_takes_none(row: int) -> None:
+    whole, parts = tower(KINDS["rope"]).double(), tower(KINDS["rope"]).double()
+    whole.row = parts.row = row
+    parts.batch_size = 2
+    torch.testing.assert_close(parts(mixed()).values, whole(mixed()).values, atol=1e-12, rtol=0)
+    none = Patches(values=torch.zeros(0, 3, dtype=torch.float64), grid=torch.zeros(0, 3, dtype=torch.long))
+    assert whole(none).values.shape == (0, 16)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), row=st.integers(1, 20))
+def test_packed_rows_give_every_token_back(lengths: list[int], row: int) -> None:
+    packed = packed_rows(torch.tensor(lengths), row)
+    values = torch.arange(1.0, sum(lengths) + 1)[:, None]
+    rows = packed.put(values)
+    assert torch.equal(packed.take(rows), values)
+    assert torch.equal(rows[..., 0] != 0, packed.segment_ids != 0)
+    # One segment of a row is one item, whole and in order.
+    items = {tuple(item.flatten().tolist()) for item in values.split(lengths)}
+    found = {
+        tuple(rows[r, packed.segment_ids[r] == s].flatten().tolist())
+        for r in range(len(rows))
+        for s in range(1, int(packed.segment_ids[r].max()) + 1)
+    }
+    assert found == items
