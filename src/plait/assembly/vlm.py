@@ -149,10 +149,9 @@ def load_processor(folder: Path) -> Any:
             images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             base: Any = getattr(transformers, _PROCESSORS[config["model_type"]])
-            pictures = type(base.__name__, (base,), {"get_attributes": classmethod(_without_videos)})
             settings, _ = base.get_processor_dict(folder, local_files_only=True)
             settings.pop("video_processor", None)
-            return pictures.from_args_and_dict([images, tokenizer], settings)  # pyright: ignore[reportAttributeAccessIssue]
+            return without_videos(base).from_args_and_dict([images, tokenizer], settings)
     except _BROKEN as error:
         raise CheckpointError(
             f"no processor can be read: {error}",
@@ -169,14 +168,20 @@ _PROCESSORS = {
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
     "gemma3": "Gemma3Processor",
     "paligemma": "PaliGemmaProcessor",
     "blip-2": "Blip2Processor",
 }
 
 
-def _without_videos(_: type) -> list[str]:
-    return ["image_processor", "tokenizer"]
+def without_videos(processor: Any) -> Any:
+    """A class of transformers' processors as it is, of which no video processor is asked."""
+
+    def attributes(_: type) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(attributes)})
 
 
 def _load_model(folder: Path, dtype: str) -> Any:

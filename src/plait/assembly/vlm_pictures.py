@@ -150,6 +150,34 @@ class InternVLReader(PictureReader):
         return {"num_patches": [self.images.get_number_of_image_patches(ref.height, ref.width, how)]}
 
 
+class OnevisionReader(PictureReader):
+    """A picture alone in tiles, with the whole of it; one of several as one square."""
+
+    def expand(self, refs: Sequence[MediaRef]) -> list[str]:
+        super().expand(refs)  # for its check of sizes
+        return [self.processor.replace_image_token(self.several(refs), index) for index in range(len(refs))]
+
+    def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        return self.several([ref])
+
+    def several(self, refs: Sequence[MediaRef]) -> Mapping[str, Any]:
+        """Likewise, of all pictures of a conversation."""
+        side = self.images.size
+        return {
+            "batch_num_images": [len(refs)],
+            "image_sizes": [(ref.height, ref.width) for ref in refs],
+            "pixel_values": [[np.broadcast_to(np.float32(0), (3, side["height"], side["width"]))]],
+        }
+
+    def prepare(self, picture: Image.Image, *, alone: bool = True) -> Patches:
+        """One row a tile: its pixels, then the picture's height and width, which decide what of it is padding."""
+        times = 1 if alone else 2
+        found = self.processor(images=[[picture] * times], text=[self.mark * times], return_tensors="pt")
+        tiles: torch.Tensor = found["pixel_values"][0]
+        size = torch.tensor([picture.height, picture.width], dtype=tiles.dtype).expand(len(tiles), 2)
+        return Patches(values=torch.cat([tiles.flatten(1), size], dim=1), grid=torch.tensor([[len(tiles), 1, 1]]))
+
+
 class Gemma3Reader(PictureReader):
     """One square; pan and scan, which adds crops, is off."""
 
@@ -216,8 +244,7 @@ class Blip2Reader(PictureReader):
         del prompt
         pictures, asked, said = _one_question(messages, mark=self.mark, name="BLIP-2")
         tokenizer = self.processor.tokenizer
-        first = tokenizer.build_inputs_with_special_tokens([])[:1]
-        start = tokenizer.decode(first) if first else ""
+        start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
         return f"{pictures}{start}{asked}" + ("" if said is None else said + tokenizer.eos_token)
 
 
@@ -243,6 +270,7 @@ READERS: dict[str, type[PictureReader]] = {
     "qwen2_5_vl": QwenReader,
     "qwen3_vl": QwenReader,
     "internvl": InternVLReader,
+    "llava_onevision": OnevisionReader,
     "gemma3": Gemma3Reader,
     "paligemma": PaliGemmaReader,
     "blip-2": Blip2Reader,

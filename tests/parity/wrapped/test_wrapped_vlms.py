@@ -24,7 +24,8 @@ from plait.inference.engine import Engine, Prompt
 from plait.models.decoding import Decodes
 from plait.models.multimodal import predicting
 
-FAMILIES = ["llava", "idefics3", "smolvlm"]
+FAMILIES = ["llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"]
+FAMILIES += ["gemma3", "paligemma", "blip-2"]
 ONE_QUESTION = {"paligemma", "blip-2"}
 SIZES = [(32, 32), (70, 40), (40, 70), (1, 1), (33, 31), (200, 20), (20, 150), (640, 480), (1333, 801), (64, 64)]
 """Width and height: square, wide, tall, tiny, large."""

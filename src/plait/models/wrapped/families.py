@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,61 @@ class InternVL(Family):
         return sides[0] * sides[1]
 
 
+class Onevision(Family):
+    """LLaVA-OneVision (arXiv 2408.03326): a picture alone in tiles, its padding cut off; one of several as one square.
+
+    Media have one row a tile: its pixels, and then the picture's height and width; the grid counts tiles.
+    """
+
+    @property
+    def side(self) -> int:
+        """Tokens of a tile, a side."""
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def slots(self, media: Patches) -> Tensor:
+        found = [
+            self.side**2 + (1 if tiles == 1 else self._fine(height, width))
+            for tiles, height, width in zip(media.grid[:, 0].tolist(), *self._sizes(media).T.tolist(), strict=True)
+        ]
+        return torch.tensor(found, dtype=torch.long, device=media.grid.device)
+
+    def pictures(self, media: Patches, *, per_sample: Sequence[int]) -> dict[str, Tensor]:
+        side = int(self.config.vision_config.image_size)
+        tiles = media.values[:, :-2].view(len(media.values), -1, side, side).split(media.grid[:, 0].tolist())
+        most = max(map(len, tiles))
+        pixels = media.values.new_zeros(len(tiles), most, *tiles[0].shape[1:])
+        for index, item in enumerate(tiles):
+            pixels[index, : len(item)] = item
+        return {
+            "pixel_values": pixels,
+            "image_sizes": self._sizes(media),
+            "batch_num_images": torch.tensor(per_sample, device=pixels.device),
+        }
+
+    def _sizes(self, media: Patches) -> Tensor:
+        first = media.grid[:, 0].cumsum(0) - media.grid[:, 0]
+        return media.values[first, -2:].long()
+
+    def _fine(self, height: int, width: int) -> int:
+        """Tokens of the tiles together: rows of what is left when the padding is cut off, a newline behind each."""
+        from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
+
+        pinpoints, size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        down, across = get_anyres_image_grid_shape((height, width), pinpoints, size)
+        canvas = torch.empty(1, down * self.side, across * self.side, device="meta")
+        rows, columns = unpad_image(canvas, (height, width)).shape[1:]
+        most = int(str(self.config.vision_aspect_ratio).removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * self.side**2))
+        if ratio > _SHRINKS:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return rows * (columns + 1)
+
+
+_SHRINKS = 1.1
+"""LLaVA-OneVision makes a picture smaller from this many times the most tokens a side on."""
+
+
 class Gemma3(Family):
     """Gemma 3 (arXiv 2503.19786): every picture one square; its tokens see each other."""
 
@@ -292,6 +348,7 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": QwenVL,
     "internvl": InternVL,
+    "llava_onevision": Onevision,
     "gemma3": Gemma3,
     "paligemma": PaliGemma,
     "blip-2": Blip2,
