@@ -206,6 +206,9 @@ class PaliGemmaReader(PictureReader):
         del ref
         return {}
 
+    def call(self, picture: Image.Image) -> Mapping[str, Any]:
+        return self.images([picture], return_tensors="pt")  # the processor adds nothing to pictures
+
     def compose(self, messages: Sequence[Message], prompt: bool) -> str:  # noqa: FBT001
         del prompt
         if self.processor.chat_template:
@@ -236,6 +239,9 @@ class Blip2Reader(PictureReader):
     @property
     def adds(self) -> bool:
         return False
+
+    def call(self, picture: Image.Image) -> Mapping[str, Any]:
+        return self.images([picture], return_tensors="pt")  # the processor adds nothing to pictures
 
     def expand(self, refs: Sequence[MediaRef]) -> list[str]:
         return [self.mark * self.processor.num_query_tokens for _ in refs]

@@ -331,8 +331,9 @@ def blip2(folder: Path) -> None:
     )
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    words = tokenizer("bytes", {"image_token": "<image>"}, eos="<eos>", bos="</s>", adds=True)
-    words.image_token = "<image>"
+    words = tokenizer("bytes", {}, eos="<eos>", bos="</s>", adds=True)
+    images = BlipImageProcessorPil(size={"height": 32, "width": 32}, **NORM)
+    processor = Blip2Processor(images, words, num_query_tokens=4)
     config = Blip2Config(
         vision_config=Blip2VisionConfig(**SQUARE).to_dict(),
         qformer_config=Blip2QFormerConfig(
@@ -354,8 +355,6 @@ def blip2(folder: Path) -> None:
         num_query_tokens=4,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )
-    images = BlipImageProcessorPil(size={"height": 32, "width": 32}, **NORM)
-    processor = Blip2Processor(images, words, num_query_tokens=4)
     save(folder, Blip2ForConditionalGeneration(config), processor)
 
 

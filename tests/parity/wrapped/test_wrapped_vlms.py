@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def theirs(vlm: Vlm, conversations: Sequence[Sequence[Turn]], *, prompt: bool = 
     answers = [turns[1].parts[0].text for turns in conversations if len(turns) > 1]  # pyright: ignore[reportAttributeAccessIssue]
     if kind == "paligemma":
         marked = ["<image>" * len(found) + text for found, text in zip(pictures, texts, strict=True)]
-        return processor(images=pictures, text=marked, **({"suffix": answers} if answers else {}), **how)
+        with warnings.catch_warnings():  # it copies its own tensors in a way that numpy 2 warns of
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return processor(images=pictures, text=marked, **({"suffix": answers} if answers else {}), **how)
     end = processor.tokenizer.eos_token
     whole = [text + (answers[n] + end if answers else "") for n, text in enumerate(texts)]
     return processor(images=[p for found in pictures for p in found], text=whole, **how)
@@ -221,7 +224,8 @@ def same(vlm: Vlm, reference: Any, turns: Sequence[Sequence[Turn]], *, side: str
         weight.requires_grad_(requires_grad=True)
     ours = batch(vlm, [vlm.template.turns(t) for t in turns], side=side)
     inputs = theirs(vlm, turns, side=side)
-    assert torch.equal(inputs["input_ids"] * inputs["attention_mask"], ours.token_ids * ours.segment_ids)
+    if reference.config.model_type != "blip-2" or side == "right":  # its processor puts padding behind the picture
+        assert torch.equal(inputs["input_ids"] * inputs["attention_mask"], ours.token_ids * ours.segment_ids)
     where = predicting(ours.labels)
     inputs.pop("labels", None)
     expected = reference(**inputs).logits[where]
@@ -310,8 +314,7 @@ def test_answers_are_those_of_generate_alone_and_padded_in_front(vlm: Vlm, refer
             inputs = theirs(vlm, part, prompt=True, side="left")
             inputs.pop("labels", None)
             out = reference.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=vlm.stop)
-            width = 0 if name == "blip-2" else inputs["input_ids"].shape[1]
-            for turns, ids in zip(part, out[:, width:].tolist(), strict=True):
+            for turns, ids in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 until = ids.index(vlm.stop) if vlm.stop in ids else len(ids)
                 assert found[asked.index(turns)] == ids[:until]
     assert len({tuple(one) for one in found}) > 1
