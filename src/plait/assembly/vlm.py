@@ -47,9 +47,7 @@ class Vlm:
 
     def layout(self, refs: Sequence[MediaRef]) -> list[list[int]]:
         """The exact ids that the pictures of one conversation expand to, from their sizes alone."""
-        return [
-            self.template.tokenizer(text, add_special_tokens=False).input_ids for text in self.reader.expand(refs)
-        ]
+        return [self.template.tokenizer(text, add_special_tokens=False).input_ids for text in self.reader.expand(refs)]
 
     def prepare(self, picture: Image.Image, *, alone: bool = True) -> Patches:
         """A picture as the model's own image processor makes it.
@@ -102,6 +100,12 @@ def load_vlm(folder: Path, *, dtype: str = "auto") -> Vlm:
     wrapped = WrappedVLM(model)
     reader = READERS[kind](processor)
     tokenizer = processor.tokenizer
+    if reader.talks and not processor.chat_template:
+        raise CheckpointError(
+            "the processor has no chat template",
+            place=str(folder),
+            remedy="use an instruction-tuned model, or put a chat_template.jinja beside its processor",
+        )
     template = ProcessorTemplate(
         tokenizer,
         compose=reader.compose,
@@ -187,9 +191,10 @@ def without_videos(processor: Any) -> Any:
 def _load_model(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    auto: Any = AutoModelForImageTextToText
     try:
         with quiet(), unreported():
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            model, report = auto.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
     except _BROKEN as error:

@@ -1,4 +1,4 @@
-"""How a vision-language model's own processor sees a picture: its text from the size alone, its pixels as ``Patches``."""
+"""How a vision-language model's own processor sees a picture: its text from the size alone, its pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class PictureReader:
 
     Args:
         processor: Of transformers, with the PIL backend.
+
+    Attributes:
+        talks: Whether conversations need the folder's chat template.
     """
+
+    talks = True
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -40,7 +45,7 @@ class PictureReader:
         """Whether the tokenizer may add its first token to what :meth:`compose` gives."""
         return True
 
-    def compose(self, messages: Sequence[Message], prompt: bool) -> str:  # noqa: FBT001 - a plain function's face
+    def compose(self, messages: Sequence[Message], prompt: bool) -> str:
         """The folder's own chat template."""
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
 
@@ -90,6 +95,7 @@ class Idefics3Reader(PictureReader):
     """Tiles in rows and columns, and the whole picture."""
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """Rows and columns of tiles."""
         rows, columns = self._cells(ref.height, ref.width) if self.images.do_image_splitting else (0, 0)
         return {"rows": [[rows]], "cols": [[columns]]}
 
@@ -125,6 +131,7 @@ class QwenReader(PictureReader):
     """Any size: patches, so many a side to a token."""
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """How many patches."""
         try:
             patches = int(self.images.get_number_of_image_patches(ref.height, ref.width, {}))
         except ValueError as error:
@@ -146,6 +153,7 @@ class InternVLReader(PictureReader):
     """Tiles, as many as fit the picture's shape best, and the whole of it."""
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """How many tiles."""
         how = {"crop_to_patches": True}  # the processor's own default, whatever the image processor's is
         return {"num_patches": [self.images.get_number_of_image_patches(ref.height, ref.width, how)]}
 
@@ -154,10 +162,12 @@ class OnevisionReader(PictureReader):
     """A picture alone in tiles, with the whole of it; one of several as one square."""
 
     def expand(self, refs: Sequence[MediaRef]) -> list[str]:
+        """Likewise; alone or one of several makes a difference."""
         super().expand(refs)  # for its check of sizes
         return [self.processor.replace_image_token(self.several(refs), index) for index in range(len(refs))]
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """Of a picture alone."""
         return self.several([ref])
 
     def several(self, refs: Sequence[MediaRef]) -> Mapping[str, Any]:
@@ -191,6 +201,7 @@ class Gemma3Reader(PictureReader):
             )
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """No crops."""
         del ref
         return {"num_crops": [0]}
 
@@ -198,21 +209,25 @@ class Gemma3Reader(PictureReader):
 class PaliGemmaReader(PictureReader):
     """One square; the family has no chat template: pictures, a prompt, a newline, an answer."""
 
+    talks = False
+
     @property
     def adds(self) -> bool:
+        """No: what is composed has it."""
         return False
 
     def sized(self, ref: MediaRef) -> Mapping[str, Any]:
+        """Nothing: all pictures are one size."""
         del ref
         return {}
 
     def call(self, picture: Image.Image) -> Mapping[str, Any]:
-        return self.images([picture], return_tensors="pt")  # the processor adds nothing to pictures
+        """The image processor alone, to which the processor adds nothing."""
+        return self.images([picture], return_tensors="pt")
 
-    def compose(self, messages: Sequence[Message], prompt: bool) -> str:  # noqa: FBT001
+    def compose(self, messages: Sequence[Message], prompt: bool) -> str:
+        """Pictures, a prompt, a newline, an answer."""
         del prompt
-        if self.processor.chat_template:
-            return super().compose(messages, prompt=True)
         pictures, asked, said = _one_question(messages, mark=self.mark, name="PaliGemma")
         tokenizer = self.processor.tokenizer
         answer = "" if said is None else said + tokenizer.eos_token
@@ -221,6 +236,8 @@ class PaliGemmaReader(PictureReader):
 
 class Blip2Reader(PictureReader):
     """One square, as many tokens as there are queries; no chat template: pictures, a prompt, an answer."""
+
+    talks = False
 
     def __init__(self, processor: Any) -> None:
         super().__init__(processor)
@@ -233,20 +250,25 @@ class Blip2Reader(PictureReader):
 
     @property
     def mark(self) -> str:
+        """The picture's token."""
         token = self.processor.image_token
         return str(getattr(token, "content", token))
 
     @property
     def adds(self) -> bool:
+        """No: what is composed has it."""
         return False
 
     def call(self, picture: Image.Image) -> Mapping[str, Any]:
-        return self.images([picture], return_tensors="pt")  # the processor adds nothing to pictures
+        """The image processor alone, to which the processor adds nothing."""
+        return self.images([picture], return_tensors="pt")
 
     def expand(self, refs: Sequence[MediaRef]) -> list[str]:
+        """A token a query."""
         return [self.mark * self.processor.num_query_tokens for _ in refs]
 
-    def compose(self, messages: Sequence[Message], prompt: bool) -> str:  # noqa: FBT001
+    def compose(self, messages: Sequence[Message], prompt: bool) -> str:
+        """Pictures, then the first token, then words."""
         del prompt
         pictures, asked, said = _one_question(messages, mark=self.mark, name="BLIP-2")
         tokenizer = self.processor.tokenizer

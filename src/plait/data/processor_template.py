@@ -92,8 +92,8 @@ class ProcessorTemplate:
         """Render turns; with ``prompt`` the template opens the assistant's next turn.
 
         Raises:
-            DataError: There is no turn, a trained turn holds a picture or nothing, the template refuses the roles, drops
-                or changes what is said, or a text holds a reserved character.
+            DataError: There is no turn, a trained turn holds a picture or nothing, the template refuses the roles,
+                drops or changes what is said, or a text holds a reserved character.
             ConfigError: The template does not end a trained turn with a token that ends answers: a model trained on
                 that would never learn to stop.
         """
@@ -109,14 +109,16 @@ class ProcessorTemplate:
         for piece, start in zip(pieces, starts, strict=False):
             if piece.kind == "picture":
                 end = start + len(piece.text)
-                slots.append(sum(i == self.placeholder and start <= s[0] < end for i, s in zip(ids, spans, strict=True)))
+                slots.append(
+                    sum(i == self.placeholder and start <= s[0] < end for i, s in zip(ids, spans, strict=True))
+                )
         if sum(slots) != ids.count(self.placeholder):
             raise DataError(
                 f"{ids.count(self.placeholder)} placeholders, {sum(slots)} of them of pictures",
                 place=place,
                 remedy=f"the chat template writes {self.mark!r} where there is no picture: use the model's own",
             )
-        trained = self._trained(turns, pieces, ids, spans)
+        trained = self._trained(turns, pieces, ids, spans=spans)
         return Rendered(token_ids=tuple(ids), trained=tuple(trained), media=media, slots=tuple(slots))
 
     @property
@@ -171,7 +173,9 @@ class ProcessorTemplate:
             content: list[dict[str, str]] = []
             for part in turn.parts:
                 index = next(number)
-                content.append({"type": "image"} if isinstance(part, MediaRef) else {"type": "text", "text": words[index]})
+                content.append(
+                    {"type": "image"} if isinstance(part, MediaRef) else {"type": "text", "text": words[index]}
+                )
             messages.append({"role": turn.role, "content": content})
         try:
             return self.compose(messages, prompt)
@@ -262,7 +266,7 @@ class ProcessorTemplate:
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _trained(
-        self, turns: Sequence[Turn], pieces: Sequence[_Piece], ids: Sequence[int], spans: Sequence[tuple[int, int]]
+        self, turns: Sequence[Turn], pieces: Sequence[_Piece], ids: Sequence[int], *, spans: Sequence[tuple[int, int]]
     ) -> list[bool]:
         """Ids of trained turns, each through the token that ends it."""
         last = [turn.trained and number == len(turn.parts) - 1 for turn in turns for number in range(len(turn.parts))]
@@ -288,8 +292,8 @@ class ProcessorTemplate:
             if nth > _NEAR:
                 break
         raise ConfigError(
-            f"the chat template closes a trained turn without a token that ends answers (ids {sorted(self.stops)}): the "
-            "model would never learn to stop",
+            f"the chat template closes a trained turn without a token that ends answers (ids {sorted(self.stops)}): "
+            "the model would never learn to stop",
             place=str(self.tokenizer.name_or_path),
             remedy="use a chat template that writes the end-of-turn token after an answer",
         )

@@ -255,7 +255,11 @@ def predicting(labels: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
 
 
 def check_places(batch: Batch, holes: Bool[Tensor, "b t"], *, media: Patches, item_row: Int[Tensor, " item"]) -> None:
-    """Each item's tokens must go to the row it belongs to, and all of them into one sample."""
+    """Each item's tokens must go to the row it belongs to, and all of them into one sample.
+
+    Raises:
+        DataError: They do not; says row, sample and both numbers.
+    """
     tokens = media.grid.prod(1)
     if len(item_row) != len(tokens) or int(tokens.sum()) != len(media.values):
         raise DataError(
@@ -313,6 +317,7 @@ def _samples_of_rows(batch: Batch) -> list[tuple[str, ...]]:
 
 
 def some(sample_ids: tuple[str, ...]) -> str:
+    """A place for errors: the first samples, and how many more."""
     if not sample_ids:
         return "no sample"
     more = f" and {len(sample_ids) - 4} more" if len(sample_ids) > 4 else ""

@@ -77,15 +77,17 @@ def tokenizer(
     return found
 
 
-def llava(folder: Path) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+def llava(folder: Path, *, tower: str = "CLIP") -> None:
+    import transformers
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     words = tokenizer("words", {"image_token": "<image>"}, eos="</s>", bos="<s>", adds=True)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**SQUARE),
+        vision_config=getattr(transformers, f"{tower}VisionConfig")(**SQUARE),
         text_config=LlamaConfig(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id, pad_token_id=None),
         image_token_index=words.image_token_id,
+        vision_feature_select_strategy="default" if tower == "CLIP" else "full",
     )
     images = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True, **NORM
@@ -101,14 +103,18 @@ def llava(folder: Path) -> Any:
         images,
         words,
         patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default" if tower == "CLIP" else "full",
+        num_additional_image_tokens=1 if tower == "CLIP" else 0,
         chat_template=template,
     )
     save(folder, LlavaForConditionalGeneration(config), processor)
 
 
-def idefics3(folder: Path, kind: str = "Idefics3") -> Any:
+def llava_siglip(folder: Path) -> None:
+    llava(folder, tower="Siglip")
+
+
+def idefics3(folder: Path, kind: str = "Idefics3") -> None:
     import transformers
     from transformers import Idefics3Processor, LlamaConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -142,11 +148,11 @@ def idefics3(folder: Path, kind: str = "Idefics3") -> Any:
     save(folder, getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor)
 
 
-def smolvlm(folder: Path) -> Any:
+def smolvlm(folder: Path) -> None:
     idefics3(folder, "SmolVLM")
 
 
-def qwen(kind: str) -> Callable[[Path], Any]:
+def qwen(kind: str) -> Callable[[Path], None]:
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
 
     def build(folder: Path) -> None:
@@ -284,11 +290,13 @@ def gemma3(folder: Path) -> None:
     )
     images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32}, **NORM)
     template = (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
-        "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{% set first = messages[0]['content'][0]['text'] + '\n\n' %}{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
         "{% for m in rest %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-        "{{ first if loop.first else '' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}"
-        "{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}"
+        "{{ first if loop.first else '' }}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
+        "{{ '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     )
     processor = Gemma3Processor(images, words, image_seq_length=4, chat_template=template)
@@ -297,8 +305,9 @@ def gemma3(folder: Path) -> None:
     save(folder, model, processor)
 
 
-def paligemma(folder: Path) -> None:
+def paligemma(folder: Path, version: int = 1) -> None:
     from transformers import (
+        Gemma2Config,
         GemmaConfig,
         PaliGemmaConfig,
         PaliGemmaForConditionalGeneration,
@@ -311,13 +320,21 @@ def paligemma(folder: Path) -> None:
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **NORM)
     images.image_seq_length = 16
     processor = PaliGemmaProcessor(images, words)
+    text: dict[str, Any] = {**TEXT, "head_dim": 8, "vocab_size": len(words)}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+    second = {"sliding_window": 24, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**SQUARE, vision_use_head=False),
-        text_config=GemmaConfig(**TEXT, head_dim=8, vocab_size=len(words), eos_token_id=1, bos_token_id=0),
+        text_config=GemmaConfig(**text) if version == 1 else Gemma2Config(**text, **second),
         image_token_index=words.image_token_id,
         projection_dim=32,
     )
     save(folder, PaliGemmaForConditionalGeneration(config), processor)
+
+
+def paligemma2(folder: Path) -> None:
+    """With layers that look back 24 tokens, and scores that are capped."""
+    paligemma(folder, version=2)
 
 
 def blip2(folder: Path) -> None:
@@ -370,8 +387,9 @@ def save(folder: Path, model: Any, processor: Any) -> None:
     processor.save_pretrained(folder)
 
 
-BUILDERS: dict[str, Callable[[Path], Any]] = {
+BUILDERS: dict[str, Callable[[Path], None]] = {
     "llava": llava,
+    "llava-siglip": llava_siglip,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "qwen2_vl": qwen("Qwen2VL"),
@@ -381,6 +399,7 @@ BUILDERS: dict[str, Callable[[Path], Any]] = {
     "llava_onevision": onevision,
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "paligemma2": paligemma2,
     "blip-2": blip2,
 }
 

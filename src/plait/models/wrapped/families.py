@@ -88,6 +88,7 @@ class Llava(Family):
     """LLaVA 1.5 (arXiv 2310.03744): every picture one square, of CLIP or SigLIP."""
 
     def tokens_per_tile(self) -> int:
+        """Its cells, with CLIP's class token where the model keeps it."""
         vision = self.config.vision_config
         if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
             raise CheckpointError(
@@ -104,20 +105,19 @@ def _tiles(media: Patches) -> list[Tensor]:
     """Pixels of each item as ``tile 3 h w``."""
     grids: list[list[int]] = media.grid.tolist()
     parts = media.values.split([tiles * h * w for tiles, h, w in grids])
-    return [
-        part.view(tiles, h, w, -1).permute(0, 3, 1, 2)
-        for part, (tiles, h, w) in zip(parts, grids, strict=True)
-    ]
+    return [part.view(tiles, h, w, -1).permute(0, 3, 1, 2) for part, (tiles, h, w) in zip(parts, grids, strict=True)]
 
 
 class Idefics3(Family):
     """Idefics3 and SmolVLM (arXiv 2408.12637, 2504.05299): a picture in tiles, and the whole of it once more."""
 
     def tokens_per_tile(self) -> int:
+        """Its cells, as many as the connector leaves."""
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
 
     def pictures(self, media: Patches, *, per_sample: Sequence[int]) -> dict[str, Tensor]:
+        """All tiles as if of one sample, filled up to one size, and which pixels are real."""
         del per_sample
         tiles = _tiles(media)
         height, width = int(media.grid[:, 1].max()), int(media.grid[:, 2].max())
@@ -145,9 +145,11 @@ class QwenVL(Family):
         return int(self.config.vision_config.spatial_merge_size)
 
     def slots(self, media: Patches) -> Tensor:
+        """Cells of so many patches a side."""
         return media.grid.prod(1) // self.side**2
 
     def pictures(self, media: Patches, *, per_sample: Sequence[int]) -> dict[str, Tensor]:
+        """Patches and their grid as they are."""
         del per_sample
         return {"pixel_values": media.values, "image_grid_thw": media.grid}
 
@@ -164,8 +166,8 @@ class QwenVL(Family):
                 place = 0
                 while place < len(holes):
                     if holes[place]:
-                        parts.append(next(items))
-                        t, h, w = parts[-1]
+                        t, h, w = next(items)
+                        parts.append((t, h, w))
                         place += t * h * w
                     else:
                         words = next((n for n, hole in enumerate(holes[place:]) if hole), len(holes) - place)
@@ -179,6 +181,7 @@ class QwenVL(Family):
         return place.amax((0, 2))[:, None] + 1 - seen.sum(1, keepdim=True)
 
     def next_positions(self, seen: Tensor, kept: Tensor | None, *, last: int) -> Tensor:
+        """One number on all three axes, ``3 b 1``."""
         assert kept is not None
         return (super().next_positions(seen, None, last=last) + kept).expand(3, -1, -1)
 
@@ -187,6 +190,7 @@ class InternVL(Family):
     """InternVL (arXiv 2412.05271) in transformers' own form: tiles of a picture, and the whole of it once more."""
 
     def tokens_per_tile(self) -> int:
+        """Its cells, as many as the connector leaves."""
         vision = self.config.vision_config
         sides = [
             int(size // patch * self.config.downsample_ratio)
@@ -208,6 +212,7 @@ class Onevision(Family):
         return int(vision.image_size // vision.patch_size)
 
     def slots(self, media: Patches) -> Tensor:
+        """Of a picture alone: the whole, and what is left of its tiles; else the whole and a newline."""
         found = [
             self.side**2 + (1 if tiles == 1 else self._fine(height, width))
             for tiles, height, width in zip(media.grid[:, 0].tolist(), *self._sizes(media).T.tolist(), strict=True)
@@ -215,6 +220,7 @@ class Onevision(Family):
         return torch.tensor(found, dtype=torch.long, device=media.grid.device)
 
     def pictures(self, media: Patches, *, per_sample: Sequence[int]) -> dict[str, Tensor]:
+        """Tiles filled up to the most of an item, sizes, and which pictures come together."""
         side = int(self.config.vision_config.image_size)
         tiles = media.values[:, :-2].view(len(media.values), -1, side, side).split(media.grid[:, 0].tolist())
         most = max(map(len, tiles))
@@ -233,7 +239,10 @@ class Onevision(Family):
 
     def _fine(self, height: int, width: int) -> int:
         """Tokens of the tiles together: rows of what is left when the padding is cut off, a newline behind each."""
-        from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
+        from transformers.models.llava_onevision.modeling_llava_onevision import (
+            get_anyres_image_grid_shape,
+            unpad_image,
+        )
 
         pinpoints, size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         down, across = get_anyres_image_grid_shape((height, width), pinpoints, size)
@@ -256,15 +265,18 @@ class Gemma3(Family):
     takes_masks = True
 
     def tokens_per_tile(self) -> int:
+        """As many as the average over cells leaves."""
         return int(self.config.mm_tokens_per_image)
 
     def groups(self, batch: Batch) -> Tensor:
+        """Each picture a group."""
         inside = batch.token_ids == self.placeholder
         before = torch.zeros_like(inside)
         before[:, 1:] = inside[:, :-1]
         return torch.where(inside, (inside & ~before).cumsum(1) - 1, -1)
 
     def types(self, batch: Batch) -> dict[str, Tensor]:
+        """1 for a picture's tokens."""
         return {"token_type_ids": (batch.token_ids == self.placeholder).long()}
 
 
@@ -279,20 +291,25 @@ class PaliGemma(Family):
         self.cap = getattr(self.text, "final_logit_softcapping", None)
 
     def tokens_per_tile(self) -> int:
+        """Its cells."""
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
 
     def positions(self, batch: Batch, media: Patches | None) -> Tensor:
+        """Likewise, from 1."""
         return super().positions(batch, media) + 1
 
     def next_positions(self, seen: Tensor, kept: Tensor | None, *, last: int) -> Tensor:
+        """Likewise, from 1."""
         return super().next_positions(seen, kept, last=last) + 1
 
     def groups(self, batch: Batch) -> Tensor:
+        """What is given, a group each sample."""
         given = self.types(batch)["token_type_ids"] == 0
         return torch.where(given & (batch.segment_ids > 0), batch.segment_ids - 1, -1)
 
     def types(self, batch: Batch) -> dict[str, Tensor]:
+        """1 for what is said."""
         said = torch.zeros_like(batch.segment_ids)
         trained = batch.labels != IGNORE
         for segment in range(1, int(batch.segment_ids.max()) + 1):
@@ -327,9 +344,11 @@ class Blip2(Family):
             )
 
     def tokens_per_tile(self) -> int:
+        """The queries."""
         return int(self.config.num_query_tokens)
 
     def run(self, model: Any, **inputs: Any) -> Any:
+        """Its parts one after the other: the whole knows no cache."""
         ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values", None)
         words = model.get_input_embeddings()(ids)
         if pixels is not None:

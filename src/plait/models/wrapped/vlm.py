@@ -131,7 +131,9 @@ class WrappedVLM(nn.Module):
         else:
             inputs |= {"attention_mask": batch.segment_ids, **self.family.types(batch)}
         if media is not None:
-            inputs |= self.family.pictures(media, per_sample=self._per_sample(batch, media))
+            dtype: torch.dtype = self._words.weight.dtype
+            found = self.family.pictures(media, per_sample=self._per_sample(batch, media))
+            inputs |= {key: value.to(dtype) if value.is_floating_point() else value for key, value in found.items()}
         return self.family.run(self.model, **inputs)
 
     def _media(self, batch: Batch) -> Patches | None:
@@ -151,8 +153,7 @@ class WrappedVLM(nn.Module):
         grid = torch.stack([torch.ones_like(tokens), torch.ones_like(tokens), tokens], dim=1)
         account = Patches(values=torch.zeros(int(tokens.sum()), 0, device=tokens.device), grid=grid)
         check_places(batch, holes, media=account, item_row=item_row)
-        weight: Tensor = self._words.weight
-        return None if media is None else Patches(values=media.values.to(weight.dtype), grid=media.grid)
+        return media
 
     def _per_sample(self, batch: Batch, media: Patches) -> list[int]:
         """Pictures of each sample that has any, in order."""
@@ -166,7 +167,7 @@ class WrappedVLM(nn.Module):
         """Additive masks in which each sample sees itself alone, with what the family lets see each other."""
         text = self.family.text
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        how = text._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        how = text._attn_implementation
         if not kinds <= _LAYERS or how not in ("eager", "sdpa"):
             raise ConfigError(
                 f"rows hold several samples, and {text.model_type} has layers ({', '.join(sorted(kinds))}; {how}) that "
@@ -179,7 +180,8 @@ class WrappedVLM(nn.Module):
         local = "sliding_attention" in kinds and window < t
         if local and not self.family.takes_masks:
             raise ConfigError(
-                f"rows hold several samples in {t} tokens, and {text.model_type} has layers that look back only {window}",
+                f"rows hold several samples in {t} tokens, and {text.model_type} has layers that look back only "
+                f"{window}",
                 place=some(batch.sample_ids),
                 remedy=f"put one sample into a row, or at most {window} tokens",
             )
