@@ -19,6 +19,7 @@ from plait.core.tensors import Batch, Patches
 from plait.core.types import MediaRef, Text, Turn
 from plait.data.collate import joined
 from plait.models.wrapped.families import FAMILIES
+from plait.models.wrapped.vlm import WrappedVLM
 
 Make = Callable[[str], Path]
 QUESTION = Turn(role="user", parts=(Text(text="what is it?"),))
@@ -199,3 +200,57 @@ def test_a_tokenizer_that_does_not_say_where_ids_come_from_is_refused(vlm_folder
     slow: Any = Slow()
     with pytest.raises(ConfigError, match="from which characters"):
         ProcessorTemplate(slow, compose=lambda *_: "", expand=lambda _: [], mark="<image>", placeholder=1, stops=[2])
+
+
+def llava_over(kind: str, **settings: Any) -> WrappedVLM:
+    """A random LLaVA over a decoder of a kind."""
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, vocab_size=40, **settings)
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39, vision_feature_layer=-1)
+    model = LlavaForConditionalGeneration(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return WrappedVLM(model).eval()
+
+
+def packed(lengths: list[int]) -> tuple[Batch, list[Batch]]:
+    """Samples of random words with a picture each, in one row and alone."""
+    torch.manual_seed(1)
+    ids = [torch.cat([torch.full((1, 4), 39), torch.randint(3, 38, (1, n))], dim=1) for n in lengths]
+    pixels = [Patches(values=torch.rand(32 * 32, 3), grid=torch.tensor([[1, 32, 32]])) for _ in lengths]
+    one = {"item_row": {"image": torch.tensor([0])}, "sample_ids": ("a",)}
+    alone = [
+        Batch(token_ids=i, labels=i, segment_ids=torch.ones_like(i), media={"image": p}, **one)
+        for i, p in zip(ids, pixels, strict=True)
+    ]
+    segments = torch.cat([torch.full_like(i, n) for n, i in enumerate(ids, 1)], dim=1)
+    rows = {"image": torch.zeros(len(ids), dtype=torch.long)}
+    names = tuple(map(str, range(len(ids))))
+    together = {"media": {"image": joined(pixels)}, "item_row": rows, "sample_ids": names}
+    row = torch.cat(ids, dim=1)
+    return Batch(token_ids=row, labels=row, segment_ids=segments, **together), alone
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"])
+def test_decoders_that_pack_keep_samples_apart(kind: str) -> None:
+    model = llava_over(kind, **({"head_dim": 8} if kind in ("qwen3", "gemma", "gemma2") else {}))
+    row, alone = packed([5, 9, 3])
+    for how in ("eager",) if kind == "gemma2" else ("sdpa", "eager"):  # Gemma 2 has no other
+        model.model.set_attn_implementation(how)  # pyright: ignore[reportCallIssue]
+        expected = torch.cat([model.hidden(one) for one in alone], dim=1)
+        torch.testing.assert_close(model.hidden(row), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_are_refused_where_samples_could_see_each_other() -> None:
+    row, alone = packed([5, 9, 3])
+    short = llava_over("mistral", sliding_window=12)
+    with pytest.raises(ConfigError, match="in 29 tokens, and mistral has layers that look back only 12"):
+        short.hidden(row)
+    assert short.hidden(alone[1]).isfinite().all()
+    with pytest.raises(ConfigError, match=r"olmo2 has layers .* not known to keep them apart") as caught:
+        llava_over("olmo2").hidden(row)
+    assert caught.value.place == "samples 0, 1, 2"

@@ -15,6 +15,9 @@ from plait.models.output_head import float32_scores
 from plait.models.wrapped.families import FAMILIES, Family
 
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
+_PACKS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt"})
+_PACKS |= {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+# Decoders whose every layer heeds the mask and the positions that it is given; each was tried.
 
 
 class WrappedVLM(nn.Module):
@@ -166,18 +169,20 @@ class WrappedVLM(nn.Module):
     def _packed_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
         """Additive masks in which each sample sees itself alone, with what the family lets see each other."""
         text = self.family.text
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        named = getattr(text, "layer_types", None)
+        kinds = set(named or ["full_attention"])
         how = text._attn_implementation
-        if not kinds <= _LAYERS or how not in ("eager", "sdpa"):
+        if text.model_type not in _PACKS or not kinds <= _LAYERS or how not in ("eager", "sdpa"):
             raise ConfigError(
                 f"rows hold several samples, and {text.model_type} has layers ({', '.join(sorted(kinds))}; {how}) that "
-                "cannot be told to keep them apart",
+                "are not known to keep them apart",
                 place=some(batch.sample_ids),
-                remedy="put one sample into a row, or load the model with attention 'sdpa' or 'eager'",
+                remedy="put one sample into a row; or take attention 'sdpa' or 'eager' and a decoder of "
+                f"{', '.join(sorted(_PACKS))}",
             )
         t = batch.token_ids.shape[1]
         window = getattr(text, "sliding_window", None) or t
-        local = "sliding_attention" in kinds and window < t
+        local = (not named or "sliding_attention" in kinds) and window < t
         if local and not self.family.takes_masks:
             raise ConfigError(
                 f"rows hold several samples in {t} tokens, and {text.model_type} has layers that look back only "
