@@ -52,20 +52,21 @@ def tiny_model(tiny_folders: dict[str, Path]) -> Any:
     import torch
 
     from plait.assembly.language import load_language
-    from plait.assembly.multimodal import ConnectorSizes, build_multimodal
+    from plait.assembly.multimodal import build_multimodal
     from plait.assembly.towers import load_image_tower
+    from plait.models import specs
+    from plait.models.composition import Connectors, PretrainedDecoder
 
     image = load_image_tower(str(tiny_folders["image"]), dtype="float32")
     name = str(tiny_folders["decoder"])
     language = load_language(name, dtype="float32")
     torch.manual_seed(1)
     built = build_multimodal(
-        image,
+        {"image": image},
         language,
-        ConnectorSizes(shuffle=2, d_hidden=24, tokens=3, free=1),
-        name=name,
-        words=torch.randn(7, 32) * 0.2,
-        shape=torch.eye(32),
+        Connectors(image=specs.Words(shuffle=2, d_hidden=24, tokens=3, free=1)),
+        decoder=PretrainedDecoder(name=name),
+        words=(torch.randn(7, 32) * 0.2, torch.eye(32)),
     )
     built.model.eval()
     return built
