@@ -332,6 +332,7 @@ def test_answers_are_those_of_generate_alone_and_padded_in_front(vlm: Vlm, refer
     assert len({tuple(one) for one in found}) > 1
 
 
+@pytest.mark.row("S4-225")
 def test_a_saved_folder_loads_both_ways(vlm: Vlm, tmp_path: Path, vlm_folder: Callable[[str], Path], name: str) -> None:
     first = batch(vlm, [vlm.template.turns(ONE)])
     changed = load_vlm(vlm_folder(name))
