@@ -40,7 +40,7 @@ def packages() -> Callable[[str], Path]:
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders of tiny models with random weights: ``image``, ``text``, ``decoder``."""
     root = tmp_path_factory.mktemp("tiny")
-    for name, write in (("image", _write_tower), ("text", _write_text_tower), ("decoder", _write_decoder)):
+    for name, write in (("image", _write_tower), ("text", _write_text_tower), ("decoder", write_decoder)):
         (root / name).mkdir()
         write(root / name)
     return {name: root / name for name in ("image", "text", "decoder")}
@@ -97,7 +97,7 @@ def _write_text_tower(folder: Path) -> None:
     BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=32)).save_pretrained(folder)
 
 
-def _write_decoder(folder: Path) -> None:
+def write_decoder(folder: Path) -> None:
     """A Llama of two layers that reads bytes, with ChatML."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

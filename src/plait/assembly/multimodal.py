@@ -223,7 +223,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         "model_type": "plait-multimodal",
         "widths": {modality: tower.encoder.d_out for modality, tower in built.towers.items()},
         "text_config": built.language.model.config.to_dict(),
-        "connectors": built.connectors.model_dump(mode="json", exclude_none=True),
+        "connectors": built.connectors.model_dump(mode="json"),
         "words": next((len(m.words) for m in built.model.connectors.modules() if isinstance(m, ToWords)), 0),
     }
     write_json(folder / _CONFIG, config)

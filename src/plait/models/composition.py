@@ -104,14 +104,14 @@ class Composition(Spec):
 
     @model_validator(mode="after")
     def _together(self) -> "Composition":
-        there = [m for m in MODALITIES if getattr(self.encoders, m) is not None]
-        joined = [m for m in MODALITIES if getattr(self.connectors, m) is not None]
+        chosen = self.connectors.by_modality()
+        there, joined = [m for m in MODALITIES if getattr(self.encoders, m, None) is not None], list(chosen)
         if there != joined or not there:
             raise ValueError(
                 f"there are encoders for {', '.join(there) or 'nothing'} and connectors for "
                 f"{', '.join(joined) or 'nothing'}: give each encoder a connector"
             )
-        inside = [m for m in joined if isinstance(getattr(self.connectors, m), GatedCrossAttention)]
+        inside = [modality for modality, spec in chosen.items() if isinstance(spec, GatedCrossAttention)]
         if len(inside) > 1:
             raise ValueError(f"{' and '.join(inside)} are both read inside the decoder: splice one of them in")
         return self
