@@ -19,7 +19,8 @@ def collate(
     samples: Sequence[tuple[str, Rendered]],
     features: Mapping[str, Patches],
     *,
-    grid_out: Callable[[Tensor], Tensor],
+    grid_out: Callable[[Tensor], Tensor] | None = None,
+    slots: Callable[[Patches], Tensor] | None = None,
     encoded: bool,
     row: int,
     pad: int,
@@ -35,6 +36,7 @@ def collate(
         features: Patches by the sha256 of the picture, of one item or several (overview and tiles): pixels, or features
             of a frozen tower.
         grid_out: The model's token account from these very patches on: grids in, grids of media tokens out.
+        slots: The same for models whose account is more than the grid: patches in, tokens of each item out.
         encoded: Whether ``features`` are a tower's features rather than pixels.
         row: Tokens a row holds.
         pad: Id of padding.
@@ -44,6 +46,9 @@ def collate(
         DataError: A sample is longer than a row, there are more rows than ``rows``, a picture has no features, or it
             becomes another number of tokens than it has placeholders.
     """
+    account = slots if grid_out is None else _by_grid(grid_out)
+    if account is None:
+        raise TypeError("give grid_out or slots: what the model makes of these patches")
     for sample_id, rendered in samples:
         _fits(sample_id, rendered, row)
     packed = pack([len(rendered) for _, rendered in samples], row=row)
@@ -68,7 +73,7 @@ def collate(
             token_ids[number, at:end] = ids
             labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
             segments[number, at:end] = segment
-            found = _pictures(sample_id, rendered, features, grid_out=grid_out)
+            found = _pictures(sample_id, rendered, features, account=account)
             items += found
             item_row += [number] * sum(len(picture.grid) for picture in found)
             at = end
@@ -122,6 +127,13 @@ def split_rows(batch: Batch, pieces: int) -> list[Batch]:
     return found
 
 
+def _by_grid(grid_out: Callable[[Tensor], Tensor]) -> Callable[[Patches], Tensor]:
+    def tokens(item: Patches) -> Tensor:
+        return grid_out(item.grid).prod(1)
+
+    return tokens
+
+
 def _fits(sample_id: str, rendered: Rendered, row: int) -> None:
     if len(rendered) > row:
         raise DataError(
@@ -132,7 +144,7 @@ def _fits(sample_id: str, rendered: Rendered, row: int) -> None:
 
 
 def _pictures(
-    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, grid_out: Callable[[Tensor], Tensor]
+    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, account: Callable[[Patches], Tensor]
 ) -> list[Patches]:
     """The patches of a sample's pictures in reading order, each checked against its placeholders."""
     found: list[Patches] = []
@@ -145,7 +157,7 @@ def _pictures(
                 remedy="compute the features of all pictures of the split first",
             )
         item = features[ref.sha256]
-        came: list[int] = grid_out(item.grid).prod(1).tolist()
+        came: list[int] = account(item).tolist()
         if sum(came) != expected:
             size = f" of {ref.width} x {ref.height} pixels" if ref.width and ref.height else ""
             items = f"{len(came)} items" if len(came) != 1 else "1 item"

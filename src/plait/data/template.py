@@ -93,7 +93,7 @@ class Template:
                 would never learn to stop.
         """
         for turn in turns:
-            self._trainable(turn, place)
+            check_trainable(turn, place)
         contents = [part for turn in turns for part in turn.parts]
         trained = [turn.trained for turn in turns for _ in turn.parts]
         last = [number == len(turn.parts) - 1 for turn in turns for number in range(len(turn.parts))]
@@ -157,24 +157,6 @@ class Template:
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
 
-    @staticmethod
-    def _trainable(turn: Turn, place: str) -> None:
-        if not turn.trained:
-            return
-        pictures = sum(isinstance(part, MediaRef) for part in turn.parts)
-        if pictures:
-            raise DataError(
-                f"a trained {turn.role} turn holds {pictures} pictures; a placeholder is no word a model could write",
-                place=place,
-                remedy="put pictures into turns that are not trained",
-            )
-        if not turn.parts:
-            raise DataError(
-                f"a trained {turn.role} turn is empty",
-                place=place,
-                remedy='give it a text (an empty one, "", trains the end of the turn alone), or do not train it',
-            )
-
     def _closing(self, ids: list[int], text: str) -> int:
         """How many of the template's ids after a trained content are trained too: through the end-of-turn token."""
         end = self.tokenizer.eos_token_id
@@ -186,3 +168,26 @@ class Template:
                 remedy="set the tokenizer's eos_token to the one that its chat template writes after an answer",
             )
         return ids.index(end) + 1
+
+
+def check_trainable(turn: Turn, place: str) -> None:
+    """Refuse a trained turn that no loss can be taken on.
+
+    Raises:
+        DataError: It holds a picture, or nothing.
+    """
+    if not turn.trained:
+        return
+    pictures = sum(isinstance(part, MediaRef) for part in turn.parts)
+    if pictures:
+        raise DataError(
+            f"a trained {turn.role} turn holds {pictures} pictures; a placeholder is no word a model could write",
+            place=place,
+            remedy="put pictures into turns that are not trained",
+        )
+    if not turn.parts:
+        raise DataError(
+            f"a trained {turn.role} turn is empty",
+            place=place,
+            remedy='give it a text (an empty one, "", trains the end of the turn alone), or do not train it',
+        )

@@ -211,7 +211,7 @@ class MultimodalLM(nn.Module):
         if unknown:
             raise DataError(
                 f"the batch has {', '.join(sorted(unknown))}, this model reads {', '.join(sorted(self.connectors))}",
-                place=_some(batch.sample_ids),
+                place=some(batch.sample_ids),
                 remedy="leave those media out, or build the model with a connector for them",
             )
         holes = {modality: batch.token_ids == number for modality, number in self.placeholders.items()}
@@ -222,11 +222,11 @@ class MultimodalLM(nn.Module):
             media, item_row = self.media_tokens(batch, modality)
             if modality == self.inside and len(media.grid):
                 marks = Patches(values=self.mark.expand(len(media.grid), -1), grid=torch.ones_like(media.grid))
-                _check_places(batch, places, media=marks, item_row=item_row)
+                check_places(batch, places, media=marks, item_row=item_row)
                 view = latest_item(media, item_row=item_row, marks=places, segment_ids=batch.segment_ids)
                 media = marks
             else:
-                _check_places(batch, places, media=media, item_row=item_row)
+                check_places(batch, places, media=media, item_row=item_row)
             words = words.masked_scatter(places[..., None], media.values.to(words.dtype))
         return words, view
 
@@ -258,14 +258,18 @@ def predicting(labels: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     return out
 
 
-def _check_places(batch: Batch, holes: Bool[Tensor, "b t"], *, media: Patches, item_row: Int[Tensor, " item"]) -> None:
-    """Each item's tokens must go to the row it belongs to, and all of them into one sample."""
+def check_places(batch: Batch, holes: Bool[Tensor, "b t"], *, media: Patches, item_row: Int[Tensor, " item"]) -> None:
+    """Each item's tokens must go to the row it belongs to, and all of them into one sample.
+
+    Raises:
+        DataError: They do not; says row, sample and both numbers.
+    """
     tokens = media.grid.prod(1)
     if len(item_row) != len(tokens) or int(tokens.sum()) != len(media.values):
         raise DataError(
             f"{len(tokens)} media items of {int(tokens.sum())} tokens by their grids; {len(item_row)} items have a "
             f"row, {len(media.values)} tokens came",
-            place=_some(batch.sample_ids),
+            place=some(batch.sample_ids),
             remedy="give the row of every item in Batch.item_row, and let grid_out and forward of the connector agree",
         )
     hole_row, hole_at = holes.nonzero(as_tuple=True)
@@ -286,10 +290,10 @@ def _misplaced(batch: Batch, holes: Bool[Tensor, "b t"], *, tokens: list[int], i
         items = [n for n, r in zip(tokens, item_row, strict=True) if r == row]
         if wanted != sum(items):
             cause = f"row {row} has {wanted} placeholders, {sum(items)} media tokens ({len(items)} items of {items})"
-            return DataError(cause, place=f"row {row}, {_some(names[row])}", remedy=remedy)
+            return DataError(cause, place=f"row {row}, {some(names[row])}", remedy=remedy)
     if item_row != sorted(item_row) or any(not 0 <= row < len(names) for row in item_row):
         cause = f"media items are not in the order of the batch's {len(names)} rows: {item_row}"
-        return DataError(cause, place=_some(batch.sample_ids), remedy=remedy)
+        return DataError(cause, place=some(batch.sample_ids), remedy=remedy)
     number = 0
     for row, segments in enumerate(batch.segment_ids.tolist()):
         places = [s for s, hole in zip(segments, holes[row].tolist(), strict=True) if hole]
@@ -302,7 +306,7 @@ def _misplaced(batch: Batch, holes: Bool[Tensor, "b t"], *, tokens: list[int], i
                 )
                 known = item[0] > 0 and len(names[row]) == max(segments)
                 sample = names[row][item[0] - 1 :][:1] if known else names[row]
-                return DataError(cause, place=f"row {row}, {_some(sample)}", remedy=remedy)
+                return DataError(cause, place=f"row {row}, {some(sample)}", remedy=remedy)
             number += 1
     raise AssertionError("only called when something is misplaced")
 
@@ -316,7 +320,8 @@ def _samples_of_rows(batch: Batch) -> list[tuple[str, ...]]:
     return [tuple(next(ids) for _ in range(count)) for count in counts]
 
 
-def _some(sample_ids: tuple[str, ...]) -> str:
+def some(sample_ids: tuple[str, ...]) -> str:
+    """A place for errors: the first samples, and how many more."""
     if not sample_ids:
         return "no sample"
     more = f" and {len(sample_ids) - 4} more" if len(sample_ids) > 4 else ""
