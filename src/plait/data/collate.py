@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,17 @@ from plait.core.types import Modality
 from plait.data.packing import pack
 from plait.data.template import Rendered
 
+Account = Callable[[Tensor], Tensor] | Mapping[Modality, Callable[[Tensor], Tensor]]
+"""Grids in, grids of media tokens out: for pictures, or for each modality that there is."""
+
+_KINDS: Mapping[Modality, str] = {"image": "picture", "audio": "sound"}
+
 
 def collate(
     samples: Sequence[tuple[str, Rendered]],
     features: Mapping[str, Patches],
     *,
-    grid_out: Callable[[Tensor], Tensor],
+    grid_out: Account,
     encoded: bool,
     row: int,
     pad: int,
@@ -27,21 +32,22 @@ def collate(
 ) -> Batch:
     """Pack samples into rows of one fixed length.
 
-    Media are concatenated in the order in which their placeholders stand in the batch, row by row, so that a model
-    fills placeholders from left to right.
+    Media of one modality are concatenated in the order in which their placeholders stand in the batch, row by row, so
+    that a model fills placeholders from left to right.
 
     Args:
         samples: Id and rendering.
-        features: One item's patches by the sha256 of the picture: pixels, or features of a frozen tower.
-        grid_out: The model's token account from these very patches on: grids in, grids of media tokens out.
-        encoded: Whether ``features`` are a tower's features rather than pixels.
+        features: One item's patches by the sha256 of its bytes: raw media, or features of a frozen tower.
+        grid_out: The model's token account from these very patches on.
+        encoded: Whether ``features`` are a tower's features rather than raw media.
         row: Tokens a row holds.
         pad: Id of padding.
         rows: Rows of the batch, filled up with padding (fixed shapes are planned once); None for as many as needed.
 
     Raises:
-        DataError: A sample is longer than a row, there are more rows than ``rows``, a picture has no features, or it
-            becomes another number of tokens than it has placeholders.
+        DataError: A sample is longer than a row, there are more rows than ``rows``, a picture or sound has no features,
+            or it becomes another number of tokens than it has placeholders.
+        KeyError: ``grid_out`` lacks a modality that a sample has.
     """
     for sample_id, rendered in samples:
         _fits(sample_id, rendered, row)
@@ -56,8 +62,8 @@ def collate(
     token_ids = torch.full((height, row), pad, dtype=torch.long)
     labels = torch.full((height, row), IGNORE, dtype=torch.long)
     segments = torch.zeros((height, row), dtype=torch.long)
-    items: list[Patches] = []
-    item_row: list[int] = []
+    items: dict[Modality, list[Patches]] = {}
+    item_row: dict[Modality, list[int]] = {}
     for number, members in enumerate(packed):
         at = 0
         for segment, index in enumerate(members, 1):
@@ -67,16 +73,16 @@ def collate(
             token_ids[number, at:end] = ids
             labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
             segments[number, at:end] = segment
-            items += _pictures(sample_id, rendered, features, grid_out=grid_out)
-            item_row += [number] * len(rendered.media)
+            for modality, found in _media(sample_id, rendered, features, grid_out=grid_out):
+                items.setdefault(modality, []).append(found)
+                item_row.setdefault(modality, []).append(number)
             at = end
-    media: dict[Modality, Patches] = {"image": joined(items)} if items else {}
     return Batch(
         token_ids=token_ids,
         labels=labels,
         segment_ids=segments,
-        media=media,
-        item_row={"image": torch.tensor(item_row)} if items else {},
+        media={modality: joined(found) for modality, found in items.items()},
+        item_row={modality: torch.tensor(rows_of) for modality, rows_of in item_row.items()},
         sample_ids=tuple(samples[index][0] for members in packed for index in members),
         encoded=encoded,
     )
@@ -123,33 +129,33 @@ def split_rows(batch: Batch, pieces: int) -> list[Batch]:
 def _fits(sample_id: str, rendered: Rendered, row: int) -> None:
     if len(rendered) > row:
         raise DataError(
-            f"{len(rendered)} tokens ({sum(rendered.slots)} of them pictures), a row holds {row}",
+            f"{len(rendered)} tokens ({sum(rendered.slots)} of them media), a row holds {row}",
             place=f"sample {sample_id}",
             remedy=f"set the row length to {len(rendered)} or more",
         )
 
 
-def _pictures(
-    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, grid_out: Callable[[Tensor], Tensor]
-) -> list[Patches]:
-    """The patches of a sample's pictures in reading order, each checked against its placeholders."""
-    found: list[Patches] = []
+def _media(
+    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, grid_out: Account
+) -> Iterator[tuple[Modality, Patches]]:
+    """The patches of a sample's media in reading order, each checked against its placeholders."""
     for number, (ref, expected) in enumerate(zip(rendered.media, rendered.slots, strict=True), 1):
-        place = f"sample {sample_id}, picture {number} ({ref.sha256[:12]})"
+        kind = _KINDS.get(ref.modality, ref.modality)
+        place = f"sample {sample_id}, {kind} {number} ({ref.sha256[:12]})"
         if ref.sha256 not in features:
             raise DataError(
-                "the picture has no features",
+                f"the {kind} has no features",
                 place=place,
-                remedy="compute the features of all pictures of the split first",
+                remedy=f"compute the features of all {kind}s of the split first",
             )
         item = features[ref.sha256]
-        came: list[int] = grid_out(item.grid).prod(1).tolist()
+        account = grid_out[ref.modality] if isinstance(grid_out, Mapping) else grid_out
+        came: list[int] = account(item.grid).prod(1).tolist()
         if came != [expected]:
             grids = item.grid.tolist()
             raise DataError(
-                f"{expected} placeholders for the picture, {' + '.join(map(str, came))} media tokens (grid {grids})",
+                f"{expected} placeholders for the {kind}, {' + '.join(map(str, came))} media tokens (grid {grids})",
                 place=place,
                 remedy="render with the token account (grid_out) of the model and the features that are trained with",
             )
-        found.append(item)
-    return found
+        yield ref.modality, item

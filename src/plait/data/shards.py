@@ -40,7 +40,7 @@ _FORMAT = 2
 _RECORD = ".json"
 
 Entry = tuple[Sample, Mapping[str, bytes]]
-"""A sample and the encoded pictures and sounds stored with it, by sha256; one that is not given must have a ``uri`` already."""
+"""A sample and the encoded media stored with it, by sha256; what is not given must have a ``uri`` already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

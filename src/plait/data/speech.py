@@ -39,7 +39,8 @@ REFUSED: Mapping[str, str] = {
 """Why a text is not spoken: name and meaning."""
 
 _ANSWER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-_SYNCHRONOUS, _DO_NOT_EXIT, _UTF8, _SPEED = 2, 0x8000, 1, 1  # numbers of espeak-ng's speak_lib.h
+_SYNCHRONOUS, _DO_NOT_EXIT, _UTF8, _SPEED, _VOLUME = 2, 0x8000, 1, 1, 2  # numbers of espeak-ng's speak_lib.h
+_QUIET = 50  # of 100: at 100 some voices clip
 
 
 def refusal(text: str) -> str:
@@ -178,6 +179,7 @@ def _synthesize(text: str, voice: str, speed: int) -> tuple[bytes, int]:
         _succeed(library.espeak_SetVoiceByName(voice.encode()), "no such voice", voice)
         _succeed(library.espeak_SetParameter(_SPEED, speed, 0), "no such speed", f"{speed} words a minute")
         content = text.encode() + b"\0"
+        _succeed(library.espeak_SetParameter(_VOLUME, _QUIET, 0), "no such volume", str(_QUIET))
         size = ctypes.c_size_t(len(content))
         _succeed(library.espeak_Synth(content, size, 0, 0, 0, _UTF8, None, None), "it does not speak", text[:40])
         library.espeak_Terminate()

@@ -17,7 +17,7 @@ from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.shards import Entry
 from plait.data.sounds import decode_sound
 from plait.data.sources import rank
-from plait.data.speech import REFUSED, check_voice, refusal, speak
+from plait.data.speech import RATE, REFUSED, check_voice, refusal, speak
 
 STAYS: Mapping[str, str] = {
     "not-asked": "of a task or share that is to stay written",
@@ -80,9 +80,14 @@ class Spoken:
     voices: Counter[str] = field(default_factory=Counter[str])
     written: Counter[str] = field(default_factory=Counter[str])
 
-    def as_dict(self, rate: int) -> dict[str, Any]:
-        """Plain data, lengths in seconds."""
-        numbers = {"spoken": self.spoken, "sounds": self.sounds, "seconds": round(self.samples / rate, 1)}
+    @property
+    def seconds(self) -> float:
+        """Length of all sounds."""
+        return self.samples / RATE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        numbers = {"spoken": self.spoken, "sounds": self.sounds, "seconds": round(self.seconds, 1)}
         return numbers | {"voices": dict(sorted(self.voices.items())), "written": dict(sorted(self.written.items()))}
 
 

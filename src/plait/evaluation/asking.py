@@ -16,7 +16,7 @@ from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.tensors import Patches
-from plait.core.types import Completion, MediaRef, Request, Sample, Turn
+from plait.core.types import Completion, MediaRef, Request, Sample, Text, Turn
 from plait.data.collate import joined
 from plait.evaluation.answers import Asked
 from plait.inference.engine import Engine
@@ -94,7 +94,7 @@ def show_answers(
             "split": split,
             "task": sample.meta["task"],
             "uri": sample.media()[0].uri,
-            "question": sample.text("user"),
+            "question": question(sample),
             "target": sample.text("assistant"),
             "answer": answer.text.strip(),
         }
@@ -114,13 +114,22 @@ def _characters(turns: Iterable[Turn]) -> int:
     return sum(len(part.text) for turn in turns for part in turn.parts if not isinstance(part, MediaRef))
 
 
+def question(sample: Sample) -> str:
+    """What is asked, whether written or spoken."""
+    return str(sample.meta.get("question") or sample.text("user"))
+
+
 def blanked(sample: Sample) -> Sample:
-    """The same question about a white picture; :func:`white_pictures` has its features."""
+    """The same question about a white picture, and heard as before; :func:`white_pictures` has its features."""
     turns = (
-        replace(turn, parts=tuple(_WHITE if isinstance(part, MediaRef) else part for part in turn.parts))
+        replace(turn, parts=tuple(_WHITE if _is_picture(part) else part for part in turn.parts))
         for turn in sample.turns
     )
     return replace(sample, turns=tuple(turns))
+
+
+def _is_picture(part: Text | MediaRef) -> bool:
+    return isinstance(part, MediaRef) and part.modality == "image"
 
 
 def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
@@ -175,7 +184,7 @@ def collect(samples: Sequence[Sample], said: Mapping[str, Mapping[str, str]]) ->
             split=sample.meta["split"],
             task=sample.meta["task"],
             uri=sample.media()[0].uri,
-            question=sample.text("user"),
+            question=question(sample),
             target=target(sample),
             group=" ".join(sorted(sample.meta["concepts"])),
             answers={system: answers[sample.id] for system, answers in said.items() if sample.id in answers},

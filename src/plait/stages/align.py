@@ -254,7 +254,7 @@ class Align(Stage):
         template = built.template
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
-            features=questions.stores[0],
+            features=questions.features,
             grid_out=built.connector.grid_out,
             batch_size=self.batch_size,
             row=self.row,
