@@ -107,6 +107,8 @@ def decode_sound(data: bytes, *, place: str, limits: SoundLimits = SOUND_LIMITS)
         with wave.open(io.BytesIO(data), "rb") as file:
             channels, width, rate, count, *_ = file.getparams()
             _check(channels, rate, count, place=place, limits=limits)
+            if width > 4:
+                raise wave.Error(f"{8 * width} bits a sample")
             frames = file.readframes(count)
     except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: chunks that end before they begin
         cause = f"the WAV sound is damaged: {error or 'it ends inside its header'}"

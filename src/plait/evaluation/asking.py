@@ -132,12 +132,13 @@ def _is_picture(part: Text | MediaRef) -> bool:
     return isinstance(part, MediaRef) and part.modality == "image"
 
 
-def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
-    """A white picture, whatever is asked for: prepared and encoded once, as all pictures of the model are.
+def white_pictures(built: Multimodal, *, dtype: torch.dtype, others: Pictures | None = None) -> Pictures:
+    """A white picture, whichever is asked for: prepared and encoded once, as all pictures of the model are.
 
     Args:
         built: Whose tower and contract; on the CPU.
         dtype: Of the features it is compared with, which a cache keeps in 16 bits.
+        others: Features of what is no picture: they stay as they are.
     """
     side = built.image.contract.size
     with torch.inference_mode():
@@ -145,6 +146,8 @@ def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
     white = replace(white, values=white.values.to(dtype))
 
     def media(refs: Sequence[MediaRef]) -> Patches:
+        if others and refs and refs[0].modality != "image":
+            return others(refs)
         return joined([white] * len(refs))
 
     return media

@@ -113,7 +113,7 @@ def test_a_picture_of_another_size_than_its_placeholders_is_named_before_any_for
 
 
 def test_faults_name_the_sample() -> None:
-    with pytest.raises(DataError, match=r"9 tokens \(4 of them pictures\), a row holds 8") as caught:
+    with pytest.raises(DataError, match=r"9 tokens \(4 of them media\), a row holds 8") as caught:
         batch_of([("a", rendered(1, (), 1)), ("long", rendered(5, ("1", "2"), 1))], row=8)
     assert caught.value.place == "sample long"
     with pytest.raises(DataError, match="the picture has no features") as caught:
