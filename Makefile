@@ -3,6 +3,7 @@
 #   make quickstart           install, fetch pictures and weights, run the whole life of a small model
 #   make quickstart CI=1      the same stages, a few minutes
 #   make test                 install what tests need and run them; test-full adds the slow ones
+#   make matrix               every encoder x connector x decoder, walked: writes docs/matrix.json
 #   make lint types arch      style, types, import directions: what tests/house checks too
 #   make bench [BENCH=name]   benchmarks/<name>.py, or all of them
 #   make docs                 rewrite the generated pages, then check links and the map
@@ -35,7 +36,7 @@ UNIT := not slow and not gpu
 # The name of the torch stamp follows the choice: another choice is another install.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_ARGS)' | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-full lint types arch bench docs lock clean fetch install install-dev
+.PHONY: quickstart test test-full matrix lint types arch bench docs lock clean fetch install install-dev
 
 quickstart: install fetch
 	$(BIN)/plait run $(RECIPE)
@@ -45,6 +46,9 @@ test: install-dev fetch
 
 test-full: install-dev fetch
 	@$(call pytest_twice,not gpu)
+
+matrix: install-dev
+	$(BIN)/python -m tests.matrix
 
 # Light tests share the cores, the others have them alone. Both parts always run; the worse result counts.
 define pytest_twice

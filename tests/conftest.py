@@ -40,7 +40,7 @@ def packages() -> Callable[[str], Path]:
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders of tiny models with random weights: ``image``, ``text``, ``decoder``."""
     root = tmp_path_factory.mktemp("tiny")
-    for name, write in (("image", _write_tower), ("text", _write_text_tower), ("decoder", _write_decoder)):
+    for name, write in (("image", _write_tower), ("text", _write_text_tower), ("decoder", write_decoder)):
         (root / name).mkdir()
         write(root / name)
     return {name: root / name for name in ("image", "text", "decoder")}
@@ -52,20 +52,21 @@ def tiny_model(tiny_folders: dict[str, Path]) -> Any:
     import torch
 
     from plait.assembly.language import load_language
-    from plait.assembly.multimodal import ConnectorSizes, build_multimodal
+    from plait.assembly.multimodal import build_multimodal
     from plait.assembly.towers import load_image_tower
+    from plait.models import specs
+    from plait.models.composition import Connectors, PretrainedDecoder
 
     image = load_image_tower(str(tiny_folders["image"]), dtype="float32")
     name = str(tiny_folders["decoder"])
     language = load_language(name, dtype="float32")
     torch.manual_seed(1)
     built = build_multimodal(
-        image,
+        {"image": image},
         language,
-        ConnectorSizes(shuffle=2, d_hidden=24, tokens=3, free=1),
-        name=name,
-        words=torch.randn(7, 32) * 0.2,
-        shape=torch.eye(32),
+        Connectors(image=specs.Words(shuffle=2, d_hidden=24, tokens=3, free=1)),
+        decoder=PretrainedDecoder(name=name),
+        words=(torch.randn(7, 32) * 0.2, torch.eye(32)),
     )
     built.model.eval()
     return built
@@ -96,7 +97,7 @@ def _write_text_tower(folder: Path) -> None:
     BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=32)).save_pretrained(folder)
 
 
-def _write_decoder(folder: Path) -> None:
+def write_decoder(folder: Path) -> None:
     """A Llama of two layers that reads bytes, with ChatML."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

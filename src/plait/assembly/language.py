@@ -1,13 +1,20 @@
-"""Causal language models by name: the packaged SmolLM2, or a local Hugging Face folder."""
+"""Causal language models: the packaged SmolLM2, a local Hugging Face folder, or a new one of any listed family."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from plait.assembly.local import SMOLLM2, find_decoder, fingerprint, quiet
-from plait.assembly.smollm import LanguageModel, load_smollm
+from plait.assembly.local import SMOLLM2, digest, find_decoder, fingerprint, quiet
+from plait.assembly.smollm import LanguageModel, load_smollm, smollm_folder
 from plait.core.errors import CheckpointError
 from plait.core.events import Events
+from plait.models.composition import Decoder, NewDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -38,28 +45,105 @@ def load_language(name: str, *, dtype: str, events: Events | None = None) -> Lan
         found.tokenizer.chat_template = CHATML
     else:
         found = _load_folder(folder, dtype)
+    return _ready(found)
+
+
+def language_of(spec: Decoder, *, dtype: str, events: Events | None = None) -> LanguageModel:
+    """The decoder that settings describe: loaded in ``dtype``, or drawn from torch's generator in float32.
+
+    Raises:
+        ConfigError: No such decoder.
+        ResourceError: Its package is not fetched or damaged.
+        CheckpointError: The folder holds no usable model or tokenizer.
+    """
+    if isinstance(spec, NewDecoder):
+        return new_language(spec, events=events)
+    return load_language(spec.name, dtype=dtype, events=events)
+
+
+def new_language(spec: NewDecoder, *, events: Events | None = None) -> LanguageModel:
+    """A decoder from scratch in float32, its weights drawn from torch's generator; nothing trainable yet.
+
+    Args:
+        spec: Family and sizes.
+        events: Where a one-time conversion of the tokenizer's package is said.
+
+    Raises:
+        ConfigError: No such tokenizer.
+        ResourceError: Its package is not fetched or damaged.
+        CheckpointError: The folder holds no usable tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_decoder(spec.tokenizer)
+    packaged = spec.tokenizer == SMOLLM2
+    if packaged:
+        folder = smollm_folder(events=events)
+    with _readable(folder), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if packaged:
+        tokenizer.chat_template = CHATML
+    with quiet():
+        model = AutoModelForCausalLM.from_config(_config(spec, tokenizer))
+    key = digest({"decoder": spec.model_dump(mode="json"), "tokenizer": fingerprint(folder)})
+    return _ready(LanguageModel(model=model.eval(), tokenizer=tokenizer, folder=folder, key=key))
+
+
+def _ready(found: LanguageModel) -> LanguageModel:
     found.model.requires_grad_(requires_grad=False)
     # Rows are short here; torch's fused attention for CPUs is slower on them in the backward pass.
     found.model.set_attn_implementation("eager")
     return found
 
 
+def _config(spec: NewDecoder, tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+
+    # The names that all families understand: GPT-2 maps them to its own.
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": spec.d,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "max_position_embeddings": spec.context,
+        "tie_word_embeddings": spec.tied,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if spec.model_type == "gpt2":
+        return AutoConfig.for_model("gpt2", **common, n_inner=spec.d_ff or None)
+    more = {"intermediate_size": spec.d_ff or 4 * spec.d, "num_key_value_heads": spec.kv_heads or spec.heads}
+    if spec.model_type != "qwen2":  # the others may have heads of a width of their own
+        more["head_dim"] = spec.d // spec.heads
+    return AutoConfig.for_model(spec.model_type, **common, **more)
+
+
+def load_trained(folder: Path, *, tokenizer: Any, dtype: str) -> LanguageModel:
+    """A decoder out of a checkpoint, in eval mode, its weights frozen.
+
+    Raises:
+        CheckpointError: The folder holds no usable model.
+    """
+    return _ready(
+        LanguageModel(model=_load_model(folder, dtype), tokenizer=tokenizer, folder=folder, key=fingerprint(folder))
+    )
+
+
 def _load_folder(folder: Path, dtype: str) -> LanguageModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     key = fingerprint(folder)
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"no causal language model can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoModelForCausalLM and AutoTokenizer load",
-        ) from error
+    with _readable(folder), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return LanguageModel(model=_load_model(folder, dtype), tokenizer=tokenizer, folder=folder, key=key)
+
+
+def _load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _readable(folder), quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     if not hasattr(model, "lm_head"):
         raise CheckpointError(
             f"{type(model).__name__} has no lm_head",
@@ -73,4 +157,16 @@ def _load_folder(folder: Path, dtype: str) -> LanguageModel:
             place=str(folder),
             remedy="use a decoder without these settings, such as Llama, Qwen or Mistral",
         )
-    return LanguageModel(model=model.eval(), tokenizer=tokenizer, folder=folder, key=key)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"no causal language model can be read: {error}",
+            place=str(folder),
+            remedy="give a folder that transformers' AutoModelForCausalLM and AutoTokenizer load",
+        ) from error

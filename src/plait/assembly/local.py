@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,13 +122,14 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
+def load_weights(module: nn.Module, path: Path, *, prefix: str = "", names: Collection[str] | None = None) -> None:
     """Put the tensors of a safetensors file into a module that has exactly these.
 
     Args:
         module: Where they go.
         path: The file.
         prefix: Take only those whose names begin so, and cut it off.
+        names: Of the module's tensors, those that the file has; None: all of them.
 
     Raises:
         CheckpointError: The file is damaged, or of another shape; names a tensor with both shapes.
@@ -141,21 +142,26 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", place=str(path), remedy="use an undamaged copy") from error
     weights = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-    put_weights(module, weights, path)
+    put_weights(module, weights, path, names=names)
 
 
-def put_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def put_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], path: Path, *, names: Collection[str] | None = None
+) -> None:
     """Put tensors into a module that has exactly these.
 
     Args:
         module: Has them after this.
         weights: By the module's own names.
         path: Where they come from, for errors.
+        names: Of the module's tensors, those that there must be; None: all of them.
 
     Raises:
         CheckpointError: They are others, or of another shape; names a tensor with both shapes.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if names is not None:
+        wanted = {name: shape for name, shape in wanted.items() if name in names}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != found:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -165,7 +171,7 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             place=str(path),
             remedy="config.json and model.safetensors must come from the same checkpoint",
         )
-    module.load_state_dict(dict(weights))
+    module.load_state_dict(dict(weights), strict=names is None)
 
 
 @contextlib.contextmanager

@@ -1,61 +1,54 @@
-"""Folder ⇄ multimodal model: connector and adapter, and by name and digest the tower and the decoder under them.
+"""Folder ⇄ multimodal model: what was trained, and by name and digest the towers and the decoder under it.
 
-A folder holds ``config.json`` and ``model.safetensors`` (the connector), ``adapter/`` (LoRA, as peft writes it), the
-tokenizer with its chat template, and ``plait.json``: format, composition and media contract. Weights that did not train
-are not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A decoder
-with 8-bit layers is no other decoder's any more: it lies in the folder itself (:mod:`plait.assembly.compressed`).
+A folder holds ``config.json``, ``model.safetensors`` (connectors, layers that read inside the decoder, towers that were
+trained), ``adapter/`` (LoRA, as peft writes it), the tokenizer with its chat template, and ``plait.json``: format,
+composition and media contract. Weights that did not train are not copied: they are packages or folders on this machine,
+and loading refuses any whose digest is another. A decoder that was trained as a whole lies in ``decoder/`` in Hugging
+Face's layout; one with 8-bit layers is no other decoder's any more and lies in the folder itself
+(:mod:`plait.assembly.compressed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.adapters.lora import Lora, load_adapter, save_adapter
+from plait.assembly.audio_towers import AudioTower, load_audio_tower
 from plait.assembly.compressed import load_decoder, save_decoder
-from plait.assembly.language import load_language
-from plait.assembly.local import load_weights, quiet
+from plait.assembly.language import load_language, load_trained
+from plait.assembly.local import fingerprint, load_weights, quiet
 from plait.assembly.record import PLAIT, read_record, write_record
+from plait.assembly.scratch import SCRATCH, read_spec
 from plait.assembly.smollm import LanguageModel
-from plait.assembly.towers import ImageTower, load_image_tower
-from plait.core.errors import CheckpointError, PlaitError
+from plait.assembly.towers import ImageTower, load_image_tower, scratch_tower
+from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
-from plait.core.types import MediaRef
+from plait.core.types import MediaRef, Modality
 from plait.data.template import Template
-from plait.models.connectors.projection import Chain, Mlp, PixelShuffle, Split
-from plait.models.connectors.words import ToWords
+from plait.models import specs
+from plait.models.build import build_connector, build_reading
+from plait.models.composition import MODALITIES, Connectors, Decoder, PretrainedDecoder
+from plait.models.connectors.words import ToWords, shape_of
+from plait.models.crossattend import layers_of, plain
 from plait.models.multimodal import MultimodalLM
 from plait.models.quantized import quantized_layers
 
 ADAPTER = "adapter"
+DECODER = "decoder"
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectorSizes:
-    """Shape of the connector.
-
-    Attributes:
-        shuffle: So many cells a side are joined before they are projected.
-        d_hidden: Width between its two layers.
-        dropout: Share of inputs and hidden units dropped while training.
-        tokens: Tokens that a joined cell becomes.
-        free: How many of these are not mixtures of words.
-    """
-
-    shuffle: int = 2
-    d_hidden: int = 1024
-    dropout: float = 0.0
-    tokens: int = 6
-    free: int = 2
+Tower = ImageTower | AudioTower
+"""What comes before a connector: an encoder with what prepares its media."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,41 +56,59 @@ class Multimodal:
     """A model with everything that must stay together from training to serving.
 
     Attributes:
-        model: Tower, connector and decoder.
-        image: The picture tower with its media contract.
+        model: Towers, connectors and decoder.
+        towers: With their media contracts, by modality.
         language: The decoder with its tokenizer and chat template.
-        name: Name or folder the decoder was loaded by.
-        sizes: Of the connector.
+        connectors: Of each modality, as settings.
+        decoder: What the decoder was before training.
+        whole: Whether the decoder itself is trained, so that its weights belong to this model.
         lora: How adapters are attached; None where there are none.
     """
 
     model: MultimodalLM
-    image: ImageTower
+    towers: Mapping[Modality, Tower]
     language: LanguageModel
-    name: str
-    sizes: ConnectorSizes
+    connectors: Connectors
+    decoder: Decoder
+    whole: bool = False
     lora: Lora | None = None
 
     @property
-    def connector(self) -> Chain:
-        """Of pictures."""
-        found = self.model.connectors["image"]
-        assert isinstance(found, Chain)
+    def image(self) -> ImageTower:
+        """The picture tower.
+
+        Raises:
+            ConfigError: The model reads no pictures.
+        """
+        found = self.towers.get("image")
+        if not isinstance(found, ImageTower):
+            raise ConfigError(
+                f"this model reads {', '.join(self.towers)}, no pictures",
+                remedy="give it an encoder and a connector for pictures",
+            )
         return found
 
     @property
-    def onto(self) -> ToWords:
-        """The connector's last part."""
-        found = self.connector.parts[-1]
-        assert isinstance(found, ToWords)
-        return found
+    def connector(self) -> nn.Module:
+        """Of pictures."""
+        return self.model.connectors["image"]
 
     @property
     def slots_per_picture(self) -> int:
-        """Tokens a picture becomes: the contract makes all pictures one size."""
+        """Placeholders of a picture: the contract makes all pictures one size."""
+        side = self.image.contract.size
+        return int(self.model.slots("image", self.image.encoder.grid_out(torch.tensor([[1, side, side]]))))
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """What the connector makes of a picture; as many as its placeholders unless they are read inside."""
         side = self.image.contract.size
         cells = self.image.encoder.grid_out(torch.tensor([[1, side, side]]))
-        return int(self.connector.grid_out(cells).prod())
+        return int(self.connector.grid_out(cells).prod())  # pyright: ignore[reportCallIssue]
+
+    def slot_grid(self, grid: Tensor) -> Tensor:
+        """The token account of pictures, from their features on: grids in, grids of placeholders out."""
+        return self.model.slot_grid("image", grid)
 
     @property
     def template(self) -> Template:
@@ -125,31 +136,77 @@ class Multimodal:
         """The same model, said to have these adapters (:func:`plait.adapters.lora.attach` puts them in)."""
         return replace(self, lora=lora)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors that ``model.safetensors`` keeps: all but those of frozen towers, and of the decoder proper."""
+        learning = tuple(
+            f"encoders.{modality}." for modality, tower in self.towers.items() if SCRATCH in tower.settings
+        )
+        return {
+            name: value
+            for name, value in self.model.state_dict().items()
+            if name.startswith(learning)
+            or not name.startswith(("encoders.", "decoder."))
+            or (name.startswith("decoder.") and ".reads." in name)
+        }
+
+
+def holds_media(name: str) -> bool:
+    """Whether a tensor of the model makes media readable: a connector's, or a layer's that reads inside the decoder."""
+    return name.startswith("connectors.") or name == "mark" or ".reads." in name
+
 
 def build_multimodal(
-    image: ImageTower, language: LanguageModel, sizes: ConnectorSizes, *, name: str, words: Tensor, shape: Tensor
+    towers: Mapping[Modality, Tower],
+    language: LanguageModel,
+    connectors: Connectors,
+    *,
+    decoder: Decoder,
+    whole: bool = False,
+    words: tuple[Tensor, Tensor] | None = None,
 ) -> Multimodal:
-    """A new connector, drawn from torch's generator, between a tower and a decoder.
+    """New connectors, drawn from torch's generator, between towers and a decoder.
 
     Args:
-        image: Picture tower.
+        towers: By modality.
         language: Decoder.
-        sizes: Of the connector.
-        name: Name or folder the decoder was loaded by.
-        words: Embeddings of the words that picture tokens are mixed from, ``word d``.
-        shape: How the decoder's embeddings spread (:func:`plait.models.connector.shape_of`), ``d d``.
+        connectors: As settings, one for each tower.
+        decoder: What the language model is, as settings.
+        whole: Whether the decoder's weights belong to this model.
+        words: For a connector that speaks in words: embeddings of these words, ``word d``, and how all embeddings
+            spread (:func:`plait.models.connectors.words.shape_of`), ``d d``; None takes the whole vocabulary.
+
+    Raises:
+        ConfigError: A tower has no connector, or sizes do not fit together.
     """
-    shuffle = PixelShuffle(image.encoder.d_out, sizes.shuffle)
-    wide = words.shape[1] * sizes.tokens
-    mlp = Mlp(shuffle.d_out, sizes.d_hidden, wide, dropout=sizes.dropout)
-    onto = ToWords(words.float(), shape, count=sizes.tokens, free=sizes.free)
-    connector = Chain(shuffle, mlp, Split(wide, sizes.tokens), onto)
-    encoder = image.encoder
-    assert isinstance(encoder, torch.nn.Module)
-    # The first id beyond both vocabularies: no text becomes it, and no decoder can write it.
-    placeholder = max(language.model.config.vocab_size, len(language.tokenizer))
-    model = MultimodalLM({"image": encoder}, {"image": connector}, language.model, placeholder=placeholder)
-    return Multimodal(model=model, image=image, language=language, name=name, sizes=sizes)
+    chosen = connectors.by_modality()
+    if set(chosen) != set(towers):
+        raise ConfigError(
+            f"towers for {', '.join(towers)}; connectors for {', '.join(chosen)}",
+            place="connectors",
+            remedy="give each tower a connector",
+        )
+    if words is None and any(isinstance(spec, specs.Words) for spec in chosen.values()):
+        table = language.model.get_input_embeddings().get_parameter("weight").detach().float()
+        words = (table, shape_of(table))
+    encoders: dict[str, nn.Module] = {}
+    built: dict[str, nn.Module] = {}
+    reading, inside = None, ""
+    for modality, spec in chosen.items():
+        tower = towers[modality].encoder
+        assert isinstance(tower, nn.Module)
+        width = int(towers[modality].encoder.d_out)
+        encoders[modality] = tower
+        built[modality] = build_connector(spec, d_in=width, d_out=language.width, words=words)
+        if isinstance(spec, specs.GatedCrossAttention):
+            inside, layers = modality, len(layers_of(language.model))
+            reading = build_reading(spec, d_in=width, d=language.width, layers=layers)
+    # The first ids beyond both vocabularies: no text becomes them, and no decoder can write them.
+    first = max(language.model.config.vocab_size, len(language.tokenizer))
+    placeholders = {modality: first + MODALITIES.index(modality) for modality in chosen}
+    model = MultimodalLM(encoders, built, language.model, placeholder=placeholders, reading=reading, inside=inside)
+    return Multimodal(
+        model=model, towers=towers, language=language, connectors=connectors, decoder=decoder, whole=whole
+    )
 
 
 def save_multimodal(built: Multimodal, folder: Path) -> None:
@@ -159,32 +216,57 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         OSError: The disk is full or not writable.
         safetensors.SafetensorError: Likewise.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in built.connector.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in built.own_state().items()}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     config = {
         "architectures": ["MultimodalLM"],
         "model_type": "plait-multimodal",
-        "image_width": built.image.encoder.d_out,
+        "widths": {modality: tower.encoder.d_out for modality, tower in built.towers.items()},
         "text_config": built.language.model.config.to_dict(),
-        "connector": {**asdict(built.sizes), "words": len(built.onto.words)},
+        "connectors": built.connectors.model_dump(mode="json"),
+        "words": next((len(m.words) for m in built.model.connectors.modules() if isinstance(m, ToWords)), 0),
     }
     write_json(folder / _CONFIG, config)
     with quiet():
         built.language.tokenizer.save_pretrained(str(folder))
-    if built.lora is not None:
-        save_adapter(built.language.model, built.lora, folder / ADAPTER, base=built.name)
     dtype = str(built.language.model.dtype).removeprefix("torch.")
-    decoder = {"name": built.name, "dtype": dtype, "key": built.language.key}
-    if quantized_layers(built.language.model):
-        decoder |= save_decoder(built.language.model, folder)
+    decoder = {"spec": built.decoder.model_dump(mode="json"), "dtype": dtype, "key": built.language.key}
+    with plain(built.language.model):
+        if built.lora is not None:
+            save_adapter(built.language.model, built.lora, folder / ADAPTER, base=_name(built.decoder))
+        if quantized_layers(built.language.model):
+            decoder |= save_decoder(built.language.model, folder)
+        elif built.whole:
+            with quiet():
+                built.language.model.save_pretrained(str(folder / DECODER))
+            decoder |= {"folder": DECODER, "key": fingerprint(folder / DECODER)}
     composition = {
-        "image": {**built.image.settings, "key": built.image.key},
+        "towers": {modality: {**tower.settings, "key": tower.key} for modality, tower in built.towers.items()},
         "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
-        "placeholder": built.model.placeholder,
+        "placeholders": built.model.placeholders,
     }
-    media = {"image": {**built.image.contract.as_dict(), "tokens": built.slots_per_picture}}
+    media: dict[str, Any] = {}
+    for modality, tower in built.towers.items():
+        is_image = isinstance(tower, ImageTower)
+        media[modality] = (
+            {**tower.contract.as_dict(), "tokens": built.slots_per_picture} if is_image else {"rate": tower.rate}
+        )
     write_record(folder, kind="multimodal", composition=composition, media=media)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What ``plait.json`` and ``config.json`` say, checked."""
+
+    towers: dict[Modality, dict[str, Any]]
+    decoder: dict[str, Any]
+    spec: Decoder
+    connectors: Connectors
+    words: int
+    text_config: Mapping[str, Any]
+    placeholders: dict[str, int]
+    adapter: bool
 
 
 def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None = None) -> Multimodal:
@@ -196,28 +278,77 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
         events: Where a one-time conversion is said.
 
     Raises:
-        CheckpointError: A file is missing, damaged, of a later format or of another kind; tower or decoder are not
+        CheckpointError: A file is missing, damaged, of another format or of another kind; tower or decoder are not
             those the folder was trained with; or the adapter cannot be left out, being merged into 8-bit weights.
         ResourceError: A package is not fetched.
     """
+    record = _read(folder)
+    towers: dict[Modality, Tower] = {
+        modality: _load_tower(modality, settings, folder=folder, events=events)
+        for modality, settings in record.towers.items()
+    }
+    language, whole = _load_language(record, folder, adapter=adapter, events=events)
+    width = language.width
+    blank = (torch.zeros(record.words, width), torch.zeros(width, width))  # read from the folder below
+    built = build_multimodal(
+        towers, language, record.connectors, decoder=record.spec, whole=whole, words=blank if record.words else None
+    )
+    if built.model.placeholders != record.placeholders:
+        raise CheckpointError(
+            f"placeholders are {record.placeholders}, tokenizer and decoder make them {built.model.placeholders}",
+            place=str(folder / PLAIT),
+            remedy="tokenizer and plait.json must come from the same checkpoint",
+        )
+    load_weights(built.model, folder / _WEIGHTS, names=built.own_state())
+    if record.adapter and adapter:
+        with plain(language.model):
+            built = built.with_lora(load_adapter(language.model, folder / ADAPTER))
+    built.model.eval()
+    built.model.requires_grad_(requires_grad=False)
+    return built
+
+
+def _read(folder: Path) -> _Record:
     record = read_record(folder, kind="multimodal")
     try:
         parts: Mapping[str, Any] = record["composition"]
-        settings = dict(parts["image"])
-        image_key, decoder = settings.pop("key"), dict(parts["decoder"])
         config: Mapping[str, Any] = read_json(folder / _CONFIG)
-        connector = dict(config["connector"])
-        words = int(connector.pop("words"))
-        sizes, shape = ConnectorSizes(**connector), config["text_config"]
-        name, dtype = str(decoder["name"]), str(decoder["dtype"])
-        placeholder, has_adapter = int(parts["placeholder"]), parts["adapter"] is not None
-    except (KeyError, TypeError, ValueError, PlaitError) as error:
+        decoder = {"dtype": parts["decoder"]["dtype"], "key": parts["decoder"]["key"], **parts["decoder"]}
+        return _Record(
+            towers={
+                modality: dict(parts["towers"][modality]) for modality in MODALITIES if modality in parts["towers"]
+            },
+            decoder=decoder,
+            spec=TypeAdapter[Decoder](Decoder).validate_python(decoder["spec"]),
+            connectors=Connectors.model_validate(config["connectors"]),
+            words=int(config["words"]),
+            text_config=config["text_config"],
+            placeholders={str(name): int(number) for name, number in parts["placeholders"].items()},
+            adapter=parts["adapter"] is not None,
+        )
+    except (KeyError, TypeError, ValueError, ValidationError, PlaitError) as error:
         raise CheckpointError(
             f"a field is missing or cannot be read: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy"
         ) from error
-    image = load_image_tower(settings.pop("name"), **settings, events=events)
-    _same("tower", image.key, image_key, folder=folder)
-    tokenizer = _tokenizer(folder)
+
+
+def _load_tower(modality: Modality, settings: dict[str, Any], *, folder: Path, events: Events | None) -> Tower:
+    key = settings.pop("key", "")
+    if SCRATCH in settings:
+        return scratch_tower(read_spec(settings[SCRATCH], folder=folder), dtype=str(settings.get("dtype", "")), key=key)
+    if modality == "audio":
+        found: Tower = load_audio_tower(settings.pop("name"), **settings)
+    else:
+        found = load_image_tower(settings.pop("name"), **settings, events=events)
+    _same(f"{modality} tower", found.key, key, folder=folder)
+    return found
+
+
+def _load_language(
+    record: _Record, folder: Path, *, adapter: bool, events: Events | None
+) -> tuple[LanguageModel, bool]:
+    """The decoder, and whether its weights lie in the folder in full."""
+    decoder, tokenizer = record.decoder, _tokenizer(folder)
     if "weights" in decoder:
         if not adapter:
             raise CheckpointError(
@@ -225,25 +356,21 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
                 place=str(folder),
                 remedy="load the checkpoint that was compressed",
             )
-        language = load_decoder(folder, decoder, shape, tokenizer=tokenizer)
-    else:
-        language = replace(load_language(name, dtype=dtype, events=events), tokenizer=tokenizer)
-        _same("decoder", language.key, decoder["key"], folder=folder)
-    width = language.width
-    blank = {"words": torch.zeros(words, width), "shape": torch.zeros(width, width)}  # read from the folder below
-    built = build_multimodal(image, language, sizes, name=name, **blank)
-    if built.model.placeholder != placeholder:
-        raise CheckpointError(
-            f"the placeholder is {placeholder}, tokenizer and decoder make it {built.model.placeholder}",
-            place=str(folder / PLAIT),
-            remedy="tokenizer and plait.json must come from the same checkpoint",
-        )
-    load_weights(built.connector, folder / _WEIGHTS)
-    if has_adapter and adapter:
-        built = built.with_lora(load_adapter(language.model, folder / ADAPTER))
-    built.model.eval()
-    built.model.requires_grad_(requires_grad=False)
-    return built
+        return load_decoder(folder, decoder, record.text_config, tokenizer=tokenizer), False
+    dtype = str(decoder["dtype"])
+    if "folder" in decoder:
+        language = load_trained(folder / DECODER, tokenizer=tokenizer, dtype=dtype)
+        found = fingerprint(folder / DECODER)
+        _same("decoder", found, decoder["key"], folder=folder)
+        return replace(language, key=found), True
+    language = load_language(_name(record.spec), dtype=dtype, events=events)
+    _same("decoder", language.key, decoder["key"], folder=folder)
+    return replace(language, tokenizer=tokenizer), False
+
+
+def _name(decoder: Decoder) -> str:
+    """Of a pretrained decoder; what a new one is called in an adapter's file."""
+    return decoder.name if isinstance(decoder, PretrainedDecoder) else decoder.model_type
 
 
 def _same(what: str, found: str, wanted: object, *, folder: Path) -> None:

@@ -10,8 +10,8 @@ from plait.core.files import read_json, write_json
 
 PLAIT = "plait.json"
 
-FORMAT = 1
-"""Version of the record; a newer one is refused."""
+FORMAT = 2
+"""Version of the record; another one is refused."""
 
 
 def write_record(folder: Path, *, kind: str, composition: dict[str, Any], media: dict[str, Any]) -> None:
@@ -33,13 +33,13 @@ def read_record(folder: Path, *, kind: str) -> dict[str, Any]:
     """Read what :func:`write_record` wrote.
 
     Raises:
-        CheckpointError: It is missing, damaged, of a later format or of another kind.
+        CheckpointError: It is missing, damaged, of another format or of another kind.
     """
     record = read_fields(folder / PLAIT)
     found, format_ = record.get("kind"), record.get("format")
-    if found != kind or not isinstance(format_, int) or format_ > FORMAT:
+    if found != kind or format_ != FORMAT:
         raise CheckpointError(
-            f"kind {found!r}, format {format_}; expected {kind!r}, at most {FORMAT}",
+            f"kind {found!r}, format {format_}; expected {kind!r}, {FORMAT}",
             place=str(folder / PLAIT),
             remedy=f"give the folder of a {kind} checkpoint, or load it with the version of plait that wrote it",
         )

@@ -82,6 +82,7 @@ class Learned(NamedTuple):
     tower: nn.Module
     contract: ImageContract
     key: str
+    spec: Mapping[str, Any]
 
 
 def holds_tower(folder: Path) -> bool:
@@ -104,4 +105,4 @@ def load_learned(folder: Path) -> Learned:
     tower = build_tower(read_spec(settings, folder=folder))
     load_weights(tower, folder / WEIGHTS, prefix=_PREFIX)
     key = digest({"weights": sha256_file(folder / WEIGHTS), "spec": settings, "contract": contract.as_dict()})
-    return Learned(tower.eval().requires_grad_(False), contract, key)
+    return Learned(tower.eval().requires_grad_(False), contract, key, settings)

@@ -21,7 +21,7 @@ from torch import nn
 from plait.assembly.backbone import load_backbone
 from plait.assembly.contract import ImageContract, read_contract
 from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, converted, digest, find_tower, fingerprint, quiet
-from plait.assembly.scratch import SCRATCH, holds_tower, load_learned
+from plait.assembly.scratch import SCRATCH, build_tower, contract_of, holds_tower, load_learned
 from plait.core.device import choose_dtype
 from plait.core.errors import ConfigError
 from plait.core.events import Events
@@ -136,6 +136,29 @@ def raw_pictures(contract: ImageContract, spec: specs.ScratchImage) -> ImageTowe
     return ImageTower(encoder=RawPixels(), contract=contract, settings=settings, key=digest(_preprocessing(contract)))
 
 
+def scratch_tower(spec: specs.ScratchImage, *, dtype: str = "", key: str = "") -> ImageTower:
+    """A picture tower that belongs to a model, drawn from torch's generator.
+
+    Args:
+        spec: Of the tower.
+        dtype: Number format of its features; "" leaves them as they are.
+        key: Of its weights, where they are known; else of its settings.
+
+    Raises:
+        ConfigError: Its sizes do not fit together.
+    """
+    tower = build_tower(spec)
+    contract = contract_of(spec, tower)
+    assert isinstance(tower, Encoder)
+    settings = {SCRATCH: spec.model_dump(mode="json")} | ({"dtype": dtype} if dtype else {})
+    return ImageTower(
+        encoder=_Rounded(tower, getattr(torch, dtype)) if dtype else tower,
+        contract=contract,
+        settings=settings,
+        key=key or digest({"settings": settings} | _preprocessing(contract)),
+    )
+
+
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:
     """Load a frozen text tower.
 
@@ -229,7 +252,7 @@ class _Rounded(nn.Module):
 def _load_learned(name: str, size: int, dtype: str, *, layer: int) -> ImageTower:
     if layer != -1:
         raise ConfigError(f"layer is {layer}, a tower of our own has only -1", place=name, remedy="leave it out")
-    tower, contract, key = load_learned(Path(name))
+    tower, contract, key, spec = load_learned(Path(name))
     if size not in (0, contract.size):
         raise ConfigError(
             f"size is {size}, this tower learned at {contract.size} pixels",
@@ -241,7 +264,7 @@ def _load_learned(name: str, size: int, dtype: str, *, layer: int) -> ImageTower
         # It computes in float32, as it learned; only its features are rounded.
         encoder=_freeze(_Rounded(tower, getattr(torch, dtype))),
         contract=contract,
-        settings={"name": name, "size": contract.size, "dtype": dtype},
+        settings={SCRATCH: spec, "dtype": dtype},  # a model that uses it keeps its weights
         key=digest({"tower": key, "dtype": dtype} | _preprocessing(contract)),
     )
 

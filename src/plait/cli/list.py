@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "positions")
+KINDS = ("encoders", "connectors", "decoders", "positions")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +29,18 @@ def main(args: argparse.Namespace, out: Out) -> int:
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Kind → parts, each with ``name``, ``about``, ``source``; settings and defaults as the specs have them."""
-    from plait.models import specs
+    from plait.models import composition, specs
 
     positions = [
         {"name": name, "about": about, "source": source, "made_by": made_by}
         for name, (about, source, made_by) in specs.POSITIONS.items()
     ]
-    return {"encoders": _parts(specs.ImageEncoder), "connectors": _parts(specs.Connector), "positions": positions}
+    return {
+        "encoders": _parts(specs.ImageEncoder),
+        "connectors": _parts(specs.Connector),
+        "decoders": _parts(composition.Decoder),
+        "positions": positions,
+    }
 
 
 def _parts(union: Any) -> list[dict[str, Any]]:

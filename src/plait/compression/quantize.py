@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from plait.adapters.lora import merge
-from plait.assembly.multimodal import Multimodal
+from plait.assembly.multimodal import Multimodal, holds_media
 from plait.core.errors import CheckpointError, NumericsError
+from plait.models.crossattend import plain
 from plait.models.quantized import Int8Linear, quantized_layers, swap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +48,26 @@ def quantize_decoder(built: Multimodal) -> Quantized:
     if found := quantized_layers(decoder):
         raise CheckpointError(
             f"{len(found)} layers of the decoder have 8-bit weights already",
-            place=built.name,
+            place="decoder",
             remedy="quantize the model that was tuned or aligned",
         )
+    with plain(decoder):  # what reads media inside it stays as it is
+        return _quantize(decoder, replace(built, lora=None))
+
+
+def _quantize(decoder: PreTrainedModel, built: Multimodal) -> Quantized:
     dtype = decoder.dtype
     # In bfloat16 a merged weight would be rounded before it is quantized.
     decoder.float()
     merged = merge(decoder)
     squares = errors = largest = 0.0
     layers = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    if not layers:
+        raise CheckpointError(
+            f"{type(decoder).__name__} has no linear layers that can be quantized",
+            place="decoder",
+            remedy="use a decoder of the Llama, Qwen or Mistral kind",
+        )
     for name in layers:
         linear = decoder.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -71,7 +87,7 @@ def quantize_decoder(built: Multimodal) -> Quantized:
     decoder.eval()
     decoder.requires_grad_(requires_grad=False)
     return Quantized(
-        built=replace(built, lora=None),
+        built=built,
         layers=len(layers),
         merged=merged,
         error=(errors / max(squares, torch.finfo(torch.float64).tiny)) ** 0.5,
@@ -87,17 +103,20 @@ def part_bytes(built: Multimodal) -> dict[str, int]:
     parts: dict[str, int] = dict.fromkeys(("linear layers", "embeddings and norms", "adapter", "connector"), 0)
     seen: set[int] = set()
     decoder = built.language.model
+    with plain(decoder):
+        state, modules = decoder.state_dict(keep_vars=True), list(decoder.named_modules())
     linear = {
         f"{name}."
-        for name, module in decoder.named_modules()
+        for name, module in modules
         if isinstance(module, nn.Linear | Int8Linear) and name.rpartition(".")[2] != "lm_head" and "lora_" not in name
     }
-    for name, tensor in decoder.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         owner = name.rpartition(".")[0] + "."
         part = "adapter" if "lora_" in name else "linear layers" if owner in linear else "embeddings and norms"
         parts[part] += tensor.numel() * tensor.element_size()
-    parts["connector"] = sum(t.numel() * t.element_size() for t in built.connector.state_dict().values())
+    own = [value for name, value in built.own_state().items() if holds_media(name)]
+    parts["connector"] = sum(value.numel() * value.element_size() for value in own)
     return parts

@@ -53,6 +53,8 @@ class Estimate:
         disk_bytes: What it leaves in the run folder.
         home_bytes: What it leaves under ``PLAIT_HOME``: cached features, converted weights.
         seconds: Shortest and longest expected time.
+        d_image: Width of the features of a picture tower that it trains; 0 where it trains none.
+        cells: Features that such a tower makes of a picture.
         notes: What the estimate rests on, and warnings.
     """
 
@@ -68,3 +70,5 @@ class Estimate:
     home_bytes: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
     notes: tuple[str, ...] = ()
+    d_image: int = 0
+    cells: int = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from plait.assembly.language import language_of
 from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.device import seed_everything
 from plait.core.errors import DataError
@@ -20,6 +21,8 @@ from plait.core.types import Completion, MediaRef, Request, Sample, Text, Turn
 from plait.data.collate import joined
 from plait.evaluation.answers import Asked
 from plait.inference.engine import Engine
+from plait.models.connectors.words import ToWords
+from plait.models.crossattend import remove
 
 _WHITE = MediaRef(modality="image", sha256="0" * 64, uri="white")
 _COLOR = (255, 255, 255)
@@ -163,8 +166,18 @@ def untuned(built: Multimodal, *, seed: int) -> Multimodal:
         seed: Of the connector's weights; torch's generator is seeded.
     """
     seed_everything(seed)
+    language = built.language
+    remove(language.model)
+    if built.whole:  # its weights are no longer those it began with
+        dtype = str(language.model.dtype).removeprefix("torch.")
+        language = replace(language_of(built.decoder, dtype=dtype), tokenizer=language.tokenizer)
+    onto = next((module for module in built.model.connectors.modules() if isinstance(module, ToWords)), None)
     fresh = build_multimodal(
-        built.image, built.language, built.sizes, name=built.name, words=built.onto.words, shape=built.onto.shape
+        built.towers,
+        language,
+        built.connectors,
+        decoder=built.decoder,
+        words=None if onto is None else (onto.words, onto.shape),
     )
     fresh.model.eval()
     fresh.model.requires_grad_(requires_grad=False)

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from plait.core.errors import ConfigError
 from plait.models import specs
-from plait.models.connectors.projection import Chain, Linear, Mlp, PixelShuffle, Unchanged
+from plait.models.connectors.projection import Chain, Linear, Mlp, PixelShuffle, Split, Unchanged
 from plait.models.connectors.query import PerceiverResampler, QFormer, QFormerSizes
+from plait.models.connectors.words import ToWords
 from plait.models.crossattend import GatedCrossAttention
 from plait.models.position.absolute import SinCosGrid
 from plait.models.position.relative import GridBias
@@ -65,11 +66,20 @@ def build_encoder(spec: specs.Part) -> nn.Module:
             )
 
 
-def build_connector(spec: specs.Part, *, d_in: int, d_out: int) -> nn.Module:
+def build_connector(
+    spec: specs.Part, *, d_in: int, d_out: int, words: tuple[Tensor, Tensor] | None = None
+) -> nn.Module:
     """A connector between a tower of width ``d_in`` and a decoder of width ``d_out``.
 
     For gated cross-attention it is what prepares the tower's tokens, of width ``d_in``; its layers are made by
     :func:`build_reading`.
+
+    Args:
+        spec: Which one.
+        d_in: Width of what it takes.
+        d_out: Width of what it gives.
+        words: For :class:`~plait.models.specs.Words`: embeddings of the words that are mixed, ``word d``, and how the
+            decoder's embeddings spread (:func:`~plait.models.connectors.words.shape_of`), ``d d``.
 
     Raises:
         ConfigError: No connector is described so, or heads do not divide the width.
@@ -82,6 +92,13 @@ def build_connector(spec: specs.Part, *, d_in: int, d_out: int) -> nn.Module:
             shuffle = PixelShuffle(d_in, spec.shuffle)
             mlp = Mlp(shuffle.d_out, spec.d_hidden or d_out, d_out, dropout=spec.dropout, norm=spec.norm)
             return Chain(shuffle, mlp) if spec.shuffle > 1 else mlp
+        case specs.Words():
+            assert words is not None
+            shuffle = PixelShuffle(d_in, spec.shuffle)
+            wide = d_out * spec.tokens
+            mlp = Mlp(shuffle.d_out, spec.d_hidden, wide, dropout=spec.dropout)
+            onto = ToWords(words[0].float(), words[1], count=spec.tokens, free=spec.free)
+            return Chain(shuffle, mlp, Split(wide, spec.tokens), onto)
         case specs.QFormer():
             shape = {name: getattr(spec, name) for name in ("d", "depth", "heads", "queries", "every", "dropout")}
             return QFormer(QFormerSizes(d_source=d_in, **shape), d_out=d_out)

@@ -126,9 +126,13 @@ class MultimodalLM(nn.Module):
 
     def slots(self, modality: str, grid: Int[Tensor, "item 3"]) -> Int[Tensor, " item"]:
         """The token account: placeholders that each item of these features has in the text."""
+        return self.slot_grid(modality, grid).prod(1)
+
+    def slot_grid(self, modality: str, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """How an item's placeholders lie: as the connector's tokens, or one that stands for all that is read inside."""
         if modality == self.inside:
-            return torch.ones_like(grid[:, 0])
-        return self.connectors[modality].grid_out(grid).prod(1)  # pyright: ignore[reportCallIssue]
+            return torch.ones_like(grid)
+        return self.connectors[modality].grid_out(grid)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states everywhere; logits only where the next token is trained, in reading order."""

@@ -5,7 +5,7 @@ Every class is one entry of ``plait list``: its first line says what it is, ``so
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.core.spec import Spec
 
@@ -195,6 +195,31 @@ class Mlp(Part):
     """Share of inputs and hidden units dropped while training."""
 
 
+class Words(Part):
+    """two layers, then tokens that are mixtures of the decoder's word embeddings, beside some that are free."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.01341"
+    kind: Literal["words"] = "words"
+    """Which connector this is."""
+    shuffle: Positive = 2
+    """So many cells a side are joined first (pixel shuffle)."""
+    d_hidden: Positive = 1024
+    """Width between the two layers."""
+    dropout: Share = 0.0
+    """Share of inputs and hidden units dropped while training. The tune stage drops in its first phase only: a decoder
+    learns to compare word and picture from clear tokens first (and then from others, see `adapt.drop`)."""
+    tokens: Annotated[int, Field(ge=2)] = 6
+    """Tokens that a joined cell becomes."""
+    free: Positive = 2
+    """How many of these may point anywhere; the others are mixtures of words."""
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "Words":
+        if self.free >= self.tokens:
+            raise ValueError(f"{self.free} of {self.tokens} tokens are free: leave at least one that is a mixture")
+        return self
+
+
 class QFormer(Part):
     """learned queries that look at all tokens every other block (BLIP-2)."""
 
@@ -243,7 +268,7 @@ class GatedCrossAttention(Part):
     """What makes a fixed number of tokens of the picture first; null lets the layers look at all of its tokens."""
 
 
-Connector = Annotated[Linear | Mlp | QFormer | Resampler | GatedCrossAttention, Field(discriminator="kind")]
+Connector = Annotated[Linear | Mlp | Words | QFormer | Resampler | GatedCrossAttention, Field(discriminator="kind")]
 """All connectors."""
 
 

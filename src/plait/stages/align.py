@@ -235,6 +235,7 @@ class Align(Stage):
         return questions, sum(missing.values())
 
     def _unfreeze(self, built: Multimodal, *, place: Path) -> None:
+        from plait.assembly.multimodal import holds_media
         from plait.training.precision import hold_masters
 
         if built.lora is None:
@@ -244,7 +245,7 @@ class Align(Stage):
                 remedy="put 'align' right after a 'tune' stage with LoRA, before 'compress'",
             )
         for name, weight in built.model.named_parameters():
-            weight.requires_grad_("lora_" in name or (self.connector and name.startswith("connectors.")))
+            weight.requires_grad_("lora_" in name or (self.connector and holds_media(name)))
         # The reference is computed in the very numbers that train.
         hold_masters(weight for weight in built.model.parameters() if weight.requires_grad)
 
@@ -255,7 +256,7 @@ class Align(Stage):
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
             features=questions.features,
-            grid_out=built.connector.grid_out,
+            grid_out=built.slot_grid,
             batch_size=self.batch_size,
             row=self.row,
             pad=built.stop,

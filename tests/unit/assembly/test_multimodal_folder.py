@@ -18,6 +18,7 @@ from plait.assembly.multimodal import load_multimodal, save_multimodal
 from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.types import MediaRef, Request, Text, Turn
 from plait.inference.build import build_engine, encode_pictures
+from plait.models.composition import PretrainedDecoder
 
 LORA = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
 
@@ -94,7 +95,7 @@ def test_a_target_that_matches_nothing_is_refused(tiny_model):
     [
         ("plait.json", lambda p: p.unlink(), "plait.json is missing"),
         ("plait.json", lambda p: p.write_text("{"), "not valid JSON"),
-        ("plait.json", lambda p: p.write_text('{"kind": "dual", "format": 1}'), "kind 'dual'"),
+        ("plait.json", lambda p: p.write_text('{"kind": "dual", "format": 2}'), "kind 'dual'"),
         ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:50]), "cannot be read"),
         ("model.safetensors", lambda p: save_file({"x": torch.zeros(1)}, p), "tensors do not fit"),
         ("adapter/adapter_model.safetensors", lambda p: p.write_bytes(b""), "cannot be read"),
@@ -118,7 +119,7 @@ def test_another_tower_or_decoder_is_refused(trained, tiny_folders, tmp_path):
     copy = tmp_path / "decoder"
     shutil.copytree(tiny_folders["decoder"], copy)
     (tmp_path / "model").mkdir()
-    save_multimodal(replace(trained, name=str(copy)), tmp_path / "model")
+    save_multimodal(replace(trained, decoder=PretrainedDecoder(name=str(copy))), tmp_path / "model")
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})

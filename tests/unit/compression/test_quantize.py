@@ -18,6 +18,7 @@ from plait.assembly.compressed import DECODER
 from plait.assembly.multimodal import load_multimodal, save_multimodal
 from plait.compression.quantize import part_bytes, quantize_decoder
 from plait.core.errors import CheckpointError, NumericsError
+from plait.models.composition import PretrainedDecoder
 from plait.models.quantized import Int8Linear, quantized_layers
 
 IDS = torch.tensor([[5, 9, 42, 7, 7, 80, 12, 3, 61, 2]])
@@ -84,7 +85,7 @@ def test_a_folder_gives_the_same_scores_without_the_decoder_it_was_made_from(
     shutil.copytree(tiny_folders["decoder"], base)
     folder.mkdir()
     to(tuned, dtype)
-    made = quantize_decoder(replace(tuned, name=str(base))).built
+    made = quantize_decoder(replace(tuned, decoder=PretrainedDecoder(name=str(base)))).built
     save_multimodal(made, folder)
     shutil.rmtree(base)
     loaded = load_multimodal(folder)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plait.core.estimate import Estimate, Machine
-from plait.stages import tune
-from plait.stages.tune import Adapt, Connect, Tune
+from plait.models.specs import Words
+from plait.stages.tune import Adapt, Tune
+from plait.stages.tuning import needs
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
@@ -25,15 +27,15 @@ def test_importing_the_settings_loads_no_torch() -> None:
     assert said.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("connect", [Connect(), Connect(tokens=4, d_hidden=256, free=1)])
-def test_weights_are_those_of_connector_and_adapter(connect: Connect) -> None:
+@pytest.mark.parametrize("connect", [Words(), Words(tokens=4, d_hidden=256, free=1)])
+def test_weights_are_those_of_connector_and_adapter(connect: Words) -> None:
     import torch
 
     from plait.models.connectors.projection import Chain, Mlp, PixelShuffle, Split
     from plait.models.connectors.words import ToWords
     from plait.training.cost import SMOLLM2_135M, Lora
 
-    shuffle, width = PixelShuffle(tune._IMAGE_WIDTH, 2), SMOLLM2_135M.d_model
+    shuffle, width = PixelShuffle(needs.IMAGE_WIDTH, 2), SMOLLM2_135M.d_model
     with torch.device("meta"):
         wide = width * connect.tokens
         connector = Chain(
@@ -46,8 +48,7 @@ def test_weights_are_those_of_connector_and_adapter(connect: Connect) -> None:
     stage = Tune(connector=connect, adapt=Adapt(rank=8, targets=targets))
     expected = sum(weight.numel() for weight in connector.parameters())
     expected += Lora(rank=8, targets=targets).params(SMOLLM2_135M)
-    # The two numbers that ToWords learns, scale and length, are left out of the estimate.
-    assert stage.estimate(MACHINE, {"data": DATA}).params_trainable == expected - 2
+    assert stage.estimate(MACHINE, {"data": DATA}).params_trainable == expected
 
 
 def test_more_of_anything_costs_more() -> None:
@@ -64,7 +65,7 @@ def test_more_of_anything_costs_more() -> None:
         more = Tune.model_validate(larger).estimate(MACHINE, {"data": DATA})
         assert more.flops > base.flops, larger
         assert more.seconds[1] > base.seconds[1], larger
-    wider = Tune(connector=Connect(d_hidden=4096)).estimate(MACHINE, {"data": DATA})
+    wider = Tune(connector=Words(d_hidden=4096)).estimate(MACHINE, {"data": DATA})
     assert sum(wider.memory.values()) > sum(base.memory.values())
     assert wider.disk_bytes > base.disk_bytes
     assert Tune(views=8).estimate(MACHINE, {"data": DATA}).home_bytes > base.home_bytes
@@ -75,13 +76,43 @@ def test_the_tower_is_the_real_one() -> None:
     from plait.models.towers.convnet import EfficientNetLite
 
     tower = EfficientNetLite()
-    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (tune._IMAGE_WIDTH, tune._IMAGE_WEIGHTS)
+    assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (needs.IMAGE_WIDTH, needs.IMAGE_WEIGHTS)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "qformer", "resampler", "gated-cross-attention"])
+def test_every_connector_has_its_own_account(kind: str) -> None:
+    import torch
+
+    from plait.models.build import build_connector, build_reading
+    from plait.models.specs import GatedCrossAttention
+    from plait.training.cost import SMOLLM2_135M as SHAPE
+    from plait.training.cost import Lora
+
+    stage = Tune.model_validate({"connector": {"kind": kind}, "resolution": 128})
+    found = stage.estimate(MACHINE, {"data": DATA})
+    with torch.device("meta"):
+        parts: list[Any] = [build_connector(stage.connector, d_in=needs.IMAGE_WIDTH, d_out=SHAPE.d_model)]
+        if isinstance(stage.connector, GatedCrossAttention):
+            parts += build_reading(stage.connector, d_in=needs.IMAGE_WIDTH, d=SHAPE.d_model, layers=SHAPE.layers)
+    weights = sum(weight.numel() for part in parts if part is not None for weight in part.parameters())
+    assert found.params_trainable == weights + Lora(rank=16, targets=stage.adapt.targets).params(SHAPE)
+    tokens = {"linear": 16, "mlp": 16, "qformer": 32, "resampler": 64, "gated-cross-attention": 64}[kind]
+    assert any(f"{tokens} tokens a picture" in note for note in found.notes), found.notes
+
+
+def test_a_new_decoder_is_trained_as_a_whole() -> None:
+    stage = Tune.model_validate({"decoder": {"kind": "new", "model_type": "qwen2", "d": 64, "depth": 2, "heads": 4}})
+    assert (stage.adapt.rank, stage.frozen.steps) == (0, 0)
+    found = stage.estimate(MACHINE, {"data": DATA})
+    assert found.params_trainable > 49_152 * 64
+    assert found.params_frozen == needs.IMAGE_WEIGHTS
 
 
 @pytest.mark.real
 def test_the_decoder_is_the_real_one(packages: Callable[[str], Path]) -> None:
     from plait.assembly.smollm import load_smollm
+    from plait.training.cost import SMOLLM2_135M
 
     packages("smollm2")
     decoder = load_smollm(dtype="bfloat16").model
-    assert sum(weight.numel() for weight in decoder.parameters()) == tune._DECODER_WEIGHTS
+    assert sum(weight.numel() for weight in decoder.parameters()) == SMOLLM2_135M.params

@@ -159,6 +159,8 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         memory=memory,
         disk_bytes=checkpoint_bytes(weights=4 * (2 * trained + still), trainable=trained, keep=2) + pictures * 600,
         home_bytes=2 * pixels * pictures,
+        d_image=tower.d_out,
+        cells=tower.tokens,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(
             f"{steps:,} steps of {batch:,} pairs; the picture tower learns from scratch: "

@@ -1,4 +1,4 @@
-"""The three phases of the tune stage: connector to words, connector through the decoder, adapter."""
+"""The phases of the tune stage: connector to words, connector through the decoder, adapter or decoder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 
 from plait.adapters.lora import Lora, attach, cast_inputs, check_targets
-from plait.assembly.language import load_language
-from plait.assembly.multimodal import ConnectorSizes, build_multimodal, save_multimodal
+from plait.assembly.language import language_of
+from plait.assembly.multimodal import build_multimodal, holds_media, save_multimodal
 from plait.assembly.questions import Questions, read_questions
 from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import Compute, seed_everything, setup
-from plait.core.errors import ConfigError, DataError
+from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
@@ -33,15 +33,20 @@ from plait.data.media import STORED, decode_image
 from plait.data.packing import row_length
 from plait.data.shards import ShardReader
 from plait.data.sources import rank
-from plait.data.word_batches import WordBatches, WordList
+from plait.data.word_batches import WordBatches
 from plait.evaluation.asking import show_answers
 from plait.inference.build import build_engine
-from plait.models.connectors.words import WordReader, shape_of
+from plait.models import specs
+from plait.models.composition import Connectors, PretrainedDecoder
+from plait.models.connectors.projection import Chain
+from plait.models.connectors.words import WordReader
+from plait.models.crossattend import plain
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.stage import named_setting
 from plait.stages.tune import Tune
 from plait.stages.tuning.first_batch import draw_first_batch
+from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.loop import fit
 from plait.training.monitor import METRICS
 from plait.training.optim import AdamW
@@ -54,65 +59,64 @@ _SHOWN_EACH = 3
 _SHOWN_TOKENS = 10
 _MILESTONES = 4  # how often they are asked in the last phase
 _NEW = " of new pictures"  # marks questions about pictures that the first phase did not see
-_FILLER = "\n"  # stands in the places after a name's end: no name has it, and decoders know it
 
 
-def tune(spec: Tune, data: Path, folder: Path, *, events: Events) -> dict[str, Any]:
+def tune(spec: Tune, data: Path, folder: Path, *, tower: str, events: Events) -> dict[str, Any]:
     """Run the phases; each continues where it was stopped.
 
     Args:
         spec: How.
         data: Folder of the data stage.
         folder: Of this stage.
+        tower: Name or folder of the picture tower.
         events: Told what happens.
 
     Returns:
         Summary for the seal.
     """
-    work = _Tuning(spec, data, folder, events=events)
+    work = _Tuning(spec, data, folder, tower=tower, events=events)
     work.show(0, "untuned")
-    results = [work.words(), work.frozen(), work.adapt()]
-    return work.summary(results)
+    phases = {"connector": work.frozen} if spec.frozen.steps else {}
+    if work.vocabulary:
+        phases = {"words": work.words, **phases}
+    return work.summary({name: run() for name, run in {**phases, "decoder": work.adapt}.items()})
 
 
 class _Tuning:
     """Model, questions and features, from phase to phase."""
 
-    def __init__(self, spec: Tune, data: Path, folder: Path, *, events: Events) -> None:
+    def __init__(self, spec: Tune, data: Path, folder: Path, *, tower: str, events: Events) -> None:
         self.spec, self.folder, self.events = spec, folder, events
         self.data = sha256_file(data / "done.json")
         self.compute: Compute = setup(device=spec.device, dtype=spec.dtype)
         frozen = self.compute.dtype
         size = spec.resolution
-        image = load_image_tower(spec.image_tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
-        language = load_language(spec.decoder, dtype=frozen, events=events)
-        self.lora = Lora(rank=spec.adapt.rank, alpha=spec.adapt.alpha, targets=spec.adapt.targets)
-        with named_setting(f"stages.{spec.kind}.adapt.targets"):
-            check_targets(language.model, self.lora)  # now, and not after two phases
+        image = load_image_tower(tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
+        decoder = PretrainedDecoder(name=spec.decoder) if isinstance(spec.decoder, str) else spec.decoder
+        seed_everything(spec.seed)
+        language = language_of(decoder, dtype=frozen, events=events)
+        self.lora = None
+        if spec.adapt.rank:
+            self.lora = Lora(rank=spec.adapt.rank, alpha=spec.adapt.alpha, targets=spec.adapt.targets)
+            with named_setting(f"stages.{spec.kind}.adapt.targets"):
+                check_targets(language.model, self.lora)  # now, and not after two phases
         self.shards = data / "shards"
         there = splits_of(self.shards, prefix=PREFIX)
         self.shown = [split for split in HELD_OUT if split in there][:_SHOWN_SPLITS]
         self.questions = self._read(image)
-        tokenizer = language.tokenizer
-        self.names = sorted({s.text("assistant") for s in self._train() if s.meta["task"] == "name.en"})
-        if not self.names:
-            raise DataError(
-                "no question of the training split asks for a name", place=str(data), remedy="keep the task name.en"
-            )
-        self.name_ids = [list(tokenizer(name, add_special_tokens=False).input_ids) for name in self.names]
-        filler = tokenizer(_FILLER, add_special_tokens=False).input_ids[-1]
-        self.words_list = WordList.of(self.name_ids, filler=filler)
-        table = language.model.get_input_embeddings().get_parameter("weight").detach().float()
-        self.name_vectors = torch.stack([table[torch.tensor(ids)].mean(0) for ids in self.name_ids])
+        self.vocabulary = None
+        if isinstance(spec.connector, specs.Words):
+            self.vocabulary = read_vocabulary(self._train(), language, place=data)
         seed_everything(spec.seed)
-        sizes = ConnectorSizes(
-            d_hidden=spec.connector.d_hidden,
-            dropout=spec.connector.dropout,
-            tokens=spec.connector.tokens,
-            free=spec.connector.free,
+        self.built = build_multimodal(
+            {"image": image},
+            language,
+            Connectors(image=spec.connector),
+            decoder=decoder,
+            whole=not spec.adapt.rank,
+            words=self.vocabulary.embeddings if self.vocabulary else None,
         )
-        words = table[torch.tensor(self.words_list.token_ids)]
-        self.built = build_multimodal(image, language, sizes, name=spec.decoder, words=words, shape=shape_of(table))
+        self.built.model.requires_grad_(requires_grad=False)
         self.built.model.to(self.compute.device)
         self.built.model.eval()
         template = self.built.template
@@ -127,7 +131,7 @@ class _Tuning:
             for sample in self._train()
         ]
         new = sum(conversation.task.endswith(_NEW) for conversation in self.conversations)
-        if not new and spec.new_pictures > 0:
+        if self.vocabulary and not new and spec.new_pictures > 0:
             events.note("no question is about a picture that the first phase does not see: new_pictures has no effect")
         check_lengths(self.conversations, most=self.built.context)
         # What does not fit a row, or has no samples, is said before the first phase.
@@ -145,27 +149,31 @@ class _Tuning:
 
     def words(self) -> FitResult:
         """The connector learns which words a picture's name has; only tower features and embeddings are needed."""
-        spec = self.spec.words
+        spec, onto, names = self.spec.words, self.spec.connector, self.vocabulary
+        connector = self.built.connector
+        assert names is not None
+        assert isinstance(onto, specs.Words)
+        assert isinstance(connector, Chain)
         asked = [s for s in self._train() if s.meta["task"] == "name.en"]
         samples = [s for s in asked if s.media()[0].sha256 in self.learned]
-        row = {name: number for number, name in enumerate(self.names)}
-        first = self.spec.connector.tokens - self.spec.connector.free
-        long = sum(len(ids) > first for ids in self.name_ids)
+        row = {name: number for number, name in enumerate(names.names)}
+        first = onto.tokens - onto.free
+        long = sum(len(ids) > first for ids in names.ids)
         if long:
             self.events.note(
-                f"{long:,} of {len(self.name_ids):,} names have more than {first} tokens: of these the connector "
+                f"{long:,} of {len(names.ids):,} names have more than {first} tokens: of these the connector "
                 f"learns the first {first} and the mean of all",
                 long=long,
             )
         batches = WordBatches(
             [s.media()[0].sha256 for s in samples],
             torch.tensor([row[s.text("assistant")] for s in samples]),
-            targets=self.words_list.targets(self.name_ids, count=first),
+            targets=names.words.targets(names.ids, count=first),
             stores=self.questions.stores,
             batch_size=spec.batch_size,
             seed=self.spec.seed,
         )
-        reader = WordReader(self.built.connector, self.name_vectors.to(self.compute.device))
+        reader = WordReader(connector.requires_grad_(requires_grad=True), names.vectors.to(self.compute.device))
         reader.train()
         result = self._fit(
             "words",
@@ -183,6 +191,7 @@ class _Tuning:
         spec = self.spec.frozen
         batches = self._batches(spec.steps)
         self._draw(batches.step_batches(0)[0])
+        self._connector_learns()
         self._clear()
         result = self._fit(
             "connector",
@@ -196,19 +205,23 @@ class _Tuning:
         return result
 
     def adapt(self) -> FitResult:
-        """LoRA on the decoder; the connector learns on if it has a rate."""
-        spec = self.spec.adapt
-        lora = self.lora
+        """LoRA on the decoder, or all of it; the connector learns on if it has a rate."""
+        spec, decoder = self.spec.adapt, self.built.language.model
+        if not self.spec.frozen.steps:
+            self._draw(self._batches(1).step_batches(0)[0])
         seed_everything(self.spec.seed)
-        attach(self.built.language.model, lora)
-        cast_inputs(self.built.language.model, enabled=self.compute.dtype == "float32")
-        self.built = self.built.with_lora(lora)
+        self.built.model.requires_grad_(requires_grad=False)
+        with plain(decoder):
+            if self.lora is not None:
+                attach(decoder, self.lora)
+                cast_inputs(decoder, enabled=self.compute.dtype == "float32")
+                self.built = self.built.with_lora(self.lora)
+            else:
+                decoder.float().requires_grad_(requires_grad=True)
         self.built.model.to(self.compute.device)
         self._clear()
-        self.built.language.model.train()
-        parts = {"connectors": spec.lr_connector} if spec.lr_connector else {}
-        if not parts:
-            self.built.connector.requires_grad_(False)
+        decoder.train()
+        parts = dict.fromkeys(self._connector_learns(), spec.lr_connector) if spec.lr_connector else {}
         before = self.steps
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
@@ -251,23 +264,24 @@ class _Tuning:
         for module, training in modes:
             module.train(training)
 
-    def summary(self, results: Sequence[FitResult]) -> dict[str, Any]:
+    def summary(self, results: Mapping[str, FitResult]) -> dict[str, Any]:
         """For the seal and the closing lines."""
-        connector = {id(weight) for weight in self.built.connector.parameters()}  # it may have stopped learning
-        trained = sum(w.numel() for w in self.built.model.parameters() if w.requires_grad or id(w) in connector)
+        model = self.built.model  # of which the connector may have stopped learning
+        trained = sum(w.numel() for name, w in model.named_parameters() if w.requires_grad or holds_media(name))
         total = sum(weight.numel() for weight in self.built.model.parameters())
         # From the file: a phase that was complete when the stage was resumed has no values of a last step.
         loss = read_jsonl(self.folder / "decoder" / METRICS)[-1]["loss"]
         said = "not finite" if loss is None else f"{loss:.3f} nats a token"
         line = (
-            f"{self.spec.image_tower} + connector + {self.spec.decoder}: {trained:,} of {total:,} weights trained, "
+            f"{self.spec.image_tower} + {self.spec.connector.kind} + {self.spec.decoder_name}: "
+            f"{trained:,} of {total:,} weights trained, "
             f"{len(self._train()):,} questions, loss {said}"
         )
         return {
             "lines": [line],
-            "model": results[-1].checkpoint.relative_to(self.folder).as_posix(),
-            "steps": {name: r.step for name, r in zip(("words", "connector", "decoder"), results, strict=True)},
-            "skipped_steps": sum(result.skipped for result in results),
+            "model": results["decoder"].checkpoint.relative_to(self.folder).as_posix(),
+            "steps": {name: result.step for name, result in results.items()},
+            "skipped_steps": sum(result.skipped for result in results.values()),
             "questions": len(self._train()),
         }
 
@@ -290,7 +304,9 @@ class _Tuning:
             )
 
     def _read(self, image: ImageTower) -> Questions:
-        wanted = {task for task, share in self.spec.tasks.items() if share > 0} | {"name.en"}
+        wanted = {task for task, share in self.spec.tasks.items() if share > 0}
+        if isinstance(self.spec.connector, specs.Words):
+            wanted.add("name.en")
 
         def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
             if split == "train":
@@ -317,7 +333,9 @@ class _Tuning:
         return self.questions.samples["train"]
 
     def _learned(self) -> frozenset[str]:
-        """Pictures that the first phase learns by heart."""
+        """Pictures that the first phase learns by heart; all of them where there is none."""
+        if self.vocabulary is None:
+            return frozenset(ref.sha256 for sample in self._train() for ref in sample.media())
         named = {s.media()[0].sha256 for s in self._train() if s.meta["task"] == "name.en"}
         order = sorted(named, key=lambda sha256: rank(self.spec.seed, "words", sha256))
         return frozenset(order[: max(1, round(len(order) * self.spec.words.share))])
@@ -357,7 +375,7 @@ class _Tuning:
             weights=self._weights(0.0),
             late=None if late is None else (late, self._weights(self.spec.new_pictures)),
             stores=self.questions.stores,
-            grid_out=self.built.connector.grid_out,
+            grid_out=self.built.slot_grid,
             batch_size=self.spec.batch_size,
             row=self.row,
             pad=self.built.stop,
@@ -405,11 +423,22 @@ class _Tuning:
         )
 
     def _clear(self) -> None:
-        """Training mode for the connector, which from now on drops nothing."""
+        """Training mode for the connector; one that speaks in words from now on drops nothing."""
         self.built.connector.train()
-        for part in self.built.connector.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
+        if self.vocabulary:
+            for part in self.built.connector.modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+
+    def _connector_learns(self) -> list[str]:
+        """Let the weights learn that make pictures readable; returns the beginnings of their names."""
+        found: set[str] = set()
+        for name, weight in self.built.model.named_parameters():
+            if holds_media(name):
+                weight.requires_grad = True
+                layer, inside, _ = name.partition(".reads.")
+                found.add(f"{layer}.reads" if inside else name.split(".")[0])
+        return sorted(found)
 
     def _done(self, result: FitResult) -> int:
         self.steps += result.step
@@ -417,7 +446,9 @@ class _Tuning:
 
 
 def _cells(spec: Tune) -> int:
-    """Feature maps are averaged down to what the connector joins; transformers' towers keep their own grid."""
+    """Feature maps are averaged down to what a connector to words joins; transformers' towers keep their own grid."""
     from plait.assembly.local import IMAGE_TOWER
 
-    return 2 if spec.image_tower == IMAGE_TOWER else 0
+    if spec.image_tower == IMAGE_TOWER and isinstance(spec.connector, specs.Words):
+        return spec.connector.shuffle
+    return 0

@@ -1,0 +1,117 @@
+"""What a multimodal model is made of, as settings: encoders × connectors × a decoder. Loads no torch.
+
+Example, as YAML::
+
+    encoders:
+      image: {kind: swin, d: 32, heads: [2, 4, 8, 16]}
+    connectors:
+      image: {kind: qformer, queries: 16, d: 64, depth: 2, heads: 4}
+    decoder: {kind: new, model_type: qwen2, d: 128, depth: 4, heads: 4}
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from plait.core.spec import Spec
+from plait.core.types import Modality
+from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Mlp, Part, Positive
+
+MODALITIES: tuple[Modality, ...] = ("image", "audio")
+"""What encoders and connectors there are for, in the order in which their placeholders are numbered."""
+
+
+class PretrainedDecoder(Part):
+    """causal language model of Hugging Face from a folder, or the packaged SmolLM2-135M."""
+
+    source: ClassVar[str] = "https://huggingface.co/docs/transformers"
+    kind: Literal["pretrained"] = "pretrained"
+    """Which decoder this is."""
+    name: str = "smollm2"
+    """`smollm2`, or a local folder in Hugging Face's layout, with a chat template."""
+
+
+class NewDecoder(Part):
+    """causal language model of Hugging Face from scratch, of a family of your choice."""
+
+    source: ClassVar[str] = "https://huggingface.co/docs/transformers"
+    kind: Literal["new"] = "new"
+    """Which decoder this is."""
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"] = "llama"
+    """Family, as transformers calls it."""
+    tokenizer: str = "smollm2"
+    """Whose tokenizer and chat template: `smollm2`, or a local folder of a decoder."""
+    d: Positive = 256
+    """Width."""
+    depth: Positive = 6
+    """Layers."""
+    heads: Positive = 4
+    """Heads of attention."""
+    kv_heads: int = Field(default=0, ge=0)
+    """Heads of keys and values; 0 is as many as heads. GPT-2 has no other."""
+    d_ff: int = Field(default=0, ge=0)
+    """Width inside the feed-forward networks; 0 is four times the width."""
+    context: Positive = 1024
+    """Most tokens."""
+    tied: bool = True
+    """Whether the output head is the table of word embeddings."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "NewDecoder":
+        if self.d % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.d}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads")
+        if self.model_type == "gpt2" and self.kv_heads not in (0, self.heads):
+            raise ValueError(f"gpt2 has as many heads of keys and values as heads, came {self.kv_heads}")
+        return self
+
+
+Decoder = Annotated[PretrainedDecoder | NewDecoder, Field(discriminator="kind")]
+"""All decoders."""
+
+
+class Encoders(Spec):
+    """One encoder a modality; null where the model takes none."""
+
+    image: ImageEncoder | None = None
+    """Of pictures."""
+
+
+class Connectors(Spec):
+    """One connector a modality that has an encoder."""
+
+    image: Connector | None = None
+    """Of pictures."""
+    audio: Connector | None = None
+    """Of sounds."""
+
+    def by_modality(self) -> dict[Modality, Connector]:
+        """Those that there are, in the order of :data:`MODALITIES`."""
+        found: dict[Modality, Connector | None] = {"image": self.image, "audio": self.audio}
+        return {modality: spec for modality, spec in found.items() if spec is not None}
+
+
+class Composition(Spec):
+    """A model: encoders, a connector for each, and the decoder that reads what they give."""
+
+    encoders: Encoders
+    """What turns media into features."""
+    connectors: Connectors = Connectors(image=Mlp())
+    """What turns features into what the decoder reads."""
+    decoder: Decoder = PretrainedDecoder()
+    """The language model."""
+
+    @model_validator(mode="after")
+    def _together(self) -> "Composition":
+        chosen = self.connectors.by_modality()
+        there, joined = [m for m in MODALITIES if getattr(self.encoders, m, None) is not None], list(chosen)
+        if there != joined or not there:
+            raise ValueError(
+                f"there are encoders for {', '.join(there) or 'nothing'} and connectors for "
+                f"{', '.join(joined) or 'nothing'}: give each encoder a connector"
+            )
+        inside = [modality for modality, spec in chosen.items() if isinstance(spec, GatedCrossAttention)]
+        if len(inside) > 1:
+            raise ValueError(f"{' and '.join(inside)} are both read inside the decoder: splice one of them in")
+        return self

@@ -1,0 +1,179 @@
+"""What the tune stage will need, from its settings alone: nothing is written and no weight loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from plait.core.estimate import Estimate, Machine
+from plait.models import specs
+from plait.training.cost import (
+    SMOLLM2_135M,
+    DecoderShape,
+    Lora,
+    checkpoint_bytes,
+    decoder_activations,
+    decoder_flops,
+    linear_flops,
+    logits_bytes,
+    peak_memory,
+    time_range,
+)
+
+if TYPE_CHECKING:
+    from plait.models.connectors.measure import ConnectorAccount
+    from plait.stages.tune import Tune
+
+# Sizes of the default parts; tests compare them with the weights.
+IMAGE_WEIGHTS, IMAGE_WIDTH = 4_652_008, 1280
+_IMAGE_FLOPS_224 = 0.77e9
+_IMAGE_REDUCTION = 32  # pixels a side of a cell
+_SECONDS_PER_PICTURE_128 = (0.005, 0.02)
+_WORDS = 1_500
+_CANVASES = 0.3  # canvases for each training picture
+_TEXT_TOKENS, _TRAINED_TOKENS = 24, 4  # of a sample
+_ROW, _FILLED = 64, 0.9  # what packing makes of them
+_SECONDS_START = (4.0, 20.0)
+_DECODER_EFFICIENCY = (0.12, 0.45)
+_VOCABULARY = 49_152  # of a new decoder: the packaged tokenizer's
+
+
+class _Picture(NamedTuple):
+    """Features of one picture."""
+
+    width: int
+    side: int
+    known: bool
+
+
+def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
+    """Needs of the stage; imports torch.
+
+    Args:
+        spec: Its settings.
+        machine: What this machine can do.
+        before: Estimates of earlier stages.
+    """
+    from plait.models.connectors.measure import connector_account
+
+    known = before["data"].samples if "data" in before else {}
+    train = known.get("train", 0)
+    pictures = train * (1 + spec.views) + round(train * _CANVASES) * 2
+    picture, shape = _picture(spec, before), _shape(spec)
+    of = connector_account(
+        spec.connector,
+        cells=(picture.side, picture.side),
+        d_in=picture.width,
+        d_out=shape.d_model,
+        layers=shape.layers,
+    )
+    whole = spec.adapt.rank == 0
+    lora = None if whole else Lora(rank=spec.adapt.rank, targets=tuple(spec.adapt.targets))
+    adapter = shape.params if whole else _adapter(shape, lora)
+    learns = of.parameters if spec.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
+    row = spec.row or max(_ROW, 2 * (of.slots + _TEXT_TOKENS))
+    rows = math.ceil(spec.batch_size * (_TEXT_TOKENS + of.slots) / (_FILLED * row))
+    flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
+    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
+    low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)
+    spare = time_range(words, machine, dtype="float32", efficiency=(0.15, 0.7))
+    side = (spec.resolution or 224) / 224
+    area = side**2 / (128 / 224) ** 2
+    seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
+    activations = decoder_activations(
+        shape,
+        rows=rows,
+        length=row,
+        dtype=machine.dtype,
+        gradients="full" if whole else "through",
+        attention="eager",
+        lora=lora,
+    )
+    memory = peak_memory(
+        machine,
+        frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
+        frozen_dtype=dtype,
+        trainable=adapter + learns,
+        activations=activations + logits_bytes(shape, trained),
+        caches=4 * _WORDS * shape.d_model,
+    )
+    memory["weights"] += 4 * (of.parameters - learns)
+    trainable = adapter + of.parameters
+    steps = spec.frozen.steps + spec.adapt.steps
+    return Estimate(
+        stage=spec.kind,
+        samples=dict(known),
+        params_trainable=trainable,
+        params_frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
+        tokens=steps * rows * row,
+        image_tokens=steps * spec.batch_size * of.slots,
+        flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
+        memory=memory,
+        disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2) * 2,
+        home_bytes=2 * picture.side**2 * picture.width * pictures,
+        seconds=(low + seconds[0], high + seconds[1]),
+        notes=_notes(spec, of, picture, steps=steps, whole=whole),
+    )
+
+
+def _work(
+    spec: Tune, shape: DecoderShape, of: ConnectorAccount, *, rows: int, row: int, adapter: int
+) -> tuple[float, float, int]:
+    """Operations of the decoder's phases and of the first one, and positions whose scores a step computes."""
+    trained = spec.batch_size * _TRAINED_TOKENS
+    whole = spec.adapt.rank == 0
+    steps = spec.frozen.steps + spec.adapt.steps
+    gradients = "full" if whole else "through"
+    flops = steps * decoder_flops(shape, rows=rows, length=row, gradients=gradients, head_positions=trained)
+    flops += linear_flops(adapter, steps * rows * row, "full") + linear_flops(of.inside, steps * rows * row, "full")
+    if isinstance(spec.connector, specs.Words):
+        return flops, 3.0 * of.flops * spec.words.steps * spec.words.batch_size, trained
+    return flops + 3.0 * of.flops * steps * spec.batch_size, 0.0, trained
+
+
+def _picture(spec: Tune, before: Mapping[str, Estimate]) -> _Picture:
+    if isinstance(spec.connector, specs.Words):
+        return _Picture(IMAGE_WIDTH, 2, known=spec.image_tower == "efficientnet-lite0")  # averaged to what is joined
+    tower = before.get("pretrain") if spec.image_tower == "pretrain" else None
+    if tower is not None and tower.d_image:
+        return _Picture(tower.d_image, max(1, math.isqrt(tower.cells)), known=True)
+    side = math.ceil((spec.resolution or 224) / _IMAGE_REDUCTION)
+    return _Picture(IMAGE_WIDTH, side, known=spec.image_tower == "efficientnet-lite0")
+
+
+def _shape(spec: Tune) -> DecoderShape:
+    if isinstance(spec.decoder, str):
+        return SMOLLM2_135M
+    new = spec.decoder
+    return DecoderShape(
+        layers=new.depth,
+        d_model=new.d,
+        d_ff=new.d_ff or 4 * new.d,
+        heads=new.heads,
+        kv_heads=new.kv_heads or new.heads,
+        vocab=_VOCABULARY,
+        tied=new.tied,
+    )
+
+
+def _adapter(shape: DecoderShape, lora: Lora | None) -> int:
+    """Weights of adapters on the layers that are known by name."""
+    assert lora is not None
+    there = tuple(target for target in lora.targets if target in shape.matrices())
+    return Lora(rank=lora.rank, targets=there).params(shape)
+
+
+def _notes(spec: Tune, of: ConnectorAccount, picture: _Picture, *, steps: int, whole: bool) -> tuple[str, ...]:
+    first = f"{spec.words.steps:,} steps on words, then " if isinstance(spec.connector, specs.Words) else ""
+    places = f"{of.slots} of the text" if of.slots == of.tokens else f"{of.slots} place, read inside the decoder"
+    notes = [
+        f"{first}{steps:,} steps of {spec.batch_size} questions",
+        f"connector {spec.connector.kind}: {of.parameters:,} weights, {of.tokens} tokens a picture ({places}), "
+        f"{of.flops / 1e6:,.1f} MFLOP",
+    ]
+    if whole:
+        notes.append("the decoder is trained as a whole")
+    tower = "" if picture.known else "the tower's sizes and "
+    notes.append(f"{tower}speeds are those of efficientnet-lite0 and SmolLM2-135M")
+    return tuple(notes)
