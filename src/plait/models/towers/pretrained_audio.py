@@ -191,6 +191,9 @@ def shortened(
     A window of 5 s has 250 tokens to compute in place of 1,500. What goes into the first block is the same for the
     real part of a sound (the frames' normalization looks at the loudest, which is not in the silence); from there on
     features differ, because real tokens of a 30 s window attend to the tokens of the silence, too.
+    Measured with tiny.en on 24 spoken questions: features of the real part have a mean cosine of 0.986 with those of
+    30 s in a window of 10 s, and 0.976 in one of 5 s; Whisper's own decoder gets 14 and 29 % of the words wrong there,
+    17 % with 30 s.
 
     Args:
         backbone: Changed in place.
