@@ -48,9 +48,9 @@ def _fetch(names: list[str], wheel: Path | None, out: Out) -> int:
     from plait.core import packages
     from plait.core.errors import ResourceError, UsageError
 
-    usual = [name for name, package in packages.PACKAGES.items() if not package.by_name]
-    named = [name for name in names if name != "all"]
-    wanted = [packages.package(name) for name in dict.fromkeys([*(usual if "all" in names else []), *named])]
+    usual = [name for name, package in packages.PACKAGES.items() if not package.by_name and "all" in names]
+    chosen = [*usual, *(name for name in names if name != "all" and name not in usual)]
+    wanted = [packages.package(name) for name in chosen]
     if wheel is not None and len(wanted) != 1:
         raise UsageError(
             f"--wheel is one file, but {len(wanted)} packages are named",
