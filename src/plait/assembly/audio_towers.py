@@ -1,4 +1,4 @@
-"""Local Hugging Face folder to frozen audio tower, with the feature extractor it was trained with."""
+"""Package or local Hugging Face folder to frozen audio tower, with the feature extractor it was trained with."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 
-from plait.assembly.local import digest, fingerprint, quiet, unreported
+from plait.assembly.local import WHISPER, digest, fingerprint, quiet, unreported
+from plait.assembly.whisper_tiny import whisper_folder
 from plait.core.device import choose_dtype
 from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.events import Events
 from plait.core.files import read_json
-from plait.models.towers.pretrained_audio import FAMILIES, PARTS, PretrainedAudio
+from plait.core.tensors import Patches
+from plait.core.types import MediaRef
+from plait.data.sounds import Sound
+from plait.models.towers.pretrained_audio import FAMILIES, PARTS, PretrainedAudio, shortened
 
 _PREPROCESSING = 1
 """Raise when the code that makes features of towers changes what comes out."""
@@ -47,41 +53,82 @@ class AudioTower:
         versions = {name: metadata.version(name).split(".")[:2] for name in ("torch", "numpy", "transformers")}
         return digest({"tower": self.key, **versions})
 
+    def prepare(self, sound: Sound) -> Patches:
+        """Samples as the encoder takes them.
+
+        Raises:
+            DataError: They are at another rate than the tower's.
+        """
+        if sound.rate != self.rate:
+            raise DataError(
+                f"the sound has {sound.rate:,} samples a second, the tower takes {self.rate:,}",
+                place=str(self.settings["name"]),
+                remedy=f"resample it to {self.rate:,}",
+            )
+        return Patches(values=torch.from_numpy(sound.samples)[:, None], grid=torch.tensor([[1, 1, len(sound.samples)]]))
+
+    def tokens(self, ref: MediaRef) -> int:
+        """How many tokens the encoder makes of a sound, told by its length (``ref.length``, at the tower's rate)."""
+        return int(self.encoder.grid_out(torch.tensor([[1, 1, ref.length]])).prod())
+
 
 def load_audio_tower(
-    name: str, *, layer: int = -1, keep: Literal["real", "all"] = "real", dtype: str = "auto"
+    name: str,
+    *,
+    layer: int = -1,
+    keep: Literal["real", "all"] = "real",
+    window_s: float = 0.0,
+    dtype: str = "auto",
+    events: Events | None = None,
 ) -> AudioTower:
     """Load a frozen audio tower.
 
     Args:
-        name: A local Hugging Face folder of a family in :data:`~plait.models.towers.pretrained_audio.FAMILIES`; of
-            Whisper the encoder is taken, of CLAP the audio tower.
+        name: ``whisper-tiny-en``, or a local Hugging Face folder of a family in
+            :data:`~plait.models.towers.pretrained_audio.FAMILIES`; of Whisper the encoder is taken, of CLAP the audio
+            tower.
         layer: Which hidden layer is taken, counted from the end.
         keep: Whether tokens of the silence that short sounds are filled up with are left out.
+        window_s: Of Whisper: how long a window it hears, in seconds. 0 is the 30 s that it was trained on, silence
+            included; less takes less time and gives other features (:func:`.pretrained_audio.shortened`).
         dtype: ``auto`` (:func:`plait.core.device.choose_dtype`), ``bfloat16`` or ``float32``.
+        events: Where the one-time conversion of weights is said.
 
     Raises:
-        ConfigError: No such folder, or a layer it has not.
+        ConfigError: No such tower, or a layer or window it has not.
+        ResourceError: Its package is not fetched, or damaged.
         CheckpointError: Its family is not known, its files cannot be read or do not belong together, or weights are
             missing: transformers would draw those at random.
     """
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{name!r} is no folder with a config.json",
-            place="audio tower",
-            remedy="give a local folder in Hugging Face's form",
-        )
+    folder = _folder(name, events or Events())
     kind = choose_dtype("cpu", dtype)[0]
     part = _part(folder)
     weights = fingerprint(folder)
-    backbone = _backbone(folder, kind, part=part)
-    encoder = PretrainedAudio(backbone, _extractor(folder), layer=layer, keep=keep)
-    settings = {"name": name, "layer": layer, "keep": keep, "dtype": kind}
-    made = {"weights": weights, "layer": layer, "keep": keep, "dtype": kind, "code": _PREPROCESSING}
+    backbone, extractor = _backbone(folder, kind, part=part), _extractor(folder)
+    if window_s:
+        backbone, extractor = shortened(backbone, extractor, window_s)
+    encoder = PretrainedAudio(backbone, extractor, layer=layer, keep=keep)
+    # A setting that changes nothing is no part of the key: saved models know their towers by it.
+    settings = {"name": name, "layer": layer, "keep": keep, "dtype": kind} | (
+        {"window_s": window_s} if window_s else {}
+    )
+    made = settings | {"weights": weights, "code": _PREPROCESSING}
+    del made["name"]
     return AudioTower(
         encoder=encoder.eval().requires_grad_(False), rate=encoder.rate, settings=settings, key=digest(made)
     )
+
+
+def _folder(name: str, events: Events) -> Path:
+    if name == WHISPER:
+        return whisper_folder(events=events)
+    if not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"{name!r} is no folder with a config.json",
+            place="audio tower",
+            remedy=f"use {WHISPER!r}, or a local folder in Hugging Face's form",
+        )
+    return Path(name)
 
 
 def _part(folder: Path) -> str:

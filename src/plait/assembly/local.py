@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 IMAGE_TOWER, TEXT_TOWER = "efficientnet-lite0", "minilm"
 """Names of the towers that packages carry; any other name is a folder."""
+WHISPER = "whisper-tiny-en"
+"""The audio tower that a package carries; any other name is a folder."""
 SMOLLM2 = "smollm2"
 """The decoder that a package carries; any other name is a folder."""
 

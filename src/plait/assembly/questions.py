@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-
+from plait.assembly.audio_towers import AudioTower
 from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.tensors import Patches
-from plait.core.types import MediaRef, Sample
+from plait.core.types import MediaRef, Modality, Sample
 from plait.data.augment.views import View
 from plait.data.features import FeatureStore, cached_features
 from plait.data.shards import ShardReader
@@ -22,7 +22,7 @@ Choice = Callable[[str, Sequence[Sample]], Sequence[Sample]]
 """Given a split's name and its questions, the ones that are wanted."""
 
 
-Prepare = Callable[[Image.Image], Patches]
+Prepare = Callable[[Any], Patches]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,21 @@ class Questions:
     Attributes:
         samples: Questions of each split (names without the prefix), in the order of the shards.
         stores: Features by the sha256 of a picture, one store a view; the first is of the pictures as they are.
+        others: Features of what is no picture, by modality.
     """
 
     samples: Mapping[str, Sequence[Sample]]
     stores: Sequence[FeatureStore]
+    others: Mapping[Modality, FeatureStore] = field(default_factory=dict[Modality, FeatureStore])
 
     def features(self, refs: Sequence[MediaRef]) -> Patches:
-        """Features of pictures as they are: what an engine is given."""
-        return self.stores[0]([ref.sha256 for ref in refs])
+        """Features of pictures as they are, or of sounds: what an engine is given.
+
+        Args:
+            refs: Of one modality.
+        """
+        store = self.others.get(refs[0].modality, self.stores[0]) if refs else self.stores[0]
+        return store([ref.sha256 for ref in refs])
 
 
 def read_questions(
@@ -51,8 +58,9 @@ def read_questions(
     cache: Path,
     events: Events,
     views: Sequence[View] = (),
+    audio: AudioTower | None = None,
 ) -> Questions:
-    """Read questions, and encode their pictures or find them in the cache.
+    """Read questions, and encode their pictures and sounds or find them in the cache.
 
     Args:
         shards: Folder of the data stage.
@@ -62,9 +70,11 @@ def read_questions(
         cache: Folder of feature caches.
         events: Told progress.
         views: Further views of each picture of the *first* split; a cache each.
+        audio: Tower that encodes sounds.
 
     Raises:
-        DataError: The first split has no questions, the shards of a split are gone, or one is damaged.
+        DataError: The first split has no questions, the shards of a split are gone, one is damaged, or there are sounds
+            and no tower for them.
         ResourceError: The disk is full.
     """
     there = splits_of(shards, prefix=PREFIX)
@@ -81,22 +91,43 @@ def read_questions(
                 remedy="ask for tasks that the data stage made (its card lists them)",
             )
 
-        def encode(chosen: Sequence[str], prepare: Prepare, key: str) -> FeatureStore:
-            refs = {ref.sha256: ref for split in chosen for sample in samples[split] for ref in sample.media()}
+        refs = {s: {ref.sha256: ref for sample in listed for ref in sample.media()} for s, listed in samples.items()}
+        shown = _of("image", refs.values())
+        heard = _of("audio", refs.values())
+        if heard and audio is None:
+            raise DataError(
+                f"{len(heard):,} sounds, and no tower that hears them",
+                place=f"{shards}/{heard[0].uri}",
+                remedy="name an audio tower, or make the data stage again without questions.spoken",
+            )
+
+        def encode(
+            tower: ImageTower | AudioTower, media: Sequence[MediaRef], *, prepare: Prepare, key: str
+        ) -> FeatureStore:
             return cached_features(
-                list(refs.values()),
+                media,
                 read=reader.media,
                 prepare=prepare,
-                encoder=image.encoder,
+                encoder=tower.encoder,
                 key=key,
                 folder=cache,
                 events=events,
             )
 
-        stores = [encode(list(samples), image.prepare, image.cache_key)]
+        stores = [encode(image, shown, prepare=image.prepare, key=image.cache_key)]
+        of_first = _of("image", [refs[splits[0]]]) if views else []
         for view in views:
-            stores.append(encode(splits[:1], _through(view, image), view.key(image.cache_key)))
-    return Questions(samples=samples, stores=stores)
+            stores.append(encode(image, of_first, prepare=_through(view, image), key=view.key(image.cache_key)))
+        others: dict[Modality, FeatureStore] = {}
+        if audio is not None and heard:
+            others["audio"] = encode(audio, heard, prepare=audio.prepare, key=audio.cache_key)
+    return Questions(samples=samples, stores=stores, others=others)
+
+
+def _of(modality: Modality, refs: Iterable[Mapping[str, MediaRef]]) -> list[MediaRef]:
+    """What is of this modality, once each, in the order in which it is first shown."""
+    first = {sha256: ref for split in refs for sha256, ref in split.items()}
+    return [ref for ref in first.values() if ref.modality == modality]
 
 
 def _through(view: View, image: ImageTower) -> Prepare:

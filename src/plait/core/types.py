@@ -32,6 +32,7 @@ class MediaRef:
         uri: A path, or ``shard.tar#member`` relative to the shard folder.
         width: Pixels (0 for audio).
         height: Pixels (0 for audio).
+        length: Samples (0 for pictures): with it a sound's tokens can be counted before it is opened.
     """
 
     modality: Modality
@@ -39,6 +40,7 @@ class MediaRef:
     uri: str
     width: int = 0
     height: int = 0
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +115,13 @@ class Sample:
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
-    parts = [
-        {"text": p.text}
-        if isinstance(p, Text)
-        else {"modality": p.modality, "sha256": p.sha256, "uri": p.uri, "width": p.width, "height": p.height}
-        for p in turn.parts
-    ]
+    parts = [{"text": p.text} if isinstance(p, Text) else _media_to_json(p) for p in turn.parts]
     return {"role": turn.role, "parts": parts, "trained": turn.trained}
+
+
+def _media_to_json(ref: MediaRef) -> dict[str, Any]:
+    record = {"modality": ref.modality, "sha256": ref.sha256, "uri": ref.uri, "width": ref.width, "height": ref.height}
+    return record | ({"length": ref.length} if ref.length else {})
 
 
 def _turn_from_json(record: Mapping[str, Any]) -> Turn:

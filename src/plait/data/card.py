@@ -15,6 +15,8 @@ from plait.core.types import Sample
 from plait.data.instructions import TASKS
 from plait.data.ledger import Ledger, explain
 from plait.data.sources import Gathered
+from plait.data.speech import RATE, version
+from plait.data.spoken import STAYS, Spoken
 
 SPLITS: Mapping[str, str] = {
     "train": "what models are trained on",
@@ -32,6 +34,7 @@ def make_card(
     ledger: Ledger,
     pictures: Mapping[str, Sequence[Sample]],
     questions: Mapping[str, Sequence[Sample]],
+    spoken: Mapping[str, Spoken] | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -41,6 +44,7 @@ def make_card(
         ledger: The fate of every row.
         pictures: Samples by split.
         questions: Instruction samples by split.
+        spoken: How many of them are asked aloud, by split.
     """
     totals = ledger.totals()
     everything = [sample for samples in pictures.values() for sample in samples]
@@ -63,6 +67,7 @@ def make_card(
         ),
         "Pictures and names in a question come from its own split; its wording is one of several. Half of the yes/no "
         "answers are yes, and a name is the wrong one as often as it is the right one, so far as the names allow.\n",
+        *(_aloud(spoken) if spoken else []),
         "## Fate of every row\n",
         _table(
             ("source", "fate", "rows", "reason", "meaning"),
@@ -83,6 +88,22 @@ def make_card(
         f"```yaml\ndata: {json.dumps(settings, ensure_ascii=False, default=str)}\n```\n",
     ]
     return "\n".join(part.rstrip("\n") if part.startswith("- ") else part for part in parts)
+
+
+def _aloud(spoken: Mapping[str, Spoken]) -> list[str]:
+    reasons = sorted({reason for counts in spoken.values() for reason in counts.written})
+    rows = [
+        (split, c.spoken, c.sounds, f"{c.seconds:,.0f}", ", ".join(sorted(c.voices)), *(c.written[r] for r in reasons))
+        for split, c in spoken.items()
+    ]
+    return [
+        "## Spoken questions\n",
+        _table(("split", "spoken", "sounds", "seconds", "voices", *(f"written: {r}" for r in reasons)), rows),
+        f"Spoken by {version()}, which is under GPL-3.0-or-later, as {RATE:,} samples a second; a sample's meta keeps "
+        "the text, the voice and the words a minute. They are sounds of a machine, clearer and more alike than those "
+        "of people.\n",
+        *(f"- written: {reason}: {STAYS[reason]}\n" for reason in reasons),
+    ]
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,17 @@ from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import Modality
 from plait.data.template import Rendered
 
+Account = Callable[[Tensor], Tensor] | Mapping[Modality, Callable[[Tensor], Tensor]]
+"""Grids in, grids of media tokens out: for pictures, or for each modality that there is."""
+
+_KINDS: Mapping[Modality, str] = {"image": "picture", "audio": "sound"}
+
 
 def collate(
     samples: Sequence[tuple[str, Rendered]],
     features: Mapping[str, Patches],
     *,
-    grid_out: Callable[[Tensor], Tensor] | None = None,
+    grid_out: Account | None = None,
     slots: Callable[[Patches], Tensor] | None = None,
     encoded: bool,
     row: int,
@@ -28,27 +33,26 @@ def collate(
 ) -> Batch:
     """Pack samples into rows of one fixed length.
 
-    Media are concatenated in the order in which their placeholders stand in the batch, row by row, so that a model
-    fills placeholders from left to right.
+    Media of one modality are concatenated in the order in which their placeholders stand in the batch, row by row, so
+    that a model fills placeholders from left to right.
 
     Args:
         samples: Id and rendering.
-        features: Patches by the sha256 of the picture, of one item or several (overview and tiles): pixels, or features
-            of a frozen tower.
-        grid_out: The model's token account from these very patches on: grids in, grids of media tokens out.
+        features: Patches by the sha256 of the bytes: raw media, or features of a frozen tower. A picture may be several
+            items (overview and tiles).
+        grid_out: The model's token account from these very patches on.
         slots: The same for models whose account is more than the grid: patches in, tokens of each item out.
-        encoded: Whether ``features`` are a tower's features rather than pixels.
+        encoded: Whether ``features`` are a tower's features rather than raw media.
         row: Tokens a row holds.
         pad: Id of padding.
         rows: Rows of the batch, filled up with padding (fixed shapes are planned once); None for as many as needed.
 
     Raises:
-        DataError: A sample is longer than a row, there are more rows than ``rows``, a picture has no features, or it
-            becomes another number of tokens than it has placeholders.
+        DataError: A sample is longer than a row, there are more rows than ``rows``, a picture or sound has no features,
+            or it becomes another number of tokens than it has placeholders.
+        KeyError: ``grid_out`` lacks a modality that a sample has.
     """
-    account = slots if grid_out is None else _by_grid(grid_out)
-    if account is None:
-        raise TypeError("give grid_out or slots: what the model makes of these patches")
+    account = _account(grid_out, slots)
     for sample_id, rendered in samples:
         _fits(sample_id, rendered, row)
     packed = pack([len(rendered) for _, rendered in samples], row=row)
@@ -62,8 +66,8 @@ def collate(
     token_ids = torch.full((height, row), pad, dtype=torch.long)
     labels = torch.full((height, row), IGNORE, dtype=torch.long)
     segments = torch.zeros((height, row), dtype=torch.long)
-    items: list[Patches] = []
-    item_row: list[int] = []
+    items: dict[Modality, list[Patches]] = {}
+    item_row: dict[Modality, list[int]] = {}
     for number, members in enumerate(packed):
         at = 0
         for segment, index in enumerate(members, 1):
@@ -73,17 +77,16 @@ def collate(
             token_ids[number, at:end] = ids
             labels[number, at:end] = torch.where(torch.tensor(rendered.trained), ids, IGNORE)
             segments[number, at:end] = segment
-            found = _pictures(sample_id, rendered, features, account=account)
-            items += found
-            item_row += [number] * sum(len(picture.grid) for picture in found)
+            for modality, found in _media(sample_id, rendered, features, account=account):
+                items.setdefault(modality, []).append(found)
+                item_row.setdefault(modality, []).extend([number] * len(found.grid))
             at = end
-    media: dict[Modality, Patches] = {"image": joined(items)} if items else {}
     return Batch(
         token_ids=token_ids,
         labels=labels,
         segment_ids=segments,
-        media=media,
-        item_row={"image": torch.tensor(item_row)} if items else {},
+        media={modality: joined(found) for modality, found in items.items()},
+        item_row={modality: torch.tensor(rows_of) for modality, rows_of in item_row.items()},
         sample_ids=tuple(samples[index][0] for members in packed for index in members),
         encoded=encoded,
     )
@@ -127,47 +130,60 @@ def split_rows(batch: Batch, pieces: int) -> list[Batch]:
     return found
 
 
-def _by_grid(grid_out: Callable[[Tensor], Tensor]) -> Callable[[Patches], Tensor]:
-    def tokens(item: Patches) -> Tensor:
-        return grid_out(item.grid).prod(1)
+def _account(
+    grid_out: Account | None, slots: Callable[[Patches], Tensor] | None
+) -> Callable[[Modality, Patches], Tensor]:
+    """Tokens of each item of patches."""
+    if grid_out is None and slots is None:
+        raise TypeError("give grid_out or slots: what the model makes of these patches")
 
-    return tokens
+    def count(modality: Modality, media: Patches) -> Tensor:
+        if slots is not None:
+            return slots(media)
+        by_grid = grid_out[modality] if isinstance(grid_out, Mapping) else grid_out
+        assert by_grid is not None
+        return by_grid(media.grid).prod(1)
+
+    return count
 
 
 def _fits(sample_id: str, rendered: Rendered, row: int) -> None:
     if len(rendered) > row:
         raise DataError(
-            f"{len(rendered)} tokens ({sum(rendered.slots)} of them pictures), a row holds {row}",
+            f"{len(rendered)} tokens ({sum(rendered.slots)} of them media), a row holds {row}",
             place=f"sample {sample_id}",
             remedy=f"set the row length to {len(rendered)} or more",
         )
 
 
-def _pictures(
-    sample_id: str, rendered: Rendered, features: Mapping[str, Patches], *, account: Callable[[Patches], Tensor]
-) -> list[Patches]:
-    """The patches of a sample's pictures in reading order, each checked against its placeholders."""
-    found: list[Patches] = []
+def _media(
+    sample_id: str,
+    rendered: Rendered,
+    features: Mapping[str, Patches],
+    *,
+    account: Callable[[Modality, Patches], Tensor],
+) -> Iterator[tuple[Modality, Patches]]:
+    """The patches of a sample's media in reading order, each checked against its placeholders."""
     for number, (ref, expected) in enumerate(zip(rendered.media, rendered.slots, strict=True), 1):
-        place = f"sample {sample_id}, picture {number} ({ref.sha256[:12]})"
+        kind = _KINDS.get(ref.modality, ref.modality)
+        place = f"sample {sample_id}, {kind} {number} ({ref.sha256[:12]})"
         if ref.sha256 not in features:
             raise DataError(
-                "the picture has no features",
+                f"the {kind} has no features",
                 place=place,
-                remedy="compute the features of all pictures of the split first",
+                remedy=f"compute the features of all {kind}s of the split first",
             )
         item = features[ref.sha256]
-        came: list[int] = account(item).tolist()
+        came: list[int] = account(ref.modality, item).tolist()
         if sum(came) != expected:
             size = f" of {ref.width} x {ref.height} pixels" if ref.width and ref.height else ""
             items = f"{len(came)} items" if len(came) != 1 else "1 item"
             total = f"{' + '.join(map(str, came))} = {sum(came)}" if len(came) > 1 else str(sum(came))
             raise DataError(
-                f"{expected} placeholders for the picture{size}, {total} media tokens ({items}, grid "
+                f"{expected} placeholders for the {kind}{size}, {total} media tokens ({items}, grid "
                 f"{item.grid.tolist()})",
                 place=place,
                 remedy="render with the token account (grid_out) of the model and the features that are trained with, "
-                "and let MediaRef say the size of the very picture",
+                "and let MediaRef say the size of the very item",
             )
-        found.append(item)
-    return found
+        yield ref.modality, item

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
+from plait.core.types import Modality
 from plait.data.augment.feature_dropout import FeatureDropout
-from plait.data.collate import collate, split_rows
+from plait.data.collate import Account, collate, split_rows
 from plait.data.features import FeatureStore
 from plait.data.order import generator
 from plait.data.template import Rendered
@@ -72,14 +72,15 @@ class ConversationBatches:
         weights: Share of each task; tasks that are not named are left out.
         late: The first step that has other weights, and these; None keeps the weights to the end.
         stores: Features of pictures, one store a view; a picture that a view's store has not is seen as it is.
-        grid_out: The connector's token account.
+        grid_out: The token account of the connector, or of the one of each modality.
         batch_size: Samples a step.
         row: Tokens a row holds.
         pad: Id of padding.
         steps: How many steps there are.
         seed: Of order, tasks and views.
         pieces: Micro-batches a step: its rows are dealt out evenly, for less memory; the gradient stays the same.
-        dropout: Of the features of a step; None leaves them as they are.
+        dropout: Of the features of a step's pictures; None leaves them as they are.
+        others: Features of what is no picture, by modality; they have neither views nor dropout.
 
     Raises:
         ConfigError: No task with a weight has samples.
@@ -89,7 +90,7 @@ class ConversationBatches:
     conversations: Sequence[Conversation]
     weights: Mapping[str, float]
     stores: Sequence[FeatureStore]
-    grid_out: Callable[[Tensor], Tensor]
+    grid_out: Account
     batch_size: int
     row: int
     pad: int
@@ -98,6 +99,7 @@ class ConversationBatches:
     pieces: int = 1
     late: tuple[int, Mapping[str, float]] | None = None
     dropout: FeatureDropout | None = None
+    others: Mapping[Modality, FeatureStore] = field(default_factory=dict[Modality, FeatureStore])
 
     def __post_init__(self) -> None:
         long = [c for c in self.conversations if len(c.rendered) > self.row]
@@ -137,11 +139,13 @@ class ConversationBatches:
         chosen = self._of(step)
         draw = generator(self.seed, "view", step)
         features: dict[str, Patches] = {}
-        for sha256 in dict.fromkeys(ref.sha256 for c in chosen for ref in c.rendered.media):
+        refs = [ref for c in chosen for ref in c.rendered.media]
+        for sha256 in dict.fromkeys(ref.sha256 for ref in refs if ref.modality not in self.others):
             store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
             features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
         if self.dropout is not None:
             features = self.dropout(features, step)
+        features |= {r.sha256: self.others[r.modality]([r.sha256]) for r in refs if r.modality in self.others}
         batch = collate(
             [(c.id, c.rendered) for c in chosen],
             features,

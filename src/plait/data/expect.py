@@ -25,6 +25,9 @@ _SECONDS_PER_MB = 0.06
 _BYTES_PER_PICTURE = 3_750  # its picture, its record, padding to blocks of 512, its line in the index
 _BYTES_PER_QUESTION = 1_680
 _BYTES_PER_CANVAS = 5_400
+_SOUNDS_PER_QUESTION = 0.43  # of emoji, with two takes a text; Chinese questions stay written
+_SECONDS_PER_SOUND = 0.016
+_BYTES_PER_SOUND = 94_000
 _BYTES_PER_ROW = 165  # in the ledger
 _MEMORY_PER_SAMPLE = 1_600
 _MEMORY_RUNTIME = 60 * 2**20  # the interpreter with Pillow and NumPy, without torch
@@ -48,7 +51,14 @@ class Expected:
     notes: tuple[str, ...]
 
     def estimate(
-        self, *, asked: int, more_in_training: int, canvases: tuple[int, int], tile: int, runtime_bytes: int
+        self,
+        *,
+        asked: int,
+        more_in_training: int,
+        canvases: tuple[int, int],
+        tile: int,
+        runtime_bytes: int,
+        spoken: float = 0.0,
     ) -> Estimate:
         """The stage's estimate.
 
@@ -58,6 +68,7 @@ class Expected:
             canvases: For training, and for each test split.
             tile: Pixels of a picture on a canvas.
             runtime_bytes: RAM of the interpreter with its libraries; 0 if not known.
+            spoken: Share of the questions that is spoken.
         """
         drawn = {split: canvases[split != "train"] for split in self.splits}
         each = {split: asked + (more_in_training if split == "train" else 0) for split in self.splits}
@@ -71,7 +82,11 @@ class Expected:
         seconds += sum(questions.values()) * _SECONDS_PER_QUESTION + self.media_bytes / 1e6 * _SECONDS_PER_MB
         disk = pictures * _BYTES_PER_PICTURE + sum(questions.values()) * _BYTES_PER_QUESTION + self.media_bytes
         disk += sum(drawn.values()) * _BYTES_PER_CANVAS + self.rows * _BYTES_PER_ROW
+        sounds = {split: round(spoken * _SOUNDS_PER_QUESTION * n) for split, n in questions.items()}
+        seconds += sum(sounds.values()) * _SECONDS_PER_SOUND
+        disk += sum(sounds.values()) * _BYTES_PER_SOUND
         largest = self.media_bytes + max(questions.values(), default=0) * _BYTES_PER_QUESTION
+        largest += max(sounds.values(), default=0) * _BYTES_PER_SOUND
         samples = dict(self.splits) | {f"instruct-{split}": n for split, n in questions.items()}
         return Estimate(
             stage="data",

@@ -28,6 +28,7 @@ from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
 from plait.data.media import STORED, decode_image
+from plait.data.sounds import Sound, decode_sound
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -81,7 +82,7 @@ class Fill:
 
 
 class FeatureStore:
-    """Cached features by the sha256 of their picture, memory-mapped.
+    """Cached features by the sha256 of their picture or sound, memory-mapped.
 
     Attributes:
         d_out: Width of a feature.
@@ -103,15 +104,15 @@ class FeatureStore:
         return sha256 in self._items
 
     def __call__(self, sha256s: Sequence[str]) -> Patches:
-        """Features of the pictures, in this order; one may be named more than once, and may be several items.
+        """Features of media, in this order; one may be named more than once, and a picture may be several items.
 
         Raises:
-            DataError: A picture is not in the cache.
+            DataError: An item is not in the cache.
         """
         missing = [s for s in sha256s if s not in self._items]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(sha256s)} pictures have no cached features; the first is {missing[0][:12]}",
+                f"{len(missing)} of {len(sha256s)} items have no cached features; the first is {missing[0][:12]}",
                 place="feature cache",
                 remedy="hand all media of the run to cached_features",
             )
@@ -155,7 +156,7 @@ def cached_features(
     media: Sequence[MediaRef],
     *,
     read: Callable[[MediaRef], bytes],
-    prepare: Callable[[Image.Image], Patches],
+    prepare: Callable[[Any], Patches],
     encoder: Encoder,
     key: str,
     folder: Path,
@@ -169,17 +170,18 @@ def cached_features(
     then takes over what that one computed.
 
     Args:
-        media: Pictures; equal bytes are encoded once.
+        media: Pictures, or sounds; equal bytes are encoded once.
         read: Gives the encoded bytes of one.
-        prepare: RGB picture to raw pixels, as the encoder wants them; one item or several.
-        encoder: Raw pixels to features.
+        prepare: RGB picture to raw pixels, or :class:`~plait.data.sounds.Sound` to raw samples, as the encoder wants
+            them; one item or several.
+        encoder: These to features.
         key: Digest of the encoder's weights, preprocessing and number format.
         folder: Where caches lie; this one becomes a folder in it.
         events: Told progress, damage, and at the end what it took.
         chunk_items: Items a file.
 
     Raises:
-        DataError: A picture cannot be read or decoded, or its bytes are not those its sha256 names.
+        DataError: An item cannot be read or decoded, or its bytes are not those its sha256 names.
         NumericsError: A feature is not finite in 16 bits.
         ResourceError: The disk is full, finished chunks are kept; or another process keeps this cache for two hours.
     """
@@ -241,7 +243,7 @@ def _encode(
     refs: Sequence[MediaRef],
     *,
     read: Callable[[MediaRef], bytes],
-    prepare: Callable[[Image.Image], Patches],
+    prepare: Callable[[Any], Patches],
     encoder: Encoder,
 ) -> tuple[Tensor, list[list[int]]]:
     """Features of the pictures, and of each the grid of its items, one after the other."""
@@ -249,7 +251,7 @@ def _encode(
     grids: list[list[int]] = []
     for start in range(0, len(refs), _BATCH):
         batch = refs[start : start + _BATCH]
-        prepared = [prepare(decode_image(_bytes(ref, read), place=ref.uri, limits=STORED)) for ref in batch]
+        prepared = [prepare(_decoded(ref, _bytes(ref, read))) for ref in batch]
         raw = Patches(values=torch.cat([p.values for p in prepared]), grid=torch.cat([p.grid for p in prepared]))
         with torch.inference_mode():
             features = encoder(raw)
@@ -275,12 +277,18 @@ def _encode(
     return torch.cat(values), grids
 
 
+def _decoded(ref: MediaRef, data: bytes) -> Image.Image | Sound:
+    if ref.modality == "audio":
+        return decode_sound(data, place=ref.uri)
+    return decode_image(data, place=ref.uri, limits=STORED)
+
+
 def _bytes(ref: MediaRef, read: Callable[[MediaRef], bytes]) -> bytes:
     data = read(ref)
     found = hashlib.sha256(data).hexdigest()
     if found != ref.sha256:
         raise DataError(
-            f"{len(data):,} bytes with sha256 {found[:12]}, expected {ref.sha256[:12]}: not the picture it was",
+            f"{len(data):,} bytes with sha256 {found[:12]}, expected {ref.sha256[:12]}: not what it was",
             place=ref.uri,
             remedy="make the data stage again",
         )

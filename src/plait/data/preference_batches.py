@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from plait.core.errors import DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
-from plait.core.types import AnswerKind, Sample, Text, Turn
-from plait.data.collate import collate
+from plait.core.types import AnswerKind, MediaRef, Sample, Text, Turn
+from plait.data.collate import Account, collate
 from plait.data.packing import row_length
 from plait.data.template import Rendered, Template
 
@@ -75,7 +74,7 @@ class PreferenceBatches:
 
     Args:
         pairs: In the order in which they are trained.
-        features: Cached features of a picture by its sha256.
+        features: Cached features of media of one modality.
         grid_out: Tokens of these features, as :func:`plait.data.collate.collate` takes it.
         batch_size: Pairs in a batch.
         row: Tokens a row holds; 0 takes :func:`plait.data.packing.row_length`.
@@ -90,8 +89,8 @@ class PreferenceBatches:
         self,
         pairs: Sequence[PreferencePair],
         *,
-        features: Callable[[Sequence[str]], Patches],
-        grid_out: Callable[[Tensor], Tensor],
+        features: Callable[[Sequence[MediaRef]], Patches],
+        grid_out: Account,
         batch_size: int,
         row: int,
         pad: int,
@@ -123,8 +122,8 @@ class PreferenceBatches:
         return [self._batch(self.parts[step % len(self.parts)])]
 
     def _batch(self, part: Sequence[PreferencePair]) -> Batch:
-        names = dict.fromkeys(ref.sha256 for pair in part for ref in pair.chosen.media)
-        features: Mapping[str, Patches] = {name: self._features([name]) for name in names}
+        refs = {ref.sha256: ref for pair in part for ref in pair.chosen.media}
+        features: Mapping[str, Patches] = {name: self._features([ref]) for name, ref in refs.items()}
         answers = [answer for pair in part for answer in pair.answers()]
         return collate(
             answers,

@@ -1,10 +1,11 @@
 """Shards: plain tar files that any WebDataset reader streams, each with an index for verified random access.
 
 ``train-000.tar`` holds, sample after sample, ``<key>.json`` (:meth:`plait.core.types.Sample.to_json`) and the pictures
-that belong to it (``<key>.png``; ``<key>.0.png``, ``<key>.1.png`` if several). ``train-000.tar.idx`` is JSON Lines: a
-header with the size and sha256 of the whole shard and with the number of shards and samples in the whole split, then
-name, offset, size and sha256 of each member. A picture that several samples show is stored once; ``uri`` in each says
-where. The same samples give the same bytes: no times, no owners, samples in the order given.
+and sounds that belong to it (``<key>.png``, ``<key>.wav``; ``<key>.0.png``, ``<key>.1.wav`` if several).
+``train-000.tar.idx`` is JSON Lines: a header with the size and sha256 of the whole shard and with the number of shards
+and samples in the whole split, then name, offset, size and sha256 of each member. A picture or sound of several samples
+is stored once; ``uri`` in each says where. The same samples give the same bytes: no times, no owners, samples in the
+order given.
 
 A shard is checked whole against its index before the first sample is read from it, and a split is only read if all its
 shards are there. Nothing is unpacked to disk, no member is run.
@@ -28,6 +29,7 @@ from plait.core.errors import DataError
 from plait.core.files import write_atomic
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.media import FORMATS, sniff
+from plait.data.sounds import SOUNDS, sniff_sound
 
 MAX_SHARD_BYTES = 128 * 2**20
 """A new shard is begun beyond this; a shard is made in memory."""
@@ -38,7 +40,7 @@ _FORMAT = 2
 _RECORD = ".json"
 
 Entry = tuple[Sample, Mapping[str, bytes]]
-"""A sample and the encoded pictures stored with it, by sha256; one that is not given must have a ``uri`` already."""
+"""A sample and the encoded media stored with it, by sha256; what is not given must have a ``uri`` already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,15 +78,15 @@ def write_shards(
     Args:
         folder: Where; exists.
         name: Split, such as ``train``.
-        entries: Samples with the pictures to store, consumed one by one.
+        entries: Samples with the pictures and sounds to store, consumed one by one.
         max_bytes: A shard is closed when it is at least this large.
 
     Returns:
-        The samples with the ``uri`` of every picture filled in.
+        The samples with every ``uri`` filled in.
 
     Raises:
-        DataError: Two samples have one id, an id is not usable as a file name, or a picture is missing or has another
-            hash.
+        DataError: Two samples have one id, an id is not usable as a file name, or a picture or sound is missing or has
+            another hash.
         ResourceError: The disk is full; no part of a shard is left under a final name.
     """
     written: list[Sample] = []
@@ -131,20 +133,18 @@ class _Shard:
         return self._file.tell()
 
     def add(self, sample: Sample, media: Mapping[str, bytes], stored: dict[str, str]) -> Sample:
-        """Append one sample; ``stored`` maps the sha256 of pictures already in this split to their uri."""
-        new = list(
-            dict.fromkeys(ref.sha256 for ref in sample.media() if ref.sha256 in media and ref.sha256 not in stored)
-        )
+        """Append one sample; ``stored`` maps the sha256 of what is already in this split to its uri."""
+        new = {ref.sha256: ref for ref in sample.media() if ref.sha256 in media and ref.sha256 not in stored}
         files: list[tuple[str, bytes]] = []
-        for position, sha256 in enumerate(new):
+        for position, (sha256, ref) in enumerate(new.items()):
             data = media[sha256]
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise DataError(
-                    "a picture has another sha256 than its reference",
+                    f"{_a(ref)} has another sha256 than its reference",
                     place=sample.id,
                     remedy="hash the bytes you hand over",
                 )
-            ending = FORMATS[sniff(data, place=sample.id)]
+            ending = _ending(ref, data, place=sample.id)
             member = f"{sample.id}.{ending}" if len(new) == 1 else f"{sample.id}.{position}.{ending}"
             files.append((member, data))
             stored[sha256] = f"{self._name}#{member}"
@@ -193,6 +193,15 @@ class _Shard:
         self._members.append(Member(name=name, offset=offset, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
 
 
+def _a(ref: MediaRef) -> str:
+    return "a sound" if ref.modality == "audio" else "a picture"
+
+
+def _ending(ref: MediaRef, data: bytes, *, place: str) -> str:
+    """The ending of a file's name, by what its bytes are."""
+    return SOUNDS[sniff_sound(data, place=place)] if ref.modality == "audio" else FORMATS[sniff(data, place=place)]
+
+
 def _place(sample: Sample, stored: Mapping[str, str]) -> Sample:
     turns = [
         Turn(
@@ -210,7 +219,7 @@ def _place_part(part: Text | MediaRef, stored: Mapping[str, str], sample: str) -
         return part
     uri = stored.get(part.sha256, part.uri)
     if not uri:
-        raise DataError("the sample shows a picture that was not handed over", place=sample, remedy="pass its bytes")
+        raise DataError(f"the sample has {_a(part)} that was not handed over", place=sample, remedy="pass its bytes")
     return replace(part, uri=uri)
 
 
@@ -236,7 +245,7 @@ def shards_sha256(folder: Path) -> str:
 
 
 class ShardReader:
-    """Random access to one split; pictures of its samples may lie in any shard of the folder.
+    """Random access to one split; what its samples show may lie in any shard of the folder.
 
     Files are mapped, not read: memory is the system's page cache. Each shard is verified when it is first touched.
 
@@ -280,7 +289,7 @@ class ShardReader:
         return (self[index] for index in range(len(self)))
 
     def media(self, ref: MediaRef) -> bytes:
-        """Encoded bytes of a picture, checked against the reference.
+        """Encoded bytes of a picture or sound, checked against the reference.
 
         Raises:
             DataError: The reference points outside the folder, to nothing, or to other bytes.
@@ -293,7 +302,7 @@ class ShardReader:
         data = self._open(shard).read(member)
         if hashlib.sha256(data).hexdigest() != ref.sha256:
             raise DataError(
-                "the picture is not the one the sample was made with", place=f"{self.folder}/{ref.uri}", remedy=_REBUILD
+                "the bytes are not those the sample was made with", place=f"{self.folder}/{ref.uri}", remedy=_REBUILD
             )
         return data
 

@@ -17,7 +17,7 @@ from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.tensors import Patches
-from plait.core.types import Completion, MediaRef, Request, Sample, Turn
+from plait.core.types import Completion, MediaRef, Request, Sample, Text, Turn
 from plait.data.collate import joined
 from plait.evaluation.answers import Asked
 from plait.inference.engine import Engine
@@ -97,7 +97,7 @@ def show_answers(
             "split": split,
             "task": sample.meta["task"],
             "uri": sample.media()[0].uri,
-            "question": sample.text("user"),
+            "question": question(sample),
             "target": sample.text("assistant"),
             "answer": answer.text.strip(),
         }
@@ -117,21 +117,31 @@ def _characters(turns: Iterable[Turn]) -> int:
     return sum(len(part.text) for turn in turns for part in turn.parts if not isinstance(part, MediaRef))
 
 
+def question(sample: Sample) -> str:
+    """What is asked, whether written or spoken."""
+    return str(sample.meta.get("question") or sample.text("user"))
+
+
 def blanked(sample: Sample) -> Sample:
-    """The same question about a white picture; :func:`white_pictures` has its features."""
+    """The same question about a white picture, and heard as before; :func:`white_pictures` has its features."""
     turns = (
-        replace(turn, parts=tuple(_WHITE if isinstance(part, MediaRef) else part for part in turn.parts))
+        replace(turn, parts=tuple(_WHITE if _is_picture(part) else part for part in turn.parts))
         for turn in sample.turns
     )
     return replace(sample, turns=tuple(turns))
 
 
-def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
-    """A white picture, whatever is asked for: prepared and encoded once, as all pictures of the model are.
+def _is_picture(part: Text | MediaRef) -> bool:
+    return isinstance(part, MediaRef) and part.modality == "image"
+
+
+def white_pictures(built: Multimodal, *, dtype: torch.dtype, others: Pictures | None = None) -> Pictures:
+    """A white picture, whichever is asked for: prepared and encoded once, as all pictures of the model are.
 
     Args:
         built: Whose tower and contract; on the CPU.
         dtype: Of the features it is compared with, which a cache keeps in 16 bits.
+        others: Features of what is no picture: they stay as they are.
     """
     side = built.image.contract.size
     with torch.inference_mode():
@@ -139,6 +149,8 @@ def white_pictures(built: Multimodal, *, dtype: torch.dtype) -> Pictures:
     white = replace(white, values=white.values.to(dtype))
 
     def media(refs: Sequence[MediaRef]) -> Patches:
+        if others and refs and refs[0].modality != "image":
+            return others(refs)
         return joined([white] * len(refs))
 
     return media
@@ -188,7 +200,7 @@ def collect(samples: Sequence[Sample], said: Mapping[str, Mapping[str, str]]) ->
             split=sample.meta["split"],
             task=sample.meta["task"],
             uri=sample.media()[0].uri,
-            question=sample.text("user"),
+            question=question(sample),
             target=target(sample),
             group=" ".join(sorted(sample.meta["concepts"])),
             answers={system: answers[sample.id] for system, answers in said.items() if sample.id in answers},

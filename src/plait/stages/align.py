@@ -255,7 +255,7 @@ class Align(Stage):
         template = built.template
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
-            features=questions.stores[0],
+            features=questions.features,
             grid_out=built.slot_grid,
             batch_size=self.batch_size,
             row=self.row,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
@@ -16,9 +16,11 @@ from plait.stages.stage import Stage
 if TYPE_CHECKING:
     from plait.core.types import Sample
     from plait.data.ledger import Ledger
+    from plait.data.shards import Entry
     from plait.data.sources import Gathered
     from plait.data.sources.emoji import EmojiChoice
     from plait.data.sources.pairs import PairsChoice
+    from plait.data.spoken import Aloud, Spoken
 
 
 class EmojiSource(Spec):
@@ -64,6 +66,35 @@ class PairsSource(Spec):
     """Test on at most this many rows; the rest is counted in the ledger."""
 
 
+_Voice: TypeAlias = Annotated[str, Field(pattern=r"^en(-[A-Za-z0-9]+)*(\+[A-Za-z0-9]+)?$")]
+
+
+class SpokenQuestions(Spec):
+    """Questions asked aloud: the sound takes the place of the text. Needs the extra `speech` (espeak-ng)."""
+
+    voices: Annotated[tuple[_Voice, ...], Field(min_length=1)] = ("en-us", "en-us+m6", "en-us+m8", "en-us+f2", "en")
+    """Voices of training: an English language of espeak-ng, alone or with a variant."""
+    test_voices: Annotated[tuple[_Voice, ...], Field(min_length=1)] = ("en-us+m5", "en-us+f3")
+    """Voices of all other splits; none of them may be one of training."""
+    speeds: Annotated[tuple[Annotated[int, Field(ge=80, le=450)], ...], Field(min_length=1)] = (140, 160, 180)
+    """Words a minute."""
+    takes: int = Field(default=2, ge=1, le=100)
+    """In how many ways, each with its voice and speed, one text is spoken at most: more of them are more to encode."""
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the questions that is spoken; the others stay written."""
+    tasks: tuple[str, ...] = ()
+    """Only questions of these tasks are spoken; by default of all."""
+    max_seconds: float = Field(default=20.0, gt=0.0, le=600.0)
+    """Questions that take longer stay written, and are counted."""
+
+    @model_validator(mode="after")
+    def _held_out(self) -> SpokenQuestions:
+        both = sorted({*self.voices} & {*self.test_voices})
+        if both:
+            raise ValueError(f"voices that are tested must not be trained on: {', '.join(both)}")
+        return self
+
+
 class Questions(Spec):
     """Which questions are made from the pictures."""
 
@@ -81,6 +112,8 @@ class Questions(Spec):
     data."""
     test_canvases: int = Field(default=40, ge=0)
     """The same for each test split."""
+    spoken: SpokenQuestions | None = None
+    """Ask aloud; by default all questions are written. Chinese ones always are."""
 
 
 AnySource: TypeAlias = Annotated[EmojiSource | PairsSource, Field(discriminator="kind")]
@@ -98,9 +131,9 @@ class Data(Stage):
     """Make shards, questions, ledger and data card.
 
     Writes ``ledger.jsonl``, ``card.md`` and ``shards/``: ``train``, ``test-concept``, ``test-style``, ``test-both`` as
-    far as the source has them, and ``instruct-<split>`` with the questions about each. The same settings give the same
-    bytes; the seal has one digest over them, ``shards_sha256``. If the source has to be refused, the ledger is there
-    all the same.
+    far as the source has them, and ``instruct-<split>`` with the questions about each, spoken ones with their sound.
+    The same settings give the same bytes; the seal has one digest over them, ``shards_sha256``. If the source has to be
+    refused, the ledger is there all the same.
 
     Example:
         >>> Data(source="emoji").source.held_out
@@ -131,6 +164,9 @@ class Data(Stage):
         from plait.data.shards import shards_sha256
 
         _sweep(folder)
+        aloud = self._aloud()
+        if aloud:
+            aloud.check()
         ledger = Ledger()
         try:
             gathered = self._gather(ledger, events)
@@ -142,14 +178,23 @@ class Data(Stage):
         ledger.check_faults(self.max_fault_rate)
         with folder_atomic(folder / "shards") as shards:
             pictures = _write_pictures(shards, gathered, events)
-            questions = self._write_questions(shards, pictures, events)
+            spoken: dict[str, Spoken] = {}
+            questions = self._write_questions(shards, pictures, events, aloud=aloud, spoken=spoken)
             size = sum(path.stat().st_size for path in shards.iterdir())
             digest = shards_sha256(shards)
         settings = self.model_dump(mode="json")
-        card = make_card(settings=settings, gathered=gathered, ledger=ledger, pictures=pictures, questions=questions)
+        card = make_card(
+            settings=settings,
+            gathered=gathered,
+            ledger=ledger,
+            pictures=pictures,
+            questions=questions,
+            spoken=spoken,
+        )
         write_atomic(folder / "card.md", card)
         summary = _summary(gathered, ledger, pictures=pictures, questions=questions)
         summary |= {"shard_bytes": size, "shards_sha256": digest}
+        summary |= {"spoken": {split: counts.as_dict() for split, counts in spoken.items()}} if spoken else {}
         events.note(_sentence(summary), **summary)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
@@ -173,6 +218,7 @@ class Data(Stage):
             canvases=canvases,
             tile=tile,
             runtime_bytes=machine.runtime_bytes,
+            spoken=self.questions.spoken.share if self.questions.spoken else 0.0,
         )
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -210,13 +256,25 @@ class Data(Stage):
             seed=self.seed,
         )
 
+    def _aloud(self) -> Aloud | None:
+        from plait.data.spoken import Aloud
+
+        return Aloud(**self.questions.spoken.model_dump(), seed=self.seed) if self.questions.spoken else None
+
     def _write_questions(
-        self, shards: Path, pictures: Mapping[str, list[Sample]], events: Events
+        self,
+        shards: Path,
+        pictures: Mapping[str, list[Sample]],
+        events: Events,
+        *,
+        aloud: Aloud | None,
+        spoken: dict[str, Spoken],
     ) -> dict[str, list[Sample]]:
         """Ask about each split with pictures and names of that split only."""
         from plait.data.instructions import ask_canvases, ask_groups, ask_names, ask_yes_no
         from plait.data.media import decode_image
-        from plait.data.shards import Entry, ShardReader, write_shards
+        from plait.data.shards import ShardReader, write_shards
+        from plait.data.spoken import Spoken, ask_aloud
 
         written: dict[str, list[Sample]] = {}
         groups = sorted({group for samples in pictures.values() for s in samples if (group := s.answer("group"))})
@@ -237,14 +295,26 @@ class Data(Stage):
                         open_picture=lambda ref, reader=reader: decode_image(reader.media(ref), place=ref.uri),
                     )
             entries.sort(key=lambda entry: entry[0].id)
-            written[split] = write_shards(shards, f"instruct-{split}", entries)
+            uttered: Iterable[Entry] = entries
+            if aloud:
+                counts = spoken[split] = Spoken()
+                uttered = ask_aloud(_told(entries, split, events), aloud, split=split, counts=counts)
+            written[split] = write_shards(shards, f"instruct-{split}", uttered)
         events.progress("questions", len(pictures), len(pictures))
         return written
 
 
+def _told(entries: Sequence[Entry], split: str, events: Events) -> Iterable[Entry]:
+    """The entries, with progress: speaking takes longer than all else."""
+    for done, entry in enumerate(entries, 1):
+        yield entry
+        if done % 100 == 0 or done == len(entries):
+            events.progress(f"speech of {split}", done, len(entries))
+
+
 def _write_pictures(shards: Path, gathered: Gathered, events: Events) -> dict[str, list[Sample]]:
     from plait.data.card import SPLITS
-    from plait.data.shards import Entry, write_shards
+    from plait.data.shards import write_shards
 
     written: dict[str, list[Sample]] = {}
     done = 0
@@ -300,5 +370,7 @@ def _sentence(summary: Mapping[str, Any]) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in summary["splits"].items())
     asked = sum(sum(tasks.values()) for tasks in summary["instruct"].values())
     ledger = summary["ledger"]
+    aloud = sum(counts["spoken"] for counts in summary.get("spoken", {}).values())
+    said = f" ({aloud:,} of them spoken)" if "spoken" in summary else ""
     fates = ", ".join(f"{ledger[fate]:,} {fate}" for fate in ("kept", "changed", "dropped"))
-    return f"pictures: {splits}; {asked:,} questions; {ledger['rows']:,} source rows: {fates}"
+    return f"pictures: {splits}; {asked:,} questions{said}; {ledger['rows']:,} source rows: {fates}"

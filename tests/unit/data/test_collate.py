@@ -114,8 +114,27 @@ def test_a_picture_of_another_size_than_its_placeholders_is_named_before_any_for
     assert caught.value.place == "sample b, picture 2 (3)"
 
 
+def test_each_modality_has_its_order_and_its_account() -> None:
+    both = Rendered(
+        token_ids=(HOLE, HOLE, *[HOLE] * 8, 10),
+        trained=(*[False] * 10, True),
+        media=tuple(MediaRef(modality=kind, sha256=name, uri="") for kind, name in (("image", "1"), ("audio", "2"))),
+        slots=(2, 8),
+    )
+    samples = [("a", both), ("b", rendered(3, ("3",), 1))]
+    accounts = {"image": halved, "audio": lambda grid: grid}
+    batch = collate(samples, store("1", "2", "3"), grid_out=accounts, encoded=True, row=11, pad=PAD)
+    assert batch.media["image"].values[:, 0].tolist() == [1.0] * 8 + [3.0] * 8
+    assert batch.media["audio"].values[:, 0].tolist() == [2.0] * 8
+    assert batch.item_row["image"].tolist() == [0, 1]
+    assert batch.item_row["audio"].tolist() == [0]
+    with pytest.raises(DataError, match="8 placeholders for the sound, 2 media tokens") as caught:
+        collate(samples, store("1", "2", "3"), grid_out=halved, encoded=True, row=11, pad=PAD)
+    assert "sample a, sound 2" in caught.value.place
+
+
 def test_faults_name_the_sample() -> None:
-    with pytest.raises(DataError, match=r"9 tokens \(4 of them pictures\), a row holds 8") as caught:
+    with pytest.raises(DataError, match=r"9 tokens \(4 of them media\), a row holds 8") as caught:
         batch_of([("a", rendered(1, (), 1)), ("long", rendered(5, ("1", "2"), 1))], row=8)
     assert caught.value.place == "sample long"
     with pytest.raises(DataError, match="the picture has no features") as caught:

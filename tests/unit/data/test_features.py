@@ -212,7 +212,7 @@ def test_a_damaged_index_starts_over_and_says_so(tmp_path, content):
 def test_bytes_that_are_not_what_their_digest_says_are_refused(tmp_path):
     album = Album(3)
     album.data[album.refs[1].sha256] = album.data[album.refs[0].sha256]
-    with pytest.raises(DataError, match="not the picture it was") as caught:
+    with pytest.raises(DataError, match="not what it was") as caught:
         fill(album, tmp_path, Halver())
     assert caught.value.place == "train-000.tar#1.png"
 
@@ -241,7 +241,7 @@ def test_an_encoder_whose_account_is_wrong_is_caught(tmp_path):
 
 def test_a_picture_that_was_not_handed_in_is_named(tmp_path):
     store = fill(Album(2), tmp_path, Halver())
-    with pytest.raises(DataError, match="1 of 2 pictures have no cached features; the first is ffffffffffff"):
+    with pytest.raises(DataError, match="1 of 2 items have no cached features; the first is ffffffffffff"):
         store([Album(2).refs[0].sha256, "f" * 64])
 
 

@@ -102,5 +102,5 @@ def test_a_picture_that_is_not_stored_is_said():
     pixels, _ = stored(2)
     lost = StoredPixels(store=pixels.store, sha256s=("p0", "gone"), device=pixels.device)
     assert len(lost) == 2
-    with pytest.raises(DataError, match="1 of 2 pictures have no cached features; the first is gone"):
+    with pytest.raises(DataError, match="1 of 2 items have no cached features; the first is gone"):
         picked(lost, [0, 1])

@@ -330,6 +330,31 @@ def test_without_the_packages_the_estimate_is_of_the_pinned_ones(
     assert "plait data fetch" in estimate.notes[0]
 
 
+@pytest.mark.usefixtures("emoji_home")
+def test_questions_can_be_spoken(tmp_path: Path) -> None:
+    settings = SMALL | {"questions": {**SMALL["questions"], "spoken": {"voices": ["en-us"], "test_voices": ["en"]}}}
+    folder = run(tmp_path / "01-data", settings)
+    done = read_done(folder)
+    assert done is not None
+    spoken = done["summary"]["spoken"]
+    with ShardReader(folder / "shards", "instruct-train") as reader:
+        kinds = [[ref.modality for ref in sample.media()] for sample in reader]
+        voices = {sample.meta["voice"] for sample in reader if "voice" in sample.meta}
+        assert all(reader.media(ref) for sample in reader for ref in sample.media())
+    assert sum(kind == ["image", "audio"] for kind in kinds) == spoken["train"]["spoken"] > 0
+    assert sum(kind == ["image"] for kind in kinds) == spoken["train"]["written"]["script"] > 0  # the Chinese ones
+    assert voices == {"en-us"}
+    assert set(spoken["test-concept"]["voices"]) == {"en"}
+    card = (folder / "card.md").read_text()
+    assert "## Spoken questions" in card
+    assert "GPL-3.0-or-later" in card
+    again = run(tmp_path / "again", settings)
+    assert contents(again / "shards") == contents(folder / "shards")
+    bad = {"questions": {"spoken": {"voices": ["en"], "test_voices": ["en"]}}}
+    with pytest.raises(ValueError, match="must not be trained on"):
+        Data.model_validate(bad)
+
+
 # --- the real packages ---------------------------------------------------------------------------------------------
 
 

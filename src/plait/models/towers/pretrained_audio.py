@@ -12,6 +12,7 @@ A model whose ``model_type`` is not in :data:`FAMILIES` is refused: how many tok
 a configuration alone.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -180,6 +181,55 @@ class PretrainedAudio(nn.Module):
         if self.layer == -1:
             return self.backbone(**inputs).last_hidden_state
         return self.backbone(**inputs, output_hidden_states=True).hidden_states[self.layer]
+
+
+def shortened(
+    backbone: PreTrainedModel, extractor: SequenceFeatureExtractor, seconds: float
+) -> tuple[PreTrainedModel, SequenceFeatureExtractor]:
+    """Whisper's encoder with a shorter window, for sounds that fit into it: its first positions, less silence behind.
+
+    A window of 5 s has 250 tokens to compute in place of 1,500. What goes into the first block is the same for the
+    real part of a sound (the frames' normalization looks at the loudest, which is not in the silence); from there on
+    features differ, because real tokens of a 30 s window attend to the tokens of the silence, too.
+    Measured with tiny.en on 24 spoken questions: features of the real part have a mean cosine of 0.986 with those of
+    30 s in a window of 10 s, and 0.976 in one of 5 s; Whisper's own decoder gets 14 and 29 % of the words wrong there,
+    17 % with 30 s.
+
+    Args:
+        backbone: Changed in place.
+        extractor: Of the same folder.
+        seconds: At least one token, at most the window that it was trained on.
+
+    Raises:
+        ConfigError: It is no Whisper, or ``seconds`` is out of range.
+    """
+    if backbone.config.model_type != "whisper":
+        raise ConfigError(
+            f"a window of {seconds:g} s is asked for, {type(backbone).__name__} has none that could be shorter",
+            place="window_s",
+            remedy="leave it out",
+        )
+    encoder: Any = backbone
+    hop, rate, longest = (
+        _of(extractor, "hop_length"),
+        _of(extractor, "sampling_rate"),
+        encoder.config.max_source_positions,
+    )
+    tokens = round(seconds * rate / (2 * hop))
+    if not 1 <= tokens <= longest:
+        raise ConfigError(
+            f"the window is {seconds:g} s, this Whisper has {2 * hop / rate:g} to {longest * 2 * hop / rate:g}",
+            place="window_s",
+            remedy="as long as the longest sound, or 0 for its own",
+        )
+    table = encoder.embed_positions
+    encoder.embed_positions = nn.Embedding.from_pretrained(table.weight[:tokens].clone())
+    encoder.config = copy.deepcopy(encoder.config)
+    encoder.config.max_source_positions = tokens
+    own: Any = copy.deepcopy(extractor)
+    own.nb_max_frames, own.n_samples = 2 * tokens, 2 * tokens * hop
+    own.chunk_length = seconds
+    return encoder, own
 
 
 # --- the families --------------------------------------------------------------------------------------------------
