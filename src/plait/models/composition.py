@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from plait.core.spec import Spec
 from plait.core.types import Modality
 from plait.models.audio_specs import PretrainedAudio
-from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Mlp, Part, Positive
+from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Part, Positive
 
 MODALITIES: tuple[Modality, ...] = ("image", "audio")
 """What encoders and connectors there are for, in the order in which their placeholders are numbered."""
@@ -100,7 +100,7 @@ class Composition(Spec):
 
     encoders: Encoders
     """What turns media into features."""
-    connectors: Connectors = Connectors(image=Mlp())
+    connectors: Connectors
     """What turns features into what the decoder reads."""
     decoder: Decoder = PretrainedDecoder()
     """The language model."""
