@@ -164,3 +164,12 @@ def test_wrong_settings_and_vectors_are_refused():
         VectorQuantizer(2, 2).update()
     with pytest.raises(DataError, match="not finite"):
         VectorQuantizer(2, 2)(torch.tensor([[0.0, float("nan")]]))
+
+
+def test_codes_that_are_averages_are_state_of_a_checkpoint():
+    from plait.training.state import TrainState
+
+    averaged = TrainState(VectorQuantizer(3, 2, decay=0.9).train())
+    assert set(averaged.tensors()) == {"codes", "usage", "total"}  # all of them move, so a resumed run needs them all
+    assert set(TrainState(VectorQuantizer(3, 2).train()).tensors()) == {"codes"}
+    assert VectorQuantizer(3, 2, decay=0.9).state_dict().keys() >= {"codes"}
