@@ -105,6 +105,8 @@ def test_codes_nobody_uses_start_anew_at_vectors_of_the_last_step():
     for step in range(4):
         quantizer(vectors)
         again.append(quantizer.update(generator=torch.Generator().manual_seed(step)))
+        if again[-1]:  # they count as used, or would start anew until somebody chose them
+            assert int((quantizer.usage == 1.0).sum()) == again[-1]
     assert again[:3] == [0, 0, 2]  # use 0.5, 0.25, 0.125
     assert quantizer.codes.abs().max() < 10
     assert len(quantizer(vectors).ids.unique()) == 4
