@@ -36,4 +36,4 @@ def test_heads_of_a_qformer_divide_its_width() -> None:
 
 def test_every_encoder_has_a_connector() -> None:
     with pytest.raises(ValidationError, match="encoders for nothing and connectors for image"):
-        Composition.model_validate({"encoders": {}})
+        Composition.model_validate({"encoders": {}, "connectors": {"image": {"kind": "mlp"}}})
