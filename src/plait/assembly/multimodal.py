@@ -10,6 +10,7 @@ Face's layout; one with 8-bit layers is no other decoder's any more and lies in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from plait.assembly.record import PLAIT, read_record, write_record
 from plait.assembly.resolution import slots_of
 from plait.assembly.scratch import SCRATCH, read_spec
 from plait.assembly.smollm import LanguageModel
-from plait.assembly.towers import ImageTower, load_image_tower, scratch_tower
+from plait.assembly.towers import ImageTower, load_image_tower, scratch_tower, tower_key
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
@@ -48,6 +49,7 @@ ADAPTER = "adapter"
 DECODER = "decoder"
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 Tower = ImageTower | AudioTower
 """What comes before a connector: an encoder with what prepares its media."""
@@ -264,18 +266,23 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
                 built.language.model.save_pretrained(str(folder / DECODER))
             decoder |= {"folder": DECODER, "key": fingerprint(folder / DECODER)}
     composition = {
-        "towers": {modality: {**tower.settings, "key": tower.key} for modality, tower in built.towers.items()},
+        "towers": {modality: {**tower.settings, "key": tower_key(tower)} for modality, tower in built.towers.items()},
         "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
         "placeholders": built.model.placeholders,
     }
-    media: dict[str, Any] = {}
+    write_record(folder, kind="multimodal", composition=composition, media=_media(built))
+
+
+def _media(built: Multimodal) -> dict[str, Any]:
+    """The media contract: what pictures and sounds become."""
+    found: dict[str, Any] = {}
     for modality, tower in built.towers.items():
-        is_image = isinstance(tower, ImageTower)
-        media[modality] = (
-            {**tower.contract.as_dict(), "tokens": built.slots_per_picture} if is_image else {"rate": tower.rate}
-        )
-    write_record(folder, kind="multimodal", composition=composition, media=media)
+        if isinstance(tower, ImageTower):
+            found[modality] = {**tower.contract.as_dict(), "tokens": built.slots_per_picture}
+        else:
+            found[modality] = {"rate": tower.rate}
+    return json.loads(json.dumps(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +296,7 @@ class _Record:
     words: int
     text_config: Mapping[str, Any]
     placeholders: dict[str, int]
+    media: Mapping[str, Any]
     adapter: bool
 
 
@@ -323,6 +331,15 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
             remedy="tokenizer and plait.json must come from the same checkpoint",
         )
     load_weights(built.model, folder / _WEIGHTS, names=built.own_state())
+    for modality, tower in towers.items():
+        _same(f"{modality} tower", tower_key(tower), tower.key, folder=folder)
+    if _media(built) != record.media:
+        raise CheckpointError(
+            f"the media contract is {json.dumps(record.media)}, towers and connectors make it "
+            f"{json.dumps(_media(built))}",
+            place=f"{folder / PLAIT}: media",
+            remedy="use an undamaged copy of the folder, or the version of plait that wrote it",
+        )
     if record.adapter and adapter:
         with plain(language.model):
             built = built.with_lora(load_adapter(language.model, folder / ADAPTER))
@@ -337,6 +354,8 @@ def _read(folder: Path) -> _Record:
         parts: Mapping[str, Any] = record["composition"]
         config: Mapping[str, Any] = read_json(folder / _CONFIG)
         decoder = {"dtype": parts["decoder"]["dtype"], "key": parts["decoder"]["key"], **parts["decoder"]}
+        if decoder["dtype"] not in _DTYPES or int(config["words"]) < 0:
+            raise ValueError(f"dtype {decoder['dtype']!r}, words {config['words']!r}")
         return _Record(
             towers={
                 modality: dict(parts["towers"][modality]) for modality in MODALITIES if modality in parts["towers"]
@@ -346,23 +365,31 @@ def _read(folder: Path) -> _Record:
             connectors=Connectors.model_validate(config["connectors"]),
             words=int(config["words"]),
             text_config=config["text_config"],
-            placeholders={str(name): int(number) for name, number in parts["placeholders"].items()},
+            placeholders={str(name): int(number) for name, number in dict(parts["placeholders"]).items()},
+            media=record["media"],
             adapter=parts["adapter"] is not None,
         )
-    except (KeyError, TypeError, ValueError, ValidationError, PlaitError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, PlaitError) as error:
         raise CheckpointError(
             f"a field is missing or cannot be read: {error}", place=str(folder / PLAIT), remedy="use an undamaged copy"
         ) from error
 
 
 def _load_tower(modality: Modality, settings: dict[str, Any], *, folder: Path, events: Events | None) -> Tower:
-    key = settings.pop("key", "")
+    key = str(settings.pop("key", ""))
     if SCRATCH in settings:
         return scratch_tower(read_spec(settings[SCRATCH], folder=folder), dtype=str(settings.get("dtype", "")), key=key)
-    if modality == "audio":
-        found: Tower = load_audio_tower(settings.pop("name"), **settings, events=events)
-    else:
-        found = load_image_tower(settings.pop("name"), **settings, events=events)
+    try:
+        if modality == "audio":
+            found: Tower = load_audio_tower(settings.pop("name"), **settings, events=events)
+        else:
+            found = load_image_tower(settings.pop("name"), **settings, events=events)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the {modality} tower's settings cannot be read: {error}",
+            place=str(folder / PLAIT),
+            remedy="use an undamaged copy of the folder",
+        ) from error
     _same(f"{modality} tower", found.key, key, folder=folder)
     return found
 

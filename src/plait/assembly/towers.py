@@ -7,6 +7,7 @@ they would come out the same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from plait.assembly.backbone import load_backbone
@@ -180,6 +181,19 @@ def scratch_tower(spec: specs.ScratchImage, *, dtype: str = "", key: str = "") -
         settings=settings,
         key=key or digest({"settings": settings} | _preprocessing(contract)),
     )
+
+
+def tower_key(tower: Any) -> str:
+    """What tells a tower from all others: of one that belongs to a model, settings and weights as they are now.
+
+    Args:
+        tower: Of pictures or sounds.
+    """
+    if SCRATCH not in tower.settings:
+        return tower.key
+    state = {name: value.detach().cpu().contiguous() for name, value in tower.encoder.state_dict().items()}
+    weights = hashlib.sha256(save(state)).hexdigest()
+    return digest({"settings": dict(tower.settings), "weights": weights} | _preprocessing(tower.contract))
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:

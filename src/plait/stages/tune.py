@@ -167,6 +167,8 @@ class Tune(Stage):
         found: dict[Keys, Derived] = {}
         if isinstance(given.get("decoder"), (Mapping, NewDecoder)):
             found |= {("adapt", "rank"): Derived(0, "decoder"), ("frozen", "steps"): Derived(0, "decoder")}
+            if _kind(given.get("connector")) != "words":
+                found[("adapt", "lr_connector")] = Derived(1e-3, "decoder")
         if given.get("image_tower") == PRETRAIN:
             found[("resolution",)] = Derived(0, "image_tower")
         return found
@@ -181,6 +183,12 @@ class Tune(Stage):
                     f"{', '.join(given)}: only the connector `words` has a first phase, this one is "
                     f"`{self.connector.kind}`; take them out (set them to null where a parent recipe gives them)"
                 )
+        learns = isinstance(self.connector, specs.Words) or self.frozen.steps or self.adapt.lr_connector
+        if not learns or (self.audio_tower and not (self.frozen.steps or self.adapt.lr_connector)):
+            raise ValueError(
+                "frozen.steps and adapt.lr_connector are both 0: the connector would stay as it was drawn, and the "
+                "model would be blind or deaf; give one of them more"
+            )
         if isinstance(self.audio_connector, specs.Words | specs.GatedCrossAttention):
             raise ValueError(
                 f"audio_connector is `{self.audio_connector.kind}`: sounds are spliced in; use linear, mlp, qformer or "
@@ -246,6 +254,13 @@ class Tune(Stage):
         from plait.stages.tuning.needs import estimate
 
         return estimate(self, machine, before)
+
+
+def _kind(connector: Any) -> str:
+    """Of a connector as given: a spec, a mapping, or nothing."""
+    if isinstance(connector, Mapping):
+        return str(connector.get("kind", "words"))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return str(getattr(connector, "kind", "words"))
 
 
 def _pretrained(previous: Path | None) -> Path:

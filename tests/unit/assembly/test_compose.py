@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from plait.assembly.compose import compose
 from plait.assembly.multimodal import Multimodal, load_multimodal, save_multimodal
-from plait.core.errors import ConfigError, DataError
+from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef, Request, Sample, Text, Turn
 from plait.data.collate import collate
@@ -160,6 +161,41 @@ def test_pictures_of_any_shape_from_settings_to_answers(
 
 
 SIZED = {size: bytes_of(picture("sized", *size)) for size in ((90, 20), (16, 16), (20, 70))}
+
+
+def test_towers_that_learned_other_weights_are_other_towers(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    keys = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        built = compose(Composition.model_validate(settings(tiny_folders["decoder"])))
+        (tmp_path / str(seed)).mkdir()
+        save_multimodal(built, tmp_path / str(seed))
+        keys.append(load_multimodal(tmp_path / str(seed)).image.cache_key)
+    assert keys[0] != keys[1], "their features would be shared"
+    assert load_multimodal(tmp_path / "0").image.cache_key == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: record["media"]["image"].update(size=64), "the media contract is"),
+        (lambda record: record.update(media={}), "the media contract is"),
+        (lambda record: record["composition"]["towers"]["image"].pop("scratch"), "settings cannot be read"),
+        (lambda record: record["composition"]["towers"]["image"].update(key="x"), "image tower has digest"),
+        (lambda record: record["composition"]["decoder"].update(dtype="float7"), "dtype 'float7'"),
+        (lambda record: record["composition"].update(placeholders=7), "cannot be read"),
+    ],
+)
+def test_a_record_that_was_changed_is_refused(
+    change: Any, said: str, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    built = compose(Composition.model_validate(settings(tiny_folders["decoder"])))
+    save_multimodal(built, tmp_path)
+    record = json.loads((tmp_path / "plait.json").read_text(encoding="utf-8"))
+    change(record)
+    (tmp_path / "plait.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        load_multimodal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, f
         ({"decoder": {"kind": "new"}, "adapt": {"rank": 4}}, "adapt.rank is 4: an adapter on a new decoder"),
         ({"decoder": {"kind": "new", "d": 10, "heads": 4}}, "4 heads do not divide a width of 10"),
         ({"image_tower": "pretrain", "resolution": 64}, "resolution is 64"),
+        ({"connector": {"kind": "mlp"}, "frozen": {"steps": 0}}, "the connector would stay as it was drawn"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings: dict[str, Any], said: str) -> None:

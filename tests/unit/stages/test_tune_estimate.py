@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.models.specs import Words
 from plait.stages.tune import Adapt, Tune
@@ -98,6 +99,25 @@ def test_every_connector_has_its_own_account(kind: str) -> None:
     assert found.params_trainable == weights + Lora(rank=16, targets=stage.adapt.targets).params(SHAPE)
     tokens = {"linear": 16, "mlp": 16, "qformer": 32, "resampler": 64, "gated-cross-attention": 64}[kind]
     assert any(f"{tokens} tokens a picture" in note for note in found.notes), found.notes
+
+
+def test_a_new_decoder_too_short_for_a_picture_is_refused_before_anything_runs() -> None:
+    stage = Tune.model_validate(
+        {"decoder": {"kind": "new", "d": 64, "context": 30}, "connector": {"kind": "mlp"}, "resolution": 128}
+    )
+    with pytest.raises(ConfigError, match="a picture takes 16 places") as caught:
+        stage.estimate(MACHINE, {"data": DATA})
+    assert caught.value.place == "stages.tune.decoder.context"
+    heads = Tune.model_validate({"connector": {"kind": "resampler", "heads": 7}})
+    with pytest.raises(ConfigError) as caught:
+        heads.estimate(MACHINE, {"data": DATA})
+    assert caught.value.place == "stages.tune.connector"
+
+
+def test_a_connector_beside_a_new_decoder_learns() -> None:
+    new = {"decoder": {"kind": "new", "d": 64}}
+    assert Tune.model_validate(new).adapt.lr_connector == 0.0
+    assert Tune.model_validate(new | {"connector": {"kind": "mlp"}}).adapt.lr_connector > 0
 
 
 def test_a_new_decoder_is_trained_as_a_whole() -> None:

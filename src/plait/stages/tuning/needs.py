@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.models import specs
+from plait.stages.stage import named_setting
 from plait.training.cost import (
     SMOLLM2_135M,
     DecoderShape,
@@ -62,13 +64,15 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     train = known.get("train", 0)
     pictures = train * (1 + spec.views) + round(train * _CANVASES) * 2
     picture, shape = _picture(spec, before), _shape(spec)
-    of = connector_account(
-        spec.connector,
-        cells=(picture.side, picture.side),
-        d_in=picture.width,
-        d_out=shape.d_model,
-        layers=shape.layers,
-    )
+    with named_setting(f"stages.{spec.kind}.connector"):
+        of = connector_account(
+            spec.connector,
+            cells=(picture.side, picture.side),
+            d_in=picture.width,
+            d_out=shape.d_model,
+            layers=shape.layers,
+        )
+    _check_context(spec, of)
     sounds = _sounds(spec, shape)
     whole = spec.adapt.rank == 0
     lora = None if whole else Lora(rank=spec.adapt.rank, targets=tuple(spec.adapt.targets))
@@ -135,13 +139,25 @@ def _work(
 
 
 def _picture(spec: Tune, before: Mapping[str, Estimate]) -> _Picture:
-    if isinstance(spec.connector, specs.Words):
-        return _Picture(IMAGE_WIDTH, 2, known=spec.image_tower == "efficientnet-lite0")  # averaged to what is joined
     tower = before.get("pretrain") if spec.image_tower == "pretrain" else None
     if tower is not None and tower.d_image:
         return _Picture(tower.d_image, max(1, math.isqrt(tower.cells)), known=True)
+    if isinstance(spec.connector, specs.Words):  # a map is averaged to what is joined
+        return _Picture(IMAGE_WIDTH, spec.connector.shuffle, known=spec.image_tower == "efficientnet-lite0")
     side = math.ceil((spec.resolution or 224) / _IMAGE_REDUCTION)
     return _Picture(IMAGE_WIDTH, side, known=spec.image_tower == "efficientnet-lite0")
+
+
+def _check_context(spec: Tune, of: ConnectorAccount) -> None:
+    """Refuse a new decoder that is too short for a picture and a question."""
+    if isinstance(spec.decoder, str) or of.slots + _TEXT_TOKENS <= spec.decoder.context:
+        return
+    raise ConfigError(
+        f"a picture takes {of.slots} places and a question with its answer about {_TEXT_TOKENS}, the decoder has "
+        f"{spec.decoder.context}",
+        place=f"stages.{spec.kind}.decoder.context",
+        remedy=f"set {of.slots + _TEXT_TOKENS} or more, or a connector that makes fewer tokens",
+    )
 
 
 class _Sounds(NamedTuple):
@@ -156,9 +172,14 @@ def _sounds(spec: Tune, shape: DecoderShape) -> _Sounds:
 
     if not spec.audio_tower:
         return _Sounds()
-    of = connector_account(
-        spec.audio_connector, cells=(1, _SOUND_TOKENS), d_in=_WHISPER_WIDTH, d_out=shape.d_model, layers=shape.layers
-    )
+    with named_setting(f"stages.{spec.kind}.audio_connector"):
+        of = connector_account(
+            spec.audio_connector,
+            cells=(1, _SOUND_TOKENS),
+            d_in=_WHISPER_WIDTH,
+            d_out=shape.d_model,
+            layers=shape.layers,
+        )
     return _Sounds(
         of.parameters,
         (
@@ -201,6 +222,8 @@ def _notes(spec: Tune, of: ConnectorAccount, picture: _Picture, *, steps: int, w
     ]
     if whole:
         notes.append("the decoder is trained as a whole")
-    tower = "" if picture.known else "the tower's sizes and "
-    notes.append(f"{tower}speeds are those of efficientnet-lite0 and SmolLM2-135M")
+    decoder = isinstance(spec.decoder, str) and spec.decoder != "smollm2"
+    sizes = [name for name, guessed in (("the tower's", not picture.known), ("the decoder's", decoder)) if guessed]
+    guessed = f"{' and '.join(sizes)} sizes and all " if sizes else ""
+    notes.append(f"{guessed}speeds are those of efficientnet-lite0 and SmolLM2-135M")
     return tuple(notes)

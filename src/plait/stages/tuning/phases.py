@@ -118,14 +118,15 @@ class _Tuning:
         if isinstance(spec.connector, specs.Words):
             self.vocabulary = read_vocabulary(self._train(), language, place=data)
         seed_everything(spec.seed)
-        self.built = build_multimodal(
-            towers,
-            language,
-            Connectors(image=spec.connector, audio=spec.audio_connector if self.audio else None),
-            decoder=decoder,
-            whole=not spec.adapt.rank,
-            words=self.vocabulary.embeddings if self.vocabulary else None,
-        )
+        with named_setting(f"stages.{spec.kind}.connector"):
+            self.built = build_multimodal(
+                towers,
+                language,
+                Connectors(image=spec.connector, audio=spec.audio_connector if self.audio else None),
+                decoder=decoder,
+                whole=not spec.adapt.rank,
+                words=self.vocabulary.embeddings if self.vocabulary else None,
+            )
         self.built.model.requires_grad_(requires_grad=False)
         self.built.model.to(self.compute.device)
         self.built.model.eval()
