@@ -27,9 +27,9 @@ from plait.assembly.record import read_fields
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.assembly.vlm import load_whole
-from plait.core.errors import CheckpointError, ConfigError, UsageError
+from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
-from plait.core.files import folder_atomic
+from plait.core.files import check_empty, folder_atomic
 from plait.models import specs
 from plait.models.composition import Connectors, PretrainedDecoder
 from plait.models.hub import llava
@@ -180,8 +180,7 @@ def export_llava(built: Multimodal, folder: Path) -> Exported:
     """
     from transformers import GenerationConfig
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError("the target is there and not empty", place=str(folder), remedy="name a new folder")
+    check_empty(folder)
     if wrong := mismatches(built):
         raise ConfigError(
             f"this model is not LLaVA: {'; '.join(map(str, wrong))}",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from plait.assembly.vlm import Vlm
+from plait.core.errors import DataError
+from plait.core.types import Text
 from plait.data.collate import joined
 from plait.data.media import decode_image
 from plait.inference.build import build_engine, encode_pictures
@@ -42,6 +44,13 @@ def wrapped_engine(vlm: Vlm, read: Callable[[MediaRef], bytes]) -> Engine:
     tokenizer = vlm.template.tokenizer
 
     def render(turns: Sequence[Turn]) -> Prompt:
+        for part in (part for turn in turns for part in turn.parts):
+            if not isinstance(part, Text) and part.modality != "image":
+                raise DataError(
+                    f"this model reads pictures, came {part.modality}",
+                    place=part.uri,
+                    remedy="ask about a picture, or take a model that was trained with such media",
+                )
         rendered = vlm.template.turns(turns, prompt=True)
         return Prompt(token_ids=rendered.token_ids, media=rendered.media)
 

@@ -44,10 +44,7 @@ def generated(folder: Path, question: str, *pictures: bytes, tokens: int = 8) ->
     processor = load_processor(folder)
     text = vlm.reader.compose([{"role": "user", "content": content}], True)
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
-    more: dict[str, Any] = {} if vlm.reader.adds else {"add_special_tokens": False}
-    if vlm.model.model.config.model_type in ONE_QUESTION:  # pyright: ignore[reportAttributeAccessIssue]
-        pytest.fail("asked through the processor of a talking family only")
-    inputs = processor(text=text, images=images or None, return_tensors="pt", **more)
+    inputs = processor(text=text, images=[images] if images else None, return_tensors="pt")
     auto: Any = AutoModelForImageTextToText
     model = auto.from_pretrained(folder).eval()
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=vlm.stop)
@@ -59,7 +56,8 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(folder: Path, *words: object, lines: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         code = plait(["chat", str(folder), "--max-tokens", "8", *map(str, words)])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return run
 
@@ -96,6 +94,9 @@ def test_families_without_a_chat_template_answer_one_question_and_say_so(
     code, out, err = chat(folder, "--image", tmp_path / "a.png", "--prompt", "a cat", "--json")
     assert code == 0, err
     assert json.loads(out)["image_tokens"] == (16 if name == "paligemma" else 4)
+    twice = ("--image", tmp_path / "a.png") * 2
+    code, out, err = chat(folder, *twice, "--prompt", "a cat", "--json")
+    assert (code, json.loads(out)["image_tokens"]) == (0, 32 if name == "paligemma" else 8), err
     code, _, err = chat(folder, lines="a cat\na dog\n")
     assert code == 4
     assert "has no chat template and takes one question: roles user, assistant, user" in err
@@ -114,7 +115,7 @@ def test_several_pictures_of_one_question_are_prepared_as_several(vlm_folder: An
     both, one = engine([Request(id=f"{n}", turns=(t,), max_new_tokens=6) for n, t in enumerate((turn, alone))])
     assert both.text == generated(folder, "which?", *data, tokens=6)
     assert one.text == generated(folder, "which?", data[0], tokens=6)
-    assert both.image_tokens == 2 * 16 != one.image_tokens
+    assert both.image_tokens == 2 * (16 + 1) != one.image_tokens  # each one square, with the end of its picture
 
 
 def post(app: Any, body: Any) -> httpx.Response:
@@ -169,5 +170,5 @@ def test_folders_that_are_no_such_model_say_what_they_are(
     assert (code, "use a folder of one of: llava" in err) == (7, True)
     engine = engine_for(load(vlm_folder("llava"), say=print), lambda _: b"")
     ref = MediaRef(modality="audio", sha256="0", uri="a.wav")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="reads pictures, came audio"):
         engine([Request(id="r", turns=(Turn(role="user", parts=(ref, Text(text="a"))),), max_new_tokens=2)])
