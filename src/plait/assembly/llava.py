@@ -115,7 +115,10 @@ def _of_tower(built: Multimodal) -> Iterator[Mismatch]:
     tower = built.towers.get("image")
     if not isinstance(tower, ImageTower):
         return
-    encoder = tower.encoder
+    encoder, contract = tower.encoder, tower.contract
+    if contract.fit != SQUARE:
+        yield Mismatch(part="encoders.image.fit", found=type(contract.fit).__name__.lower(), wanted="square")
+        return
     if not isinstance(encoder, PretrainedVision):
         found = str(tower.settings.get("name") or "a tower of Plait's own")
         yield Mismatch(part="encoders.image", found=found, wanted="a Hugging Face folder of CLIP or SigLIP")
@@ -126,10 +129,7 @@ def _of_tower(built: Multimodal) -> Iterator[Mismatch]:
     elif config.model_type == "siglip_vision_model" and encoder.layer == -1:
         wanted = "-2 or less: LLaVA takes layers before SigLIP's last norm"
         yield Mismatch(part="encoders.image.layer", found="-1", wanted=wanted)
-    contract = tower.contract
-    if contract.fit != SQUARE:
-        yield Mismatch(part="encoders.image.fit", found=type(contract.fit).__name__.lower(), wanted="square")
-    elif contract.size != config.image_size:
+    if contract.size != config.image_size:
         wanted = f"{config.image_size}, at which its positions were learned"
         yield Mismatch(part="encoders.image.size", found=str(contract.size), wanted=wanted)
 
@@ -312,8 +312,8 @@ def _processor(built: Multimodal, tokenizer: Any, *, token: str) -> Any:
 def _notes(built: Multimodal, *, token: str, merged: int, dtype: torch.dtype) -> Iterator[str]:
     contract = built.image.contract
     filled, here = mean_color(contract.mean), contract.background
-    color = "" if filled == here else f" with the mean color {filled}; in Plait with {here}, as in training"
-    yield f"pictures that are not square are filled up to one before they are scaled, in Plait after that{color}"
+    color = "" if filled == here else f", and with the mean color {filled} where Plait, as in training, takes {here}"
+    yield f"pictures that are not square are filled up to one before they are scaled instead of after{color}"
     yield f"what a person types as {token} is a picture to transformers' processor; Plait reads it as plain words"
     yield "texts are tokenized joined to the template: one that begins or ends with a space may become other ids"
     if merged:

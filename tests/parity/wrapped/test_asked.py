@@ -62,7 +62,6 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.mark.row("S4-225")
 @pytest.mark.parametrize("name", TALKING)
 def test_chat_answers_as_generate_does(name: str, vlm_folder: Any, chat: Any, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())

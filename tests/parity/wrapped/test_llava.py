@@ -64,15 +64,9 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def made(tower: Path, decoder: Any, *, connector: Any = MLP, layer: int = -2) -> Multimodal:
     """A composition with weights moved away from where they began, as training moves them."""
     torch.manual_seed(5)
-    spec = Composition(
-        encoders=Encoders(image=specs.PretrainedImage(name=str(tower))),
-        connectors=Connectors(image=connector),
-        decoder=decoder,
-    )
-    built = compose(spec)
-    found = load_image_tower(str(tower), layer=layer, dtype="float32")
-    built = build_multimodal(
-        {"image": found}, built.language, built.connectors, decoder=built.decoder, whole=built.whole
+    image = specs.PretrainedImage(name=str(tower), layer=layer, dtype="float32")
+    built = compose(
+        Composition(encoders=Encoders(image=image), connectors=Connectors(image=connector), decoder=decoder)
     )
     for name, weight in built.model.named_parameters():
         if not name.startswith("encoders.") and weight.ndim > 1:
@@ -211,7 +205,9 @@ def test_pictures_that_are_not_square_are_shown_whole_and_the_notes_say_what_dif
 ) -> None:
     built = made(towers["CLIP"], PretrainedDecoder(name=str(tiny_folders["decoder"])))
     done = export_llava(built, tmp_path / "out")
-    assert any("mean color (122, 114, 102); in Plait with (255, 255, 255)" in note for note in done.notes)
+    assert any(
+        "mean color (122, 114, 102) where Plait, as in training, takes (255, 255, 255)" in note for note in done.notes
+    )
     images = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     dark = Image.new("RGB", (64, 32))
     pixels = images([dark], return_tensors="pt")["pixel_values"][0]
@@ -322,15 +318,13 @@ def test_what_is_not_llava_is_refused_part_by_part(
     assert [str(wrong) for wrong in mismatches(own)] == [
         "encoders.image: found a tower of Plait's own, wanted a Hugging Face folder of CLIP or SigLIP"
     ]
-    larger = build_multimodal(
-        {"image": load_image_tower(str(towers["CLIP"]), size=64, dtype="float32")},
-        own.language,
-        Connectors(image=MLP),
-        decoder=decoder,
-    )
-    assert [str(wrong) for wrong in mismatches(larger)] == [
-        "encoders.image.size: found 64, wanted 32, at which its positions were learned"
-    ]
+    for settings, cause in (
+        ({"size": 64}, "encoders.image.size: found 64, wanted 32, at which its positions were learned"),
+        ({"fit": specs.Tiles()}, "encoders.image.fit: found tiles, wanted square"),
+    ):
+        tower = load_image_tower(str(towers["CLIP"]), dtype="float32", **settings)  # pyright: ignore[reportArgumentType]
+        other = build_multimodal({"image": tower}, own.language, Connectors(image=MLP), decoder=decoder)
+        assert [str(wrong) for wrong in mismatches(other)] == [cause]
 
 
 def test_a_target_that_holds_something_is_left_alone(
