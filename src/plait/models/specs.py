@@ -282,6 +282,12 @@ class QFormer(Part):
     dropout: Share = 0.1
     """Share dropped while training."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> "QFormer":
+        if self.d % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.d}")
+        return self
+
 
 class Resampler(Part):
     """learned latents that look at all tokens and at themselves (Flamingo's Perceiver resampler)."""
