@@ -15,10 +15,12 @@ from plait.models.towers.families import DUAL, FAMILIES
 
 _UNUSED = ("pooler.", "head.")
 """Parts that a tower of tokens does without; folders of classifiers lack them, or have others."""
+_TOWERS = ("vision_model", "vision_tower")
+"""What CLIP's like and LLaVA call their picture tower."""
 
 
 def load_backbone(folder: Path, dtype: str) -> PreTrainedModel:
-    """The picture model of a folder, weights in ``dtype``; of CLIP and its like the picture tower alone.
+    """The picture model of a folder, weights in ``dtype``; of CLIP and its like and of LLaVA the picture tower alone.
 
     Raises:
         CheckpointError: Its family is not known, it needs another library, its files cannot be read, or weights are
@@ -36,7 +38,8 @@ def load_backbone(folder: Path, dtype: str) -> PreTrainedModel:
             place=str(folder),
             remedy="give a folder that transformers' AutoModel loads from safetensors, without other libraries",
         ) from error
-    inside = "vision_model." if hasattr(model, "vision_model") else ""
+    part = next((name for name in _TOWERS if hasattr(model, name)), "")
+    inside = f"{part}." if part else ""
     missing = sorted(key.removeprefix(inside) for key in report["missing_keys"] if key.startswith(inside))
     missing = [key for key in missing if not key.startswith(_UNUSED)]
     if missing:
@@ -45,7 +48,7 @@ def load_backbone(folder: Path, dtype: str) -> PreTrainedModel:
             place=str(folder),
             remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
         )
-    return getattr(model, "vision_model", model)
+    return getattr(model, part) if part else model
 
 
 def _check_family(path: Path) -> None:
@@ -55,7 +58,7 @@ def _check_family(path: Path) -> None:
     except DataError as error:
         raise CheckpointError(error.cause, place=str(path), remedy="use an undamaged copy of the folder") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind in FAMILIES or kind in DUAL:
+    if kind in FAMILIES or kind in DUAL or kind == "llava":
         return
     if isinstance(config, dict) and (str(kind).startswith("timm") or (kind is None and "architecture" in config)):
         raise CheckpointError(

@@ -35,7 +35,9 @@ def compose(spec: Composition, *, dtype: str = "float32", events: Events | None 
     towers: dict[Modality, Tower] = {}
     image = spec.encoders.image
     if isinstance(image, specs.PretrainedImage):
-        towers["image"] = load_image_tower(image.name, size=image.size, fit=image.fit, dtype=image.dtype, events=events)
+        towers["image"] = load_image_tower(
+            image.name, size=image.size, fit=image.fit, layer=image.layer, dtype=image.dtype, events=events
+        )
     elif image is not None:
         towers["image"] = scratch_tower(image)
     audio = spec.encoders.audio

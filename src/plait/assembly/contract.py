@@ -158,13 +158,27 @@ def read_contract(folder: Path, *, size: int, multiple: int, own: int, fixed: bo
                 place=f"{path}: {field}",
                 remedy=f"use {IMAGE_TOWER!r} or another folder: features would not be those this tower was trained for",
             )
+    mean = _triple(settings["image_mean"])
     contract = ImageContract(
         size=size or asked.side,
         resample=_RESAMPLE_NAMES[settings["resample"]],
-        mean=_triple(settings["image_mean"]),
+        background=mean_color(mean) if _padded(settings) else _WHITE,
+        mean=mean,
         std=_triple(settings["image_std"]),
     )
     return contract, asked.otherwise
+
+
+def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """With what LLaVA's image processor fills a picture up to a square."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
+
+
+def _padded(settings: Mapping[str, Any]) -> bool:
+    """Whether pictures are filled up to a square and shown whole, as LLaVA's image processor may do."""
+    kind = str(settings.get("image_processor_type"))
+    return kind.startswith("LlavaImageProcessor") and settings.get("do_pad") is True
 
 
 def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -198,8 +212,9 @@ class _Asked:
 
 def _asked(settings: Mapping[str, Any], own: int) -> _Asked:
     size = settings.get("size", own)
+    padded = "fills them up to a square with their mean color before it scales them" if _padded(settings) else ""
     if settings.get("do_center_crop"):
-        return _Asked("crop_size", _side(settings.get("crop_size", own)), "cuts their edges off")
+        return _Asked("crop_size", _side(settings.get("crop_size", own)), padded or "cuts their edges off")
     if "max_num_patches" in settings:
         patches, patch = settings["max_num_patches"], _side(settings.get("patch_size"))
         side = math.isqrt(patches) * patch if isinstance(patches, int) and patches > 0 else 0
@@ -209,7 +224,9 @@ def _asked(settings: Mapping[str, Any], own: int) -> _Asked:
         return _Asked("size", side, "cuts their edges off" if side < 384 else "bends them to a square")
     if isinstance(size, dict) and "longest_edge" in size:
         return _Asked("size", side, "keeps their shape")
-    return _Asked("size", side, "bends them to a square" if isinstance(size, dict) and "height" in size else "")
+    return _Asked(
+        "size", side, padded or "bends them to a square" if isinstance(size, dict) and "height" in size else ""
+    )
 
 
 def _judged(settings: Mapping[str, Any], asked: _Asked, *, multiple: int, own: int) -> Iterator[tuple[str, bool, str]]:
@@ -240,7 +257,11 @@ def _judged(settings: Mapping[str, Any], asked: _Asked, *, multiple: int, own: i
         yield field, fine, "three numbers" + (" above 0" if field == "image_std" else "")
     yield "resample", settings.get("resample") in tuple(_RESAMPLE_NAMES), "3 (bicubic) or 2 (bilinear)"
     for field, value in settings.items():
-        yield field, field in _HONORED or value in (None, False), "nothing: this step is not known here"
+        yield (
+            field,
+            field in _HONORED or (field == "do_pad" and _padded(settings)) or value in (None, False),
+            "nothing: this step is not known here",
+        )
 
 
 def _side(value: Any) -> int:

@@ -30,7 +30,9 @@ def load_encoder(spec: specs.Part, *, events: Events | None = None) -> nn.Module
     """
     match spec:
         case specs.PretrainedImage():
-            found = load_image_tower(spec.name, size=spec.size, fit=spec.fit, dtype=spec.dtype, events=events).encoder
+            found = load_image_tower(
+                spec.name, size=spec.size, fit=spec.fit, layer=spec.layer, dtype=spec.dtype, events=events
+            ).encoder
             assert isinstance(found, nn.Module)
             return found
         case audio_specs.PretrainedAudio():

@@ -95,7 +95,7 @@ def load_vlm(folder: Path, *, dtype: str = "auto") -> Vlm:
             remedy=f"use a folder of one of: {', '.join(FAMILIES)}",
         )
     key = fingerprint(folder)
-    model = _load_model(folder, dtype)
+    model = load_whole(folder, dtype)
     processor = load_processor(folder)
     wrapped = WrappedVLM(model)
     reader = READERS[kind](processor)
@@ -188,7 +188,12 @@ def without_videos(processor: Any) -> Any:
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(attributes)})
 
 
-def _load_model(folder: Path, dtype: str) -> Any:
+def load_whole(folder: Path, dtype: str) -> Any:
+    """The model of a folder as transformers has it, every weight in its place.
+
+    Raises:
+        CheckpointError: Files are missing or damaged, or weights are missing or left over; lists them.
+    """
     from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText

@@ -35,7 +35,10 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "model", nargs="?", default="latest", help="a run (default: the latest), a stage's folder or a checkpoint"
+        "model",
+        nargs="?",
+        default="latest",
+        help="a run (default: the latest), a stage's folder, a checkpoint, or a folder of Hugging Face's",
     )
     parser.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="picture of the first question; may be repeated"
@@ -238,10 +241,9 @@ def _prepare(args: argparse.Namespace) -> Desk:
     pictures = Pictures()
     shown = [_open(path, args.allow_root, pictures) for path in args.image]
     begun = time.monotonic()
-    from plait.inference.build import build_engine, encode_pictures
+    from plait.inference.wrapped import engine_for
 
-    built = load(folder, say=_say)
-    engine = build_engine(built, encode_pictures(built, pictures.read))
+    engine = engine_for(load(folder, say=_say), pictures.read)
     decoding = Decoding(max_new_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     _say(f"ready in {time.monotonic() - begun:.1f} s")
     conversation = Conversation(engine=engine, decoding=decoding, pictures=shown)

@@ -24,7 +24,10 @@ _GRACE_S = 10
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "model", nargs="?", default="latest", help="a run (default: the latest), a stage's folder or a checkpoint"
+        "model",
+        nargs="?",
+        default="latest",
+        help="a run (default: the latest), a stage's folder, a checkpoint, or a folder of Hugging Face's",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, loopback only)")
     parser.add_argument("--port", type=_port, default=8000, help="port (default: 8000; 0 takes a free one)")

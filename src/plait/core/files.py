@@ -91,6 +91,16 @@ def folder_atomic(path: Path) -> Generator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def check_empty(folder: Path) -> None:
+    """See that nothing would be overwritten.
+
+    Raises:
+        UsageError: Something is there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("the target is there and not empty", place=str(folder), remedy="name a new folder")
+
+
 def _sync_tree(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():

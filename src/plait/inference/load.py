@@ -1,4 +1,7 @@
-"""What a person names (a run, a stage, a checkpoint) to a model that can be asked; imports nothing heavy by itself."""
+"""What a person names to a model that can be asked: a run, a stage, a checkpoint, a folder of Hugging Face's.
+
+Imports nothing heavy by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from plait.core.files import RUNS, find_model, find_run, read_done
 
 if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
+    from plait.assembly.vlm import Vlm
 
-_PLAIT, _RECIPE = "plait.json", "recipe.yaml"
+_PLAIT, _RECIPE, _HUB = "plait.json", "recipe.yaml", "config.json"
 
 
 def find_model_folder(name: str, root: Path = RUNS) -> Path:
@@ -21,7 +25,7 @@ def find_model_folder(name: str, root: Path = RUNS) -> Path:
 
     Args:
         name: A run (``latest``, ``runs/latest``, ``quickstart-0007``: its newest finished stage that made a model), the
-            folder of a finished stage, or of a checkpoint.
+            folder of a finished stage, of a checkpoint, or of a vision-language model in Hugging Face's layout.
         root: Where run folders are.
 
     Raises:
@@ -33,9 +37,12 @@ def find_model_folder(name: str, root: Path = RUNS) -> Path:
         return given.resolve()
     if (given / "done.json").is_file():
         return _model_of([given.resolve()])
+    if (given / _HUB).is_file() and not (given / _RECIPE).is_file():
+        return given.resolve()
     if given.is_dir() and not (given / _RECIPE).is_file() and not (root / name / _RECIPE).is_file():
         raise UsageError(
-            f"this folder is no run ({_RECIPE}), no finished stage (done.json) and no model ({_PLAIT})",
+            f"this folder is no run ({_RECIPE}), no finished stage (done.json) and no model ({_PLAIT}, or {_HUB} of "
+            "Hugging Face)",
             place=str(given),
             remedy="give a run such as runs/latest, or the folder of a checkpoint",
         )
@@ -49,15 +56,18 @@ def model_name(folder: Path) -> str:
     return run.name
 
 
-def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal:
+def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal | Vlm:
     """Load a model in eval mode, with torch's thread count set for this machine.
+
+    A folder with a ``plait.json`` is one of ours, any other a vision-language model of Hugging Face, unchanged.
 
     Args:
         folder: As :func:`find_model_folder` gives it.
         say: Told in a line what takes long (a one-time conversion).
 
     Raises:
-        CheckpointError: A file is missing or damaged, or tower and decoder are not those it was trained with.
+        CheckpointError: A file is missing or damaged, tower and decoder are not those it was trained with, or a folder
+            of Hugging Face's is of no family that is known.
         ResourceError: A package is not fetched.
     """
     from plait.assembly.multimodal import load_multimodal
@@ -68,6 +78,10 @@ def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal:
             say(event.text)
 
     device.setup()
+    if not (folder / _PLAIT).is_file():
+        from plait.assembly.vlm import load_vlm
+
+        return load_vlm(folder)
     return load_multimodal(folder, events=Events(None, listeners=(listen,)))
 
 

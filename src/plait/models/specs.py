@@ -74,6 +74,8 @@ class PretrainedImage(Part):
     """Pixels a side that pictures are fitted into; 0 takes the tower's own."""
     fit: Fit = Square()
     """How pictures are fitted: into one square, at their own resolution, or in tiles with an overview."""
+    layer: int = Field(default=-1, le=-1)
+    """Which hidden layer is taken, counted from the end; LLaVA takes -2."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the frozen weights."""
 

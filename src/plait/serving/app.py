@@ -18,12 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from plait.assembly.multimodal import Multimodal
+from plait.assembly.vlm import Vlm
 from plait.core.errors import DataError
 from plait.core.types import MediaRef, Text, Turn
 from plait.data.media import MediaError
-from plait.inference.build import build_engine, encode_pictures
 from plait.inference.converse import Decoding, Pictures, build_request, user_turn
 from plait.inference.engine import ContextError
+from plait.inference.wrapped import engine_for
 from plait.serving import schema
 from plait.serving.auth import RequireKey
 from plait.serving.schema import ApiError, ChatRequest, Message, TextPart
@@ -36,7 +37,7 @@ _CLIENT_LEFT = 499
 """Nobody reads it; the number is nginx's."""
 
 
-def create_app(model: Multimodal, *, name: str, key: str, waiting: int = 16) -> FastAPI:
+def create_app(model: Multimodal | Vlm, *, name: str, key: str, waiting: int = 16) -> FastAPI:
     """A server for one model.
 
     Args:
@@ -91,14 +92,14 @@ def create_app(model: Multimodal, *, name: str, key: str, waiting: int = 16) -> 
     return app
 
 
-def prepare(model: Multimodal, asked: ChatRequest, name: str) -> Pieces:
+def prepare(model: Multimodal | Vlm, asked: ChatRequest, name: str) -> Pieces:
     """The pieces of an answer, all faults of the request raised.
 
     Raises:
         ApiError: 400: a picture is refused, the turns do not fit the chat template, or they are too long.
     """
     pictures = Pictures()
-    engine = build_engine(model, encode_pictures(model, pictures.read))
+    engine = engine_for(model, pictures.read)
     sampled = secrets.randbits(63) if asked.temperature else 0
     decoding = Decoding(
         max_new_tokens=asked.max_tokens or asked.max_completion_tokens,
