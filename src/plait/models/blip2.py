@@ -165,8 +165,8 @@ class Blip2Stage1(nn.Module):
         """
         ids = torch.full((len(source.values), 1), self.start, device=source.values.device)
         for _ in range(max_tokens):
-            scores = self.write(source, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
-            ids = torch.cat([ids, scores.argmax(1, keepdim=True)], dim=1)
+            last = self._before(source, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
+            ids = torch.cat([ids, self._told(last).argmax(1, keepdim=True)], dim=1)
             if bool((ids == end).any(1).all()):
                 break
         return [row[: row.index(end)] if end in row else row for row in ids[:, 1:].tolist()]
