@@ -143,10 +143,10 @@ class QueryTask(NamedTask):
         for at in range(0, len(asked), 4 * _BATCH):
             part = asked[at : at + 4 * _BATCH]
             shown, place = np.unique(part[:, 0], return_inverse=True)
-            source, rows = self._look(model, shown.tolist()), torch.from_numpy(place)
+            source, rows = self._look(model, shown.tolist()), torch.tensor(place.tolist())
             rows = rows.to(source.values.device)
             picked = Rows(source.values[rows], None if source.real is None else source.real[rows])
-            judged = model.judge(picked, *self._texts(model, torch.from_numpy(part[:, 1])))
+            judged = model.judge(picked, *self._texts(model, torch.tensor(part[:, 1].tolist())))
             sure[part[:, 0], part[:, 1]] = (judged[:, 1] - judged[:, 0]).double().cpu().numpy()
         return sure
 
