@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.assembly.audio_towers import load_audio_tower
 from plait.assembly.language import language_of
 from plait.assembly.multimodal import Multimodal, Tower, build_multimodal
 from plait.assembly.towers import load_image_tower, scratch_tower
@@ -34,9 +35,14 @@ def compose(spec: Composition, *, dtype: str = "float32", events: Events | None 
     towers: dict[Modality, Tower] = {}
     image = spec.encoders.image
     if isinstance(image, specs.PretrainedImage):
-        towers["image"] = load_image_tower(image.name, size=image.size, dtype=image.dtype, events=events)
+        towers["image"] = load_image_tower(image.name, size=image.size, fit=image.fit, dtype=image.dtype, events=events)
     elif image is not None:
         towers["image"] = scratch_tower(image)
+    audio = spec.encoders.audio
+    if audio is not None:
+        towers["audio"] = load_audio_tower(
+            audio.name, layer=audio.layer, keep=audio.keep, window_s=audio.window_s, dtype=audio.dtype, events=events
+        )
     language = language_of(spec.decoder, dtype=dtype, events=events)
     whole = isinstance(spec.decoder, NewDecoder)
     built = build_multimodal(towers, language, spec.connectors, decoder=spec.decoder, whole=whole)

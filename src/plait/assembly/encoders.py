@@ -30,11 +30,18 @@ def load_encoder(spec: specs.Part, *, events: Events | None = None) -> nn.Module
     """
     match spec:
         case specs.PretrainedImage():
-            found = load_image_tower(spec.name, size=spec.size, dtype=spec.dtype, events=events).encoder
+            found = load_image_tower(spec.name, size=spec.size, fit=spec.fit, dtype=spec.dtype, events=events).encoder
             assert isinstance(found, nn.Module)
             return found
         case audio_specs.PretrainedAudio():
-            return load_audio_tower(spec.name, layer=spec.layer, keep=spec.keep, dtype=spec.dtype).encoder
+            return load_audio_tower(
+                spec.name,
+                layer=spec.layer,
+                keep=spec.keep,
+                window_s=spec.window_s,
+                dtype=spec.dtype,
+                events=events,
+            ).encoder
         case video_specs.PretrainedVideo():
             return load_video_tower(spec.name, dtype=spec.dtype, events=events).encoder
         case text_specs.PretrainedText():

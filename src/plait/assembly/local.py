@@ -74,6 +74,16 @@ def find_tower(name: str, packaged: str) -> Path:
     return _find(name, packaged, what="tower")
 
 
+def find_audio_tower(name: str) -> Path:
+    """Folder of an audio tower's package or of a local model; opens no weights.
+
+    Raises:
+        ConfigError: Neither the known name nor a folder with a ``config.json``.
+        ResourceError: The package is not fetched.
+    """
+    return _find(name, WHISPER, what="audio tower")
+
+
 def find_decoder(name: str) -> Path:
     """Folder of a decoder's package or of a local model; opens no weights.
 

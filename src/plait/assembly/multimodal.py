@@ -10,8 +10,9 @@ Face's layout; one with 8-bit layers is no other decoder's any more and lies in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language, load_trained
 from plait.assembly.local import fingerprint, load_weights, quiet
 from plait.assembly.record import PLAIT, read_record, write_record
+from plait.assembly.resolution import slots_of
 from plait.assembly.scratch import SCRATCH, read_spec
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, load_image_tower, scratch_tower
@@ -95,7 +97,7 @@ class Multimodal:
 
     @property
     def slots_per_picture(self) -> int:
-        """Placeholders of a picture: the contract makes all pictures one size."""
+        """Placeholders of a picture that is a square of the contract's size, as all are unless it says otherwise."""
         side = self.image.contract.size
         return int(self.model.slots("image", self.image.encoder.grid_out(torch.tensor([[1, side, side]]))))
 
@@ -106,19 +108,36 @@ class Multimodal:
         cells = self.image.encoder.grid_out(torch.tensor([[1, side, side]]))
         return int(self.connector.grid_out(cells).prod())  # pyright: ignore[reportCallIssue]
 
+    @property
+    def audio(self) -> AudioTower | None:
+        """The audio tower, if the model hears."""
+        found = self.towers.get("audio")
+        return found if isinstance(found, AudioTower) else None
+
     def slot_grid(self, grid: Tensor) -> Tensor:
         """The token account of pictures, from their features on: grids in, grids of placeholders out."""
         return self.model.slot_grid("image", grid)
 
     @property
+    def accounts(self) -> Mapping[Modality, Callable[[Tensor], Tensor]]:
+        """The token account of each modality, from features on."""
+        return {modality: partial(self.model.slot_grid, modality) for modality in self.towers}
+
+    @property
     def template(self) -> Template:
         """Turns to ids, for training and for serving."""
-        slots = self.slots_per_picture
-
-        def count(_: MediaRef) -> int:
-            return slots
-
-        return Template(self.language.tokenizer, placeholder=self.model.placeholder, slots=count)
+        count: dict[Modality, Callable[[MediaRef], int]] = {}
+        accounts = self.accounts
+        for modality, tower in self.towers.items():
+            if isinstance(tower, ImageTower):
+                count[modality] = cache(slots_of(tower.contract, tower.encoder.grid_out, accounts[modality]))
+            else:
+                count[modality] = partial(_sound_slots, tower, accounts[modality])
+        return Template(
+            self.language.tokenizer,
+            placeholder=self.model.placeholders,
+            slots=lambda ref: count[ref.modality](ref),
+        )
 
     @property
     def context(self) -> int:
@@ -148,6 +167,10 @@ class Multimodal:
             or not name.startswith(("encoders.", "decoder."))
             or (name.startswith("decoder.") and ".reads." in name)
         }
+
+
+def _sound_slots(tower: AudioTower, account: Callable[[Tensor], Tensor], ref: MediaRef) -> int:
+    return int(account(tower.encoder.grid_out(torch.tensor([[1, 1, ref.length]]))).prod())
 
 
 def holds_media(name: str) -> bool:
@@ -337,7 +360,7 @@ def _load_tower(modality: Modality, settings: dict[str, Any], *, folder: Path, e
     if SCRATCH in settings:
         return scratch_tower(read_spec(settings[SCRATCH], folder=folder), dtype=str(settings.get("dtype", "")), key=key)
     if modality == "audio":
-        found: Tower = load_audio_tower(settings.pop("name"), **settings)
+        found: Tower = load_audio_tower(settings.pop("name"), **settings, events=events)
     else:
         found = load_image_tower(settings.pop("name"), **settings, events=events)
     _same(f"{modality} tower", found.key, key, folder=folder)

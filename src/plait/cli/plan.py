@@ -1,4 +1,4 @@
-"""``plait plan RECIPE``: what a run will need, before anything runs. Writes nothing."""
+"""``plait plan RECIPE``: what a run will need, or what a model costs, before anything runs. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from plait.core.estimate import Estimate, Machine
     from plait.training.plan import Total
 
+_PROMPT, _SECONDS = 32, 3.0
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
+    parser.add_argument(
+        "recipe",
+        help="shipped recipe (quickstart), or a YAML file: a recipe, or a model (encoders, connectors, decoder)",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
     )
@@ -34,6 +39,9 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.core.errors import PlaitError
     from plait.recipes.recipe import load_recipe
     from plait.training import plan
+
+    if _is_model(Path(args.recipe)):
+        return _plan_model(Path(args.recipe), args.overrides, out)
 
     recipe = load_recipe(args.recipe, args.overrides).spec
     out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
@@ -60,6 +68,35 @@ def main(args: argparse.Namespace, out: Out) -> int:
         }
     )
     return refused.exit_code if refused else 0
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a file describes a model rather than a recipe."""
+    from plait.core.yamltext import read_file
+
+    return path.is_file() and read_file(path).get("encoders") is not None
+
+
+def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:
+    from plait.assembly.account import composition_account
+    from plait.core.events import Events
+    from plait.core.spec import load
+    from plait.models.composition import Composition
+
+    spec = load(Composition, path, overrides).spec
+    events = Events(None, listeners=(lambda event: out.line(event.text) if event.kind == "note" else None,))
+    parts = composition_account(spec, prompt=_PROMPT, seconds=_SECONDS, events=events)
+    rows = [["part", "kind", "weights", "learn", "tokens", "in the text", "FLOP"]]
+    for part in parts:
+        counts = (part.parameters, part.trainable, part.tokens, part.slots)
+        rows.append([part.part, part.kind, *(f"{count:,}" if count else "-" for count in counts), si(part.flops)])
+    sums = [sum(getattr(part, name) for part in parts) for name in ("parameters", "trainable", "flops")]
+    rows.append(["total", "", f"{sums[0]:,}", f"{sums[1]:,}", "", "", si(sums[2])])
+    for line in _aligned(rows, rule_before_last=True):
+        out.line(line)
+    out.line(f"for one square picture of the tower's size, a sound of {_SECONDS:.0f} s, and {_PROMPT} tokens of text")
+    out.result({"parts": [asdict(part) for part in parts], "prompt": _PROMPT, "seconds": _SECONDS})
+    return 0
 
 
 # --- for a person --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ special tokens switched off. The same function renders for training and for serv
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,8 @@ class Template:
 
     Args:
         tokenizer: With a chat template; its end-of-turn token ends what is trained in an assistant turn.
-        placeholder: Id that stands for one token of a picture.
-        slots: The token account: how many tokens a picture becomes.
+        placeholder: Id that stands for one token of a picture; or one for each modality.
+        slots: The token account: how many tokens a picture or sound becomes.
 
     Example, with a template that writes ``<user>…</s><assistant>…</s>``:
         ``[user: picture, "what?"] [assistant: "a cat", trained]`` becomes ``<user>▢▢▢▢what?</s><assistant>a cat</s>``,
@@ -58,7 +58,11 @@ class Template:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, placeholder: int, slots: Callable[[MediaRef], int]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        placeholder: int | Mapping[str, int],
+        slots: Callable[[MediaRef], int],
     ) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -67,7 +71,7 @@ class Template:
                 remedy="use an instruction-tuned decoder, or put a chat_template.jinja beside its tokenizer",
             )
         self.tokenizer = tokenizer
-        self.placeholder = placeholder
+        self.placeholders = placeholder if isinstance(placeholder, Mapping) else {"image": placeholder}
         self.slots = slots
 
     def sample(self, sample: Sample) -> Rendered:
@@ -149,7 +153,13 @@ class Template:
 
     def _content(self, part: Text | MediaRef, place: str) -> list[int]:
         if isinstance(part, MediaRef):
-            return [self.placeholder] * self.slots(part)
+            if part.modality not in self.placeholders:
+                raise DataError(
+                    f"a turn holds {part.modality}, this model reads {', '.join(self.placeholders)}",
+                    place=place,
+                    remedy=f"leave it out, or give the model an encoder and a connector for {part.modality}",
+                )
+            return [self.placeholders[part.modality]] * self.slots(part)
         if _MARK.search(part.text):
             raise DataError("the text holds U+E000, which is reserved", place=place, remedy="remove that character")
         return self._ids(part.text, special=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from plait.assembly.fit import SQUARE
 from plait.assembly.language import language_of
 from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.device import seed_everything
@@ -124,15 +126,15 @@ def question(sample: Sample) -> str:
 
 def blanked(sample: Sample) -> Sample:
     """The same question about a white picture, and heard as before; :func:`white_pictures` has its features."""
-    turns = (
-        replace(turn, parts=tuple(_WHITE if _is_picture(part) else part for part in turn.parts))
-        for turn in sample.turns
-    )
+    turns = (replace(turn, parts=tuple(_white(part) for part in turn.parts)) for turn in sample.turns)
     return replace(sample, turns=tuple(turns))
 
 
-def _is_picture(part: Text | MediaRef) -> bool:
-    return isinstance(part, MediaRef) and part.modality == "image"
+def _white(part: Text | MediaRef) -> Text | MediaRef:
+    """A white picture of the same size in the place of a picture."""
+    if isinstance(part, MediaRef) and part.modality == "image":
+        return replace(_WHITE, width=part.width, height=part.height)
+    return part
 
 
 def white_pictures(built: Multimodal, *, dtype: torch.dtype, others: Pictures | None = None) -> Pictures:
@@ -144,14 +146,21 @@ def white_pictures(built: Multimodal, *, dtype: torch.dtype, others: Pictures | 
         others: Features of what is no picture: they stay as they are.
     """
     side = built.image.contract.size
-    with torch.inference_mode():
-        white = built.image.encoder(built.image.prepare(Image.new("RGB", (side, side), _COLOR)))
-    white = replace(white, values=white.values.to(dtype))
+
+    @cache
+    def white(size: tuple[int, int]) -> Patches:
+        with torch.inference_mode():
+            found = built.image.encoder(built.image.prepare(Image.new("RGB", size, _COLOR)))
+        return replace(found, values=found.values.to(dtype))
+
+    def size(ref: MediaRef) -> tuple[int, int]:
+        known = built.image.contract.fit != SQUARE and ref.width > 0
+        return (ref.width, ref.height) if known else (side, side)  # in a square, all white pictures are the same
 
     def media(refs: Sequence[MediaRef]) -> Patches:
         if others and refs and refs[0].modality != "image":
             return others(refs)
-        return joined([white] * len(refs))
+        return joined([white(size(ref)) for ref in refs])
 
     return media
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from plait.core.errors import DataError, NumericsError, UsageError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import Completion, MediaRef, Modality, Request, Turn
+from plait.data.collate import joined
 from plait.inference.sampling import sample
 from plait.models.decoding import Decodes
 
@@ -188,15 +189,26 @@ class Engine:
             for ref in row.prompt.media:
                 refs.setdefault(ref.modality, []).append(ref)
                 item_row.setdefault(ref.modality, []).append(number)
+        media: dict[Modality, Patches] = {}
+        for modality, found in refs.items():
+            media[modality], item_row[modality] = self._items(found, item_row[modality])
         return Batch(
             token_ids=token_ids,
             labels=torch.full_like(token_ids, IGNORE),
             segment_ids=seen,
-            media={modality: self.media(found) for modality, found in refs.items()},
+            media=media,
             item_row={modality: torch.tensor(found) for modality, found in item_row.items()},
             sample_ids=tuple(row.request.id for row in rows),
             encoded=self.encoded,
         ).to(self.model.device)
+
+    def _items(self, refs: Sequence[MediaRef], rows: Sequence[int]) -> tuple[Patches, list[int]]:
+        """Patches, and the row of each of their items: a picture may be several (overview and tiles)."""
+        together = self.media(refs)
+        if len(together.grid) == len(refs):
+            return together, list(rows)
+        each = [self.media([ref]) for ref in refs]
+        return joined(each), [row for row, found in zip(rows, each, strict=True) for _ in range(len(found.grid))]
 
     def _chosen(self, rows: Sequence[_Row], logits: Float[Tensor, "b v"]) -> list[int]:
         """The next token of every row; all of them come to the CPU at once, where each request's generator is."""

@@ -8,13 +8,15 @@ from plait.models.specs import Part, Positive, Share
 
 
 class PretrainedAudio(Part):
-    """audio tower of Hugging Face from a folder: Whisper, wav2vec 2.0, HuBERT, WavLM, AST, CLAP and more."""
+    """audio tower of Hugging Face from a folder, or the packaged Whisper tiny.en; wav2vec 2.0, HuBERT, AST, CLAP .."""
 
     source: ClassVar[str] = "https://huggingface.co/docs/transformers"
     kind: Literal["pretrained"] = "pretrained"
     """Which encoder this is."""
-    name: str = ""
-    """A local folder in Hugging Face's layout."""
+    name: str = "whisper-tiny-en"
+    """`whisper-tiny-en`, or a local folder in Hugging Face's layout."""
+    window_s: float = Field(default=0.0, ge=0.0, le=30.0)
+    """Of Whisper: seconds that it hears at once; 0 is the 30 s that it was trained on, less takes less time."""
     layer: int = Field(default=-1, le=-1)
     """Which hidden layer is taken, counted from the end."""
     keep: Literal["real", "all"] = "real"

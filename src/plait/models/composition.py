@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from plait.core.spec import Spec
 from plait.core.types import Modality
-from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Mlp, Part, Positive
+from plait.models.audio_specs import PretrainedAudio
+from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Part, Positive, QFormer
 
 MODALITIES: tuple[Modality, ...] = ("image", "audio")
 """What encoders and connectors there are for, in the order in which their placeholders are numbered."""
@@ -76,6 +77,8 @@ class Encoders(Spec):
 
     image: ImageEncoder | None = None
     """Of pictures."""
+    audio: PretrainedAudio | None = None
+    """Of sounds; a frozen one."""
 
 
 class Connectors(Spec):
@@ -97,7 +100,7 @@ class Composition(Spec):
 
     encoders: Encoders
     """What turns media into features."""
-    connectors: Connectors = Connectors(image=Mlp())
+    connectors: Connectors
     """What turns features into what the decoder reads."""
     decoder: Decoder = PretrainedDecoder()
     """The language model."""
@@ -105,11 +108,16 @@ class Composition(Spec):
     @model_validator(mode="after")
     def _together(self) -> "Composition":
         chosen = self.connectors.by_modality()
-        there, joined = [m for m in MODALITIES if getattr(self.encoders, m, None) is not None], list(chosen)
+        there, joined = [m for m in MODALITIES if getattr(self.encoders, m) is not None], list(chosen)
         if there != joined or not there:
             raise ValueError(
                 f"there are encoders for {', '.join(there) or 'nothing'} and connectors for "
                 f"{', '.join(joined) or 'nothing'}: give each encoder a connector"
+            )
+        started = [m for m, spec in chosen.items() if isinstance(spec, QFormer) and spec.start != "drawn"]
+        if started:
+            raise ValueError(
+                f"connectors.{started[0]}.start is pretrain: only a recipe has a pretrain stage; set it to drawn"
             )
         inside = [modality for modality, spec in chosen.items() if isinstance(spec, GatedCrossAttention)]
         if len(inside) > 1:

@@ -20,6 +20,45 @@ class Part(Spec):
     """Paper or project."""
 
 
+# --- sizes of pictures ---------------------------------------------------------------------------------------------
+
+
+class Square(Part):
+    """the whole picture fitted into one square, the rest filled."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2310.03744"
+    kind: Literal["square"] = "square"
+    """How pictures are fitted."""
+
+
+class Native(Part):
+    """the picture at its own resolution and shape, rounded to whole cells (Qwen2-VL)."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2409.12191"
+    kind: Literal["native"] = "native"
+    """How pictures are fitted."""
+    max_pixels: int = Field(default=0, ge=0)
+    """Larger pictures are scaled down to this many; 0 is as many as the tower's square has."""
+    min_pixels: int = Field(default=0, ge=0)
+    """Smaller pictures are scaled up to about this many; 0 scales none up, except to one cell."""
+    join: Positive = 1
+    """Sides are multiples of so many cells, for a connector that joins as many a side (`shuffle`)."""
+
+
+class Tiles(Part):
+    """an overview, and the picture cut into squares that the tower takes (LLaVA-NeXT, LLaVA-OneVision)."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2408.03326"
+    kind: Literal["tiles"] = "tiles"
+    """How pictures are fitted."""
+    max_tiles: int = Field(default=9, ge=2)
+    """Most squares of a picture, its overview not counted."""
+
+
+Fit = Annotated[Square | Native | Tiles, Field(discriminator="kind")]
+"""How pictures become items of pixels."""
+
+
 # --- encoders ------------------------------------------------------------------------------------------------------
 
 
@@ -33,6 +72,8 @@ class PretrainedImage(Part):
     """`efficientnet-lite0`, or a local folder in Hugging Face's layout."""
     size: int = Field(default=0, ge=0)
     """Pixels a side that pictures are fitted into; 0 takes the tower's own."""
+    fit: Fit = Square()
+    """How pictures are fitted: into one square, at their own resolution, or in tiles with an overview."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the frozen weights."""
 
@@ -338,42 +379,3 @@ POSITIONS: dict[str, tuple[str, str, str]] = {
     ),
 }
 """Name → what it is, its source, and what makes it. An absolute and a relative one together are a hybrid."""
-
-
-# --- sizes of pictures ---------------------------------------------------------------------------------------------
-
-
-class Square(Part):
-    """the whole picture fitted into one square, the rest filled."""
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2310.03744"
-    kind: Literal["square"] = "square"
-    """How pictures are fitted."""
-
-
-class Native(Part):
-    """the picture at its own resolution and shape, rounded to whole cells (Qwen2-VL)."""
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2409.12191"
-    kind: Literal["native"] = "native"
-    """How pictures are fitted."""
-    max_pixels: int = Field(default=0, ge=0)
-    """Larger pictures are scaled down to this many; 0 is as many as the tower's square has."""
-    min_pixels: int = Field(default=0, ge=0)
-    """Smaller pictures are scaled up to about this many; 0 scales none up, except to one cell."""
-    join: Positive = 1
-    """Sides are multiples of so many cells, for a connector that joins as many a side (`shuffle`)."""
-
-
-class Tiles(Part):
-    """an overview, and the picture cut into squares that the tower takes (LLaVA-NeXT, LLaVA-OneVision)."""
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2408.03326"
-    kind: Literal["tiles"] = "tiles"
-    """How pictures are fitted."""
-    max_tiles: int = Field(default=9, ge=2)
-    """Most squares of a picture, its overview not counted."""
-
-
-Fit = Annotated[Square | Native | Tiles, Field(discriminator="kind")]
-"""How pictures become items of pixels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def cells(
     trained: Sequence[Sequence[bool | int]],
     segments: Sequence[Sequence[int]],
     *,
-    placeholder: int,
+    placeholders: Collection[int],
     decode: Callable[[int], str],
 ) -> list[list[Cell]]:
     """A batch as cells.
@@ -136,7 +136,7 @@ def cells(
         token_ids: Rows of ids.
         trained: Same shape: whether this very id is predicted under a loss (its label is not ignored).
         segments: Same shape: sample of the row from 1, padding 0.
-        placeholder: Id that stands for an image token.
+        placeholders: Ids that stand for a token of a picture or sound.
         decode: Text of one id, asked once for each; for byte-level tokenizers :func:`byte_level_text` of its piece.
             Where it gives U+FFFD, a part of a character, the id is told beside it.
 
@@ -144,7 +144,7 @@ def cells(
         ValueError: The three differ in shape.
 
     Example:
-        >>> (row,) = cells([[5, 9, 0]], [[0, 1, 0]], [[1, 1, 0]], placeholder=5, decode=str)
+        >>> (row,) = cells([[5, 9, 0]], [[0, 1, 0]], [[1, 1, 0]], placeholders=[5], decode=str)
         >>> [(cell.text, cell.image, cell.trained, cell.segment) for cell in row]
         [('', True, False, 1), ('9', False, True, 1), ('', False, False, 0)]
     """
@@ -155,7 +155,7 @@ def cells(
         return f"\ufffd#{token}" if "\ufffd" in said else said
 
     def cell(token: int, is_trained: bool | int, segment: int) -> Cell:
-        image = segment != 0 and token == placeholder
+        image = segment != 0 and token in placeholders
         words = "" if image or segment == 0 else text(token)
         return Cell(words, trained=bool(is_trained), image=image, segment=segment)
 

@@ -231,6 +231,7 @@ class Align(Stage):
             choose=choose,
             cache=home() / "features",
             events=events,
+            audio=built.audio,
         )
         return questions, sum(missing.values())
 
@@ -256,7 +257,7 @@ class Align(Stage):
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
             features=questions.features,
-            grid_out=built.slot_grid,
+            grid_out=built.accounts,
             batch_size=self.batch_size,
             row=self.row,
             pad=built.stop,

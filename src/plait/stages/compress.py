@@ -164,7 +164,7 @@ class Compress(Stage):
             ]
 
         questions = read_questions(
-            shards, (split,), built.image, choose=choose, cache=home() / "features", events=events
+            shards, (split,), built.image, choose=choose, cache=home() / "features", events=events, audio=built.audio
         )
         return questions, split
 

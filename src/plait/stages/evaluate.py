@@ -267,7 +267,13 @@ class Evaluate(Stage):
                 remedy="hold something out in the data stage (its card lists splits and tasks), or ask for other tasks",
             )
         questions = read_questions(
-            data / "shards", splits, built.image, choose=self._choose, cache=home() / "features", events=events
+            data / "shards",
+            splits,
+            built.image,
+            choose=self._choose,
+            cache=home() / "features",
+            events=events,
+            audio=built.audio,
         )
         self._say_counts(made, questions, events)
         return questions

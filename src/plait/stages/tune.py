@@ -117,6 +117,16 @@ class Tune(Stage):
     one that this run's pretrain stage trained from scratch."""
     resolution: Literal[0] | int = 128
     """Pixels a side that pictures are scaled to; 0 takes the tower's own."""
+    fit: specs.Fit = specs.Square()
+    """How pictures are fitted: into one square; at their own resolution (`{kind: native}`); or in tiles with an
+    overview (`{kind: tiles}`)."""
+    audio_tower: str = ""
+    """Frozen tower for questions that are asked aloud (`data.questions.spoken`): `whisper-tiny-en`, or a local Hugging
+    Face folder; "" hears nothing."""
+    audio_window_s: float = Field(default=0.0, ge=0.0, le=30.0)
+    """Of Whisper: seconds that it hears at once; 0 is the 30 s that it was trained on, less takes less time."""
+    audio_connector: Connector = specs.Resampler(queries=16, depth=1, heads=6)
+    """What turns the audio tower's features into what the decoder reads."""
     views: int = Field(default=4, ge=0)
     """Changed copies of each training picture (color, outline, angle, size), encoded and kept like the picture."""
     decoder: str | NewDecoder = "smollm2"
@@ -171,6 +181,16 @@ class Tune(Stage):
                     f"{', '.join(given)}: only the connector `words` has a first phase, this one is "
                     f"`{self.connector.kind}`; take them out (set them to null where a parent recipe gives them)"
                 )
+        if isinstance(self.audio_connector, specs.Words | specs.GatedCrossAttention):
+            raise ValueError(
+                f"audio_connector is `{self.audio_connector.kind}`: sounds are spliced in; use linear, mlp, qformer or "
+                "resampler"
+            )
+        if isinstance(self.connector, specs.Words) and not isinstance(self.fit, specs.Square):
+            raise ValueError(
+                f"fit is `{self.fit.kind}`: the first phase of the connector `words` reads one square a picture; use "
+                "another connector, or {kind: square}"
+            )
         if isinstance(self.decoder, NewDecoder) and self.adapt.rank:
             raise ValueError(
                 f"adapt.rank is {self.adapt.rank}: an adapter on a new decoder would leave its weights as they were "
@@ -178,6 +198,20 @@ class Tune(Stage):
             )
         if self.image_tower == PRETRAIN and self.resolution:
             raise ValueError(f"resolution is {self.resolution}: a tower of the pretrain stage has its own size; set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _starts(self) -> Tune:
+        if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
+            raise ValueError(
+                "audio_connector.start is pretrain: the pretrain stage's Q-Former reads pictures; set drawn"
+            )
+        if isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN:
+            if not isinstance(self.fit, specs.Square):
+                raise ValueError(
+                    f"fit is `{self.fit.kind}`: the pretrain stage's Q-Former learns on squares; set {{kind: square}}, "
+                    "or connector.start to drawn"
+                )
         return self
 
     @property
@@ -208,11 +242,14 @@ class Tune(Stage):
 
     def check(self, machine: Machine) -> None:
         """See that tower, decoder and device are here; see :meth:`plait.stages.stage.Stage.check`."""
-        from plait.assembly.local import IMAGE_TOWER, find_decoder, find_tower
+        from plait.assembly.local import IMAGE_TOWER, find_audio_tower, find_decoder, find_tower
 
         if self.image_tower != PRETRAIN:
             with named_setting(f"stages.{self.kind}.image_tower"):
                 find_tower(self.image_tower, IMAGE_TOWER)
+        if self.audio_tower:
+            with named_setting(f"stages.{self.kind}.audio_tower"):
+                find_audio_tower(self.audio_tower)
         with named_setting(f"stages.{self.kind}.decoder"):
             find_decoder(self.decoder if isinstance(self.decoder, str) else self.decoder.tokenizer)
         if self.device not in ("auto", "cpu", machine.device):

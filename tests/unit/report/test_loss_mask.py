@@ -40,12 +40,12 @@ def test_every_token_is_in_a_box_or_counted(rows: list[list[Cell]], room: int) -
 
 def test_a_batch_becomes_cells() -> None:
     texts = {1: "<|im_start|>", 4: "\ufffd"}
-    (row,) = cells([[1, 9, 9, 4, 0]], [[0, 0, 0, 1, 0]], [[1, 1, 1, 1, 0]], placeholder=9, decode=lambda i: texts[i])
+    (row,) = cells([[1, 9, 9, 4, 0]], [[0, 0, 0, 1, 0]], [[1, 1, 1, 1, 0]], placeholders=[9], decode=lambda i: texts[i])
     assert [c.text for c in row] == ["<|im_start|>", "", "", "\ufffd#4", ""], "a part of a character tells its id"
     assert [c.image for c in row] == [False, True, True, False, False]
     assert [c.trained for c in row] == [False, False, False, True, False]
     with pytest.raises(ValueError, match="shorter"):
-        cells([[1, 2]], [[0]], [[1, 1]], placeholder=9, decode=str)
+        cells([[1, 2]], [[0]], [[1, 1]], placeholders=[9], decode=str)
 
 
 @given(st.binary(max_size=20))

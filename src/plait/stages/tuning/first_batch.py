@@ -34,7 +34,7 @@ def draw_first_batch(
         batch.token_ids.tolist(),
         (batch.labels != IGNORE).tolist(),
         batch.segment_ids.tolist(),
-        placeholder=built.model.placeholder,
+        placeholders=built.model.placeholders.values(),
         decode=decode,
     )
     path.parent.mkdir(exist_ok=True)

@@ -36,6 +36,7 @@ _TEXT_TOKENS, _TRAINED_TOKENS = 24, 4  # of a sample
 _ROW, _FILLED = 64, 0.9  # what packing makes of them
 _SECONDS_START = (4.0, 20.0)
 _DECODER_EFFICIENCY = (0.12, 0.45)
+_WHISPER_WIDTH, _SOUND_TOKENS = 384, 140  # of tiny.en; a spoken question takes 2.8 s, 50 tokens a second
 _VOCABULARY = 49_152  # of a new decoder: the packaged tokenizer's
 
 
@@ -68,6 +69,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         d_out=shape.d_model,
         layers=shape.layers,
     )
+    sounds = _sounds(spec, shape)
     whole = spec.adapt.rank == 0
     lora = None if whole else Lora(rank=spec.adapt.rank, targets=tuple(spec.adapt.targets))
     adapter = shape.params if whole else _adapter(shape, lora)
@@ -98,8 +100,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         activations=activations + logits_bytes(shape, trained),
         caches=4 * _WORDS * shape.d_model,
     )
-    memory["weights"] += 4 * (of.parameters - learns)
-    trainable = adapter + of.parameters
+    memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
+    trainable = adapter + of.parameters + sounds.parameters
     steps = spec.frozen.steps + spec.adapt.steps
     return Estimate(
         stage=spec.kind,
@@ -113,7 +115,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2) * 2,
         home_bytes=2 * picture.side**2 * picture.width * pictures,
         seconds=(low + seconds[0], high + seconds[1]),
-        notes=_notes(spec, of, picture, steps=steps, whole=whole),
+        notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
     )
 
 
@@ -140,6 +142,31 @@ def _picture(spec: Tune, before: Mapping[str, Estimate]) -> _Picture:
         return _Picture(tower.d_image, max(1, math.isqrt(tower.cells)), known=True)
     side = math.ceil((spec.resolution or 224) / _IMAGE_REDUCTION)
     return _Picture(IMAGE_WIDTH, side, known=spec.image_tower == "efficientnet-lite0")
+
+
+class _Sounds(NamedTuple):
+    """What hearing adds."""
+
+    parameters: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _sounds(spec: Tune, shape: DecoderShape) -> _Sounds:
+    from plait.models.connectors.measure import connector_account
+
+    if not spec.audio_tower:
+        return _Sounds()
+    of = connector_account(
+        spec.audio_connector, cells=(1, _SOUND_TOKENS), d_in=_WHISPER_WIDTH, d_out=shape.d_model, layers=shape.layers
+    )
+    return _Sounds(
+        of.parameters,
+        (
+            f"audio connector {spec.audio_connector.kind}: {of.parameters:,} weights, {of.tokens} tokens a question of "
+            f"{_SOUND_TOKENS / 50:.1f} s",
+            "sounds are encoded once, 0.1 to 2 s each; neither that nor the audio tower is counted here",
+        ),
+    )
 
 
 def _shape(spec: Tune) -> DecoderShape:

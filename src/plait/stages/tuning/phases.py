@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from plait.adapters.lora import Lora, attach, cast_inputs, check_targets
+from plait.assembly.audio_towers import load_audio_tower
 from plait.assembly.language import language_of
-from plait.assembly.multimodal import build_multimodal, holds_media, save_multimodal
+from plait.assembly.multimodal import Tower, build_multimodal, holds_media, save_multimodal
 from plait.assembly.queries import start_connector
 from plait.assembly.questions import Questions, read_questions
 from plait.assembly.splits import PREFIX, splits_of
@@ -25,7 +26,7 @@ from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
-from plait.core.types import Sample
+from plait.core.types import Modality, Sample
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
@@ -97,7 +98,16 @@ class _Tuning:
         self.compute: Compute = setup(device=spec.device, dtype=spec.dtype)
         frozen = self.compute.dtype
         size = spec.resolution
-        image = load_image_tower(tower, size=size, max_cells=_cells(spec), dtype=spec.dtype, events=events)
+        image = load_image_tower(
+            tower, size=size, max_cells=_cells(spec), fit=spec.fit, dtype=spec.dtype, events=events
+        )
+        towers: dict[Modality, Tower] = {"image": image}
+        self.audio = None
+        if spec.audio_tower:
+            self.audio = load_audio_tower(
+                spec.audio_tower, window_s=spec.audio_window_s, dtype=spec.dtype, events=events
+            )
+            towers["audio"] = self.audio
         decoder = PretrainedDecoder(name=spec.decoder) if isinstance(spec.decoder, str) else spec.decoder
         seed_everything(spec.seed)
         language = language_of(decoder, dtype=frozen, events=events)
@@ -115,9 +125,9 @@ class _Tuning:
             self.vocabulary = read_vocabulary(self._train(), language, place=data)
         seed_everything(spec.seed)
         self.built = build_multimodal(
-            {"image": image},
+            towers,
             language,
-            Connectors(image=spec.connector),
+            Connectors(image=spec.connector, audio=spec.audio_connector if self.audio else None),
             decoder=decoder,
             whole=not spec.adapt.rank,
             words=self.vocabulary.embeddings if self.vocabulary else None,
@@ -287,7 +297,7 @@ class _Tuning:
         loss = read_jsonl(self.folder / "decoder" / METRICS)[-1]["loss"]
         said = "not finite" if loss is None else f"{loss:.3f} nats a token"
         line = (
-            f"{self.spec.image_tower} + {self.spec.connector.kind} + {self.spec.decoder_name}: "
+            f"{' + '.join(self._parts())}: "
             f"{trained:,} of {total:,} weights trained, "
             f"{len(self._train()):,} questions, loss {said}"
         )
@@ -335,6 +345,7 @@ class _Tuning:
             cache=home() / "features",
             events=self.events,
             views=[View(number) for number in range(1, self.spec.views + 1)],
+            audio=self.audio,
         )
         lacking = sorted(wanted - {str(sample.meta["task"]) for sample in found.samples["train"]})
         if lacking:
@@ -342,6 +353,11 @@ class _Tuning:
         if not self.shown:
             self.events.note("there is no test split: no answers are shown while training")
         return found
+
+    def _parts(self) -> list[str]:
+        spec = self.spec
+        hears = [spec.audio_tower, spec.audio_connector.kind] if self.audio else []
+        return [spec.image_tower, spec.connector.kind, *hears, spec.decoder_name]
 
     def _train(self) -> Sequence[Sample]:
         return self.questions.samples["train"]
@@ -389,7 +405,8 @@ class _Tuning:
             weights=self._weights(0.0),
             late=None if late is None else (late, self._weights(self.spec.new_pictures)),
             stores=self.questions.stores,
-            grid_out=self.built.slot_grid,
+            grid_out=self.built.accounts,
+            others=self.questions.others,
             batch_size=self.spec.batch_size,
             row=self.row,
             pad=self.built.stop,
@@ -400,7 +417,7 @@ class _Tuning:
 
     def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
         context = self.spec.model_dump(mode="json", exclude={"save_every", "device"})
-        keys = [self.built.image.key, self.built.language.key]
+        keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         return Settings(
             steps=steps,
             compute=replace(self.compute, dtype=dtype or self.compute.dtype),
