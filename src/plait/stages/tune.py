@@ -203,15 +203,13 @@ class Tune(Stage):
     @model_validator(mode="after")
     def _starts(self) -> Tune:
         if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
+            raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")
+        begun = isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN
+        if begun and not isinstance(self.fit, specs.Square):
             raise ValueError(
-                "audio_connector.start is pretrain: the pretrain stage's Q-Former reads pictures; set drawn"
+                f"fit is `{self.fit.kind}`: the pretrain stage's Q-Former learns on squares; set {{kind: square}}, or "
+                "connector.start to drawn"
             )
-        if isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN:
-            if not isinstance(self.fit, specs.Square):
-                raise ValueError(
-                    f"fit is `{self.fit.kind}`: the pretrain stage's Q-Former learns on squares; set {{kind: square}}, "
-                    "or connector.start to drawn"
-                )
         return self
 
     @property

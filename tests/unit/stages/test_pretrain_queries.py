@@ -242,6 +242,19 @@ def test_settings_of_the_other_form_are_refused() -> None:
         Pretrain.model_validate({"qformer": SHAPE | {"heads": 3}})
 
 
+def test_a_start_that_no_stage_can_give_is_refused() -> None:
+    from plait.models.composition import Composition
+
+    connector = {"kind": "qformer", "start": "pretrain"}
+    with pytest.raises(ValueError, match="that Q-Former reads pictures"):
+        Tune.model_validate({"audio_connector": connector})
+    with pytest.raises(ValueError, match="learns on squares"):
+        Tune.model_validate({"connector": connector, "fit": {"kind": "native"}})
+    parts = {"encoders": {"image": {"kind": "vit"}}, "connectors": {"image": connector}}
+    with pytest.raises(ValueError, match="only a recipe has a pretrain stage"):
+        Composition.model_validate(parts)
+
+
 def test_a_dual_encoders_checkpoints_tell_of_no_qformer() -> None:
     from plait.core.device import setup
 
