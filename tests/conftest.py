@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -23,6 +24,10 @@ sys.dont_write_bytecode = False
 # inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A shared machine may take a second for what takes a millisecond: no test is about that unless it says so.
+settings.register_profile("plait", deadline=None)
+settings.load_profile("plait")
 
 # Shapes in signatures are checked while testing, and only then.
 install_import_hook("plait", "beartype.beartype")

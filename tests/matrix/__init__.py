@@ -1,0 +1,1 @@
+"""Compositions of every encoder, connector and decoder."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from tests.matrix.cases import CONNECTORS, DECODERS, SCRATCH, Case, cover, encoders, pairwise, product, settings
-from tests.matrix.walk import walk
-from tests.tiny_towers import TinyTowers
 
 from plait.core.spec import Spec
 from plait.models import specs
+from tests.matrix.cases import CONNECTORS, DECODERS, SCRATCH, Case, cover, encoders, pairwise, product, settings
+from tests.matrix.walk import walk
+from tests.tiny_towers import TinyTowers
 
 RECORD = Path(__file__).parents[2] / "docs" / "matrix.json"
 

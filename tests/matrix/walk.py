@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tests.matrix.cases import SIZE
 
 from plait.assembly.compose import compose
 from plait.assembly.multimodal import Multimodal, holds_media, load_multimodal, save_multimodal
@@ -19,6 +18,7 @@ from plait.data.collate import collate
 from plait.inference.build import build_engine, encode_pictures
 from plait.models.composition import Composition
 from plait.objectives.language import NextToken
+from tests.matrix.cases import SIZE
 
 COLORS = ("red", "green", "blue")
 

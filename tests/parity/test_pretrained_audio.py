@@ -259,6 +259,9 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         CheckpointError, match=r"1 weights are missing .* encoder\.layers\.1\.attention\.q_proj\.weight"
     ):
         load_audio_tower(str(path))
+    save_file(state | {name: torch.zeros(3, 3)}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are missing or of another shape, .*q_proj\.weight"):
+        load_audio_tower(str(path))
     (path / "preprocessor_config.json").unlink()
     (path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="no audio tower can be read"):

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.assembly.local import SMOLLM2, digest, find_decoder, fingerprint, quiet
+from safetensors import SafetensorError
+
+from plait.assembly.local import SMOLLM2, digest, find_decoder, fingerprint, quiet, unreported
 from plait.assembly.smollm import LanguageModel, load_smollm, smollm_folder
 from plait.core.errors import CheckpointError
 from plait.core.events import Events
@@ -142,8 +144,19 @@ def _load_folder(folder: Path, dtype: str) -> LanguageModel:
 def _load_model(folder: Path, dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    with _readable(folder), quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
+    auto: Any = AutoModelForCausalLM
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told here, not in a table on the screen
+    with _readable(folder), quiet(), unreported():
+        model, report = auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, **how)
+    # Both transformers would draw at random.
+    shapes = (f"{name} ({list(came)} for {list(due)})" for name, came, due in report["mismatched_keys"])
+    wrong = [*report["missing_keys"], *shapes]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} weights are missing or of another shape, such as {min(wrong)}",
+            place=str(folder),
+            remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
+        )
     if not hasattr(model, "lm_head"):
         raise CheckpointError(
             f"{type(model).__name__} has no lm_head",
@@ -164,7 +177,7 @@ def _load_model(folder: Path, dtype: str) -> PreTrainedModel:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"no causal language model can be read: {error}",
             place=str(folder),

@@ -195,7 +195,12 @@ def _load_model(folder: Path, dtype: str) -> Any:
     try:
         with quiet(), unreported():
             model, report = auto.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed below
             )
     except _BROKEN as error:
         raise CheckpointError(

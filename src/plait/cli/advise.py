@@ -14,6 +14,8 @@ from plait.cli.output import Out
 if TYPE_CHECKING:
     from plait.models.advise import Candidate, Judged, Need
 
+MOST_PIXELS = 2**26
+"""In a batch; encoders need some hundred bytes for each."""
 TASKS = ("classify", "retrieve", "generate", "dense")
 
 
@@ -88,6 +90,13 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not (value >= bound and value < float("inf")):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} is {value:g}, expected {bound} or more", place=flag, remedy=f"give {flag} N")
+    if (pixels := args.batch * args.size**2) > MOST_PIXELS:
+        raise UsageError(
+            f"{args.batch:,} pictures of {args.size:,} x {args.size:,} are {pixels:,} pixels, measured are at most "
+            f"{MOST_PIXELS:,}",
+            place="--size, --batch",
+            remedy="give smaller or fewer pictures: from a few on, time and memory grow with the batch",
+        )
 
 
 def _ask(args: argparse.Namespace) -> None:

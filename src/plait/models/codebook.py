@@ -60,6 +60,7 @@ class VectorQuantizer(nn.Module):
         ([1, 2], 0.41)
     """
 
+    codes: Float[Tensor, "code d"]
     usage: Float[Tensor, " code"]
     total: Float[Tensor, "code d"]
 
@@ -75,13 +76,16 @@ class VectorQuantizer(nn.Module):
             )
         self.normalize, self.decay, self.restart = normalize, decay, restart
         # Spread as far as vectors of variance 1 are: all codes near 0 would leave most of them unused.
-        self.codes = nn.Parameter(self.placed(torch.randn(codes, d)), requires_grad=not decay)
+        drawn = self.placed(torch.randn(codes, d))
         self._chosen: Tensor | None = None
         self._sums: Tensor | None = None
         self._latest: Tensor | None = None
-        if decay:
+        if decay:  # no weight that an optimizer moves: state, like the averages, so that a checkpoint keeps all three
+            self.register_buffer("codes", drawn)
             self.register_buffer("usage", torch.ones(codes))
-            self.register_buffer("total", self.codes.detach().clone())
+            self.register_buffer("total", drawn.clone())
+        else:
+            self.codes = nn.Parameter(drawn)
 
     def forward(self, vectors: Float[Tensor, "*b d"]) -> Coded:
         """Find each vector's code.

@@ -65,6 +65,11 @@ class NewDecoder(Part):
             raise ValueError(f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads")
         if self.model_type == "gpt2" and self.kv_heads not in (0, self.heads):
             raise ValueError(f"gpt2 has as many heads of keys and values as heads, came {self.kv_heads}")
+        if self.model_type != "gpt2" and self.d // self.heads % 2:
+            raise ValueError(
+                f"{self.heads} heads of a width of {self.d} have {self.d // self.heads} each: {self.model_type} turns "
+                "them in pairs (RoPE), which an odd width has not"
+            )
         return self
 
 

@@ -397,3 +397,7 @@ def test_weights_that_are_missing_or_left_over_are_listed(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 missing: .*; 1 unexpected: a.stranger"):
         load_vlm(folder)
+    weights.pop("a.stranger")
+    save_file(weights | {gone: torch.zeros(3, 3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 mismatched: .*\[3, 3\]"):
+        load_vlm(folder)

@@ -64,6 +64,12 @@ def test_numbers_that_mean_nothing_are_refused(flag: str, value: str, capsys: py
     assert f"{flag} is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [("--size", "100000"), ("--size", "64", "--batch", "100000000")])
+def test_pictures_that_no_memory_holds_are_refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "encoder", *flags]) == 2
+    assert "measured are at most 67,108,864" in capsys.readouterr().err
+
+
 def test_other_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "decoder"]) == 2
     assert main(["advise", "encoder", "--modality", "audio"]) == 2

@@ -105,6 +105,8 @@ def test_codes_nobody_uses_start_anew_at_vectors_of_the_last_step():
     for step in range(4):
         quantizer(vectors)
         again.append(quantizer.update(generator=torch.Generator().manual_seed(step)))
+        if again[-1]:  # they count as used, or would start anew until somebody chose them
+            assert int((quantizer.usage == 1.0).sum()) == again[-1]
     assert again[:3] == [0, 0, 2]  # use 0.5, 0.25, 0.125
     assert quantizer.codes.abs().max() < 10
     assert len(quantizer(vectors).ids.unique()) == 4
@@ -164,3 +166,12 @@ def test_wrong_settings_and_vectors_are_refused():
         VectorQuantizer(2, 2).update()
     with pytest.raises(DataError, match="not finite"):
         VectorQuantizer(2, 2)(torch.tensor([[0.0, float("nan")]]))
+
+
+def test_codes_that_are_averages_are_state_of_a_checkpoint():
+    from plait.training.state import TrainState
+
+    averaged = TrainState(VectorQuantizer(3, 2, decay=0.9).train())
+    assert set(averaged.tensors()) == {"codes", "usage", "total"}  # all of them move, so a resumed run needs them all
+    assert set(TrainState(VectorQuantizer(3, 2).train()).tensors()) == {"codes"}
+    assert VectorQuantizer(3, 2, decay=0.9).state_dict().keys() >= {"codes"}
