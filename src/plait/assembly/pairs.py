@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.assembly.dual import Dual
 from plait.assembly.splits import splits_of
+from plait.assembly.towers import ImageTower
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.types import Sample
@@ -18,31 +19,39 @@ from plait.data.features import FeatureStore, cached_features
 from plait.data.pair_batches import StoredPixels
 from plait.data.shards import ShardReader
 from plait.models.dual import pool
-from plait.models.towers.text import TextTower
 
 _TEXTS = 256
 _ITEMS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pairs:
-    """One split.
+class Named:
+    """Named pictures of one split.
 
     Attributes:
         ids: Sample id of each pair.
         names: The name of each picture.
         concepts: Its concept.
         uris: Where its bytes are, in the shard folder.
-        image: Pooled features of the pictures; their pixels, read when asked for, where the tower learns.
-        text: Features of all texts of the split.
-        texts_of: Rows of ``text`` that may stand for each pair; the first is its name.
-        classes: Number of the concept.
     """
 
     ids: tuple[str, ...]
     names: tuple[str, ...]
     concepts: tuple[str, ...]
     uris: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs(Named):
+    """One split, as features.
+
+    Attributes:
+        image: Pooled features of the pictures; their pixels, read when asked for, where the tower learns.
+        text: Features of all texts of the split.
+        texts_of: Rows of ``text`` that may stand for each pair; the first is its name.
+        classes: Number of the concept.
+    """
+
     image: Float[Tensor, "pair d"] | StoredPixels
     text: Float[Tensor, "text e"]
     texts_of: tuple[tuple[int, ...], ...]
@@ -67,6 +76,29 @@ def read_pairs(
             name, or a name is too long.
         ResourceError: The disk is full.
     """
+    samples, store = read_pictures(shards, splits, dual.image, cache=cache, events=events)
+    return {
+        split: _encode(listed, store, dual, keywords=keywords and split == splits[0], events=events)
+        for split, listed in samples.items()
+    }
+
+
+def read_pictures(
+    shards: Path, splits: Sequence[str], image: ImageTower, *, cache: Path, events: Events
+) -> tuple[dict[str, list[Sample]], FeatureStore]:
+    """Samples of the splits that are there, and features of all their pictures.
+
+    Args:
+        shards: Folder of the data stage; must have the first of the splits.
+        splits: Names, in order.
+        image: Tower that encodes.
+        cache: Folder of feature caches.
+        events: Told progress.
+
+    Raises:
+        DataError: The first split is missing, or one that the data stage made; or a shard is damaged.
+        ResourceError: The disk is full.
+    """
     there = splits_of(shards)
     samples: dict[str, list[Sample]] = {}
     holder: dict[str, ShardReader] = {}
@@ -80,56 +112,98 @@ def read_pairs(
         store = cached_features(
             [sample.media()[0] for listed in samples.values() for sample in listed],
             read=lambda ref: holder[ref.sha256].media(ref),
-            prepare=dual.image.prepare,
-            encoder=dual.image.encoder,
-            key=dual.image.cache_key,
+            prepare=image.prepare,
+            encoder=image.encoder,
+            key=image.cache_key,
             folder=cache,
             events=events,
         )
-    return {
-        split: _encode(listed, store, dual, keywords=keywords and split == splits[0], events=events)
-        for split, listed in samples.items()
-    }
+    return samples, store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts(Named):
+    """Which texts may stand for the pictures of a split.
+
+    Attributes:
+        sha256s: Of each picture.
+        texts: All texts of the split, sorted.
+        texts_of: Which of them may stand for each picture; the first is its name.
+        classes: Number of each picture's concept.
+    """
+
+    sha256s: tuple[str, ...]
+    texts: tuple[str, ...]
+    texts_of: tuple[tuple[int, ...], ...]
+    classes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], *, keywords: bool) -> "Texts":
+        """Texts of a split.
+
+        Args:
+            samples: Of the split.
+            keywords: Other English words for a concept may stand for it, too.
+
+        Raises:
+            DataError: A picture has no name.
+        """
+        names = tuple(_name(sample) for sample in samples)
+        lists = [
+            (name, *(_keywords(sample, name) if keywords else ())) for sample, name in zip(samples, names, strict=True)
+        ]
+        texts = tuple(sorted({text for listed in lists for text in listed}))
+        row: Mapping[str, int] = {text: number for number, text in enumerate(texts)}
+        concepts = tuple(str(sample.meta.get("concept") or sample.id) for sample in samples)
+        number = {concept: i for i, concept in enumerate(sorted(set(concepts)))}
+        return cls(
+            ids=tuple(sample.id for sample in samples),
+            names=names,
+            concepts=concepts,
+            uris=tuple(sample.media()[0].uri for sample in samples),
+            sha256s=tuple(sample.media()[0].sha256 for sample in samples),
+            texts=texts,
+            texts_of=tuple(tuple(row[text] for text in listed) for listed in lists),
+            classes=tuple(number[concept] for concept in concepts),
+        )
+
+    def check_lengths(self, counts: Sequence[int], *, most: int) -> None:
+        """See that no text is too long.
+
+        Args:
+            counts: Tokens of each text.
+            most: That there may be.
+
+        Raises:
+            DataError: One is longer; names its sample, the length, and how many there are.
+        """
+        long = {number: count for number, count in enumerate(counts) if count > most}
+        for sample, listed in zip(self.ids, self.texts_of, strict=True):
+            for number in listed:
+                if number in long:
+                    raise DataError(
+                        f"{len(long)} of {len(self.texts)} texts are longer than {most} tokens; "
+                        f"the first has {long[number]}: {self.texts[number][:60]!r}",
+                        place=f"sample {sample}",
+                        remedy="shorten or leave out those texts, or raise stages.pretrain.max_tokens",
+                    )
 
 
 def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywords: bool, events: Events) -> Pairs:
-    names = tuple(_name(sample) for sample in samples)
-    lists = [
-        (name, *(_keywords(sample, name) if keywords else ())) for sample, name in zip(samples, names, strict=True)
-    ]
-    texts = sorted({text for listed in lists for text in listed})
-    _check_length(samples, lists, texts, encoder=dual.text.encoder)
-    row: Mapping[str, int] = {text: number for number, text in enumerate(texts)}
-    concepts = tuple(str(sample.meta.get("concept") or sample.id) for sample in samples)
-    number = {concept: i for i, concept in enumerate(sorted(set(concepts)))}
+    found = Texts.of(samples, keywords=keywords)
+    encoder = dual.text.encoder
+    found.check_lengths(encoder.count_tokens(found.texts), most=encoder.max_tokens)
     device = dual.model.log_scale.device
     return Pairs(
-        ids=tuple(sample.id for sample in samples),
-        names=names,
-        concepts=concepts,
-        uris=tuple(sample.media()[0].uri for sample in samples),
-        image=_pictures(store, tuple(sample.media()[0].sha256 for sample in samples), dual),
-        text=_texts(texts, dual, events).to(device),
-        texts_of=tuple(tuple(row[text] for text in listed) for listed in lists),
-        classes=torch.tensor([number[concept] for concept in concepts], dtype=torch.long, device=device),
+        ids=found.ids,
+        names=found.names,
+        concepts=found.concepts,
+        uris=found.uris,
+        image=_pictures(store, found.sha256s, dual),
+        text=_texts(found.texts, dual, events).to(device),
+        texts_of=found.texts_of,
+        classes=torch.tensor(found.classes, dtype=torch.long, device=device),
     )
-
-
-def _check_length(
-    samples: Sequence[Sample], lists: Sequence[Sequence[str]], texts: Sequence[str], *, encoder: TextTower
-) -> None:
-    most = encoder.max_tokens
-    counts = zip(texts, encoder.count_tokens(texts), strict=True)
-    long = {text: count for text, count in counts if count > most}
-    for sample, listed in zip(samples, lists, strict=True):
-        for text in listed:
-            if text in long:
-                raise DataError(
-                    f"{len(long)} of {len(texts)} texts are longer than {most} tokens; "
-                    f"the first has {long[text]}: {text[:60]!r}",
-                    place=f"sample {sample.id}",
-                    remedy="shorten or leave out those texts, or raise stages.pretrain.max_tokens",
-                )
 
 
 def _pictures(store: FeatureStore, sha256s: tuple[str, ...], dual: Dual) -> Float[Tensor, "pair d"] | StoredPixels:

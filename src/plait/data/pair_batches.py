@@ -88,11 +88,7 @@ class PairBatches:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         chosen = self.pairs_of(step)
         rows: list[int] = chosen.tolist()
-        draws = torch.rand(len(rows), 2, generator=generator(self.seed, "text", step)).tolist()
-        texts = [
-            self.texts_of[row][0 if main < 0.5 else int(which * len(self.texts_of[row]))]
-            for row, (main, which) in zip(rows, draws, strict=True)
-        ]
+        texts = drawn_texts(self.texts_of, rows, seed=self.seed, step=step)
         device = self.text.device
         ones = torch.ones(len(rows), 3, dtype=torch.long, device=device)
         place = torch.arange(len(rows), device=device)
@@ -111,6 +107,22 @@ class PairBatches:
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
         """Which pairs are in the batch of a step."""
         return self._order.batch(step)
+
+
+def drawn_texts(texts_of: Sequence[Sequence[int]], rows: Sequence[int], *, seed: int, step: int) -> list[int]:
+    """A text for each pair of a batch: its first half the time, else any of its own.
+
+    Args:
+        texts_of: Numbers of the texts that may stand for each pair.
+        rows: Pairs of the batch.
+        seed: Of the choice.
+        step: Finished steps.
+    """
+    draws = torch.rand(len(rows), 2, generator=generator(seed, "text", step)).tolist()
+    return [
+        texts_of[row][0 if main < 0.5 else int(which * len(texts_of[row]))]
+        for row, (main, which) in zip(rows, draws, strict=True)
+    ]
 
 
 def picked(image: Float[Tensor, "pair d"] | StoredPixels, pairs: Sequence[int]) -> Patches:

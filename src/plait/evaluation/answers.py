@@ -187,7 +187,7 @@ def _tell_names(named: Mapping[str, Score], split: str, retrieved: float | None)
     beside = [
         f"; {what} {s.value:.3f}" for what in (CHANCE, "blank", "untuned") if (s := named.get(f"{key}/f1/{what}"))
     ]
-    found = "" if retrieved is None else f"; the dual encoder retrieves {retrieved:.1%}"
+    found = "" if retrieved is None else f"; the pretrain stage retrieves {retrieved:.1%}"
     return (
         f"{split}: names have a token F1 of {f1.value:.3f} (95 % {f1.low:.3f} to {f1.high:.3f}{''.join(beside)}), "
         f"{exact.value:.1%} of {exact.n:,} are exact{found}"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from plait.assembly.pairs import Pairs
+from plait.assembly.pairs import Named, Pairs
 from plait.core.types import Score
 from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
@@ -29,8 +29,8 @@ class RetrievalResult:
         return float((self.directions["image-to-text"].ranks <= 1).mean())
 
 
-class RetrievalTask:
-    """Image-text retrieval on one test split; scores a dual encoder as often as asked.
+class NamedTask:
+    """Image-text retrieval on one test split, whoever says how similar pictures and names are.
 
     Args:
         pairs: The split.
@@ -38,32 +38,18 @@ class RetrievalTask:
         seed: Seed of the bootstrap.
     """
 
-    def __init__(self, pairs: Pairs, *, name: str, seed: int = 0) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: Named, *, name: str, seed: int = 0) -> None:
+        self.pairs: Named = pairs
         self.name = name
         self.seed = seed
         self.gallery = Gallery(pairs.names, pairs.concepts)
-        row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
-        self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
 
-    @torch.no_grad()
-    def evaluate(self, model: DualEncoder) -> RetrievalResult:
-        """Compare all pictures with all names, without dropout; the model's mode is put back.
+    def result(self, similarity: Float[np.ndarray, "picture text"]) -> RetrievalResult:
+        """Ranks that follow from the similarity of each picture with each name of the gallery.
 
         Raises:
             NumericsError: A similarity is NaN.
         """
-        training = model.training
-        model.eval()
-        number = len(self.pairs.ids)
-        step = _BATCH if isinstance(self.pairs.image, StoredPixels) else max(number, 1)  # features: all at once
-        parts = [
-            model.embed_image(picked(self.pairs.image, range(at, min(at + step, number))))
-            for at in range(0, max(number, 1), step)
-        ]
-        image, text = torch.cat(parts), model.embed_text(rows(self.pairs.text[self._candidates]))
-        model.train(training)
-        similarity = (image @ text.T).double().cpu().numpy()
         return RetrievalResult(similarity, self.gallery.directions(similarity))
 
     def answers(self, result: RetrievalResult, *, limit: int | None = None) -> list[dict[str, Any]]:
@@ -86,7 +72,42 @@ class RetrievalTask:
         ]
 
 
-def compare(task: RetrievalTask, trained: RetrievalResult, untrained: RetrievalResult) -> list[Score]:
+class RetrievalTask(NamedTask):
+    """Image-text retrieval on one test split; scores a dual encoder as often as asked.
+
+    Args:
+        pairs: The split.
+        name: What it is called in score names.
+        seed: Seed of the bootstrap.
+    """
+
+    def __init__(self, pairs: Pairs, *, name: str, seed: int = 0) -> None:
+        super().__init__(pairs, name=name, seed=seed)
+        self.features = pairs
+        row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
+        self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
+
+    @torch.no_grad()
+    def evaluate(self, model: DualEncoder) -> RetrievalResult:
+        """Compare all pictures with all names, without dropout; the model's mode is put back.
+
+        Raises:
+            NumericsError: A similarity is NaN.
+        """
+        training = model.training
+        model.eval()
+        number, image_of = len(self.pairs.ids), self.features.image
+        step = _BATCH if isinstance(image_of, StoredPixels) else max(number, 1)  # features: all at once
+        parts = [
+            model.embed_image(picked(image_of, range(at, min(at + step, number))))
+            for at in range(0, max(number, 1), step)
+        ]
+        image, text = torch.cat(parts), model.embed_text(rows(self.features.text[self._candidates]))
+        model.train(training)
+        return self.result((image @ text.T).double().cpu().numpy())
+
+
+def compare(task: NamedTask, trained: RetrievalResult, untrained: RetrievalResult) -> list[Score]:
     """Scores of a trained model beside chance and its own untrained heads.
 
     Names are ``retrieval/<split>/<direction>/<metric>`` for the model, with ``/chance``, ``/untrained`` and (of R@1, as
@@ -96,9 +117,9 @@ def compare(task: RetrievalTask, trained: RetrievalResult, untrained: RetrievalR
     for way, found in trained.directions.items():
         name, raw = f"retrieval/{task.name}/{way}", untrained.directions[way]
         scores += rank_scores(found.ranks, name=name, groups=found.groups, seed=task.seed)
-        scores += [_renamed(s, "chance") for s in chance_scores(found.correct, name=name)]
+        scores += [beside(s, "chance") for s in chance_scores(found.correct, name=name)]
         bare = rank_scores(raw.ranks, name=name, groups=raw.groups, seed=task.seed)
-        scores += [_renamed(s, "untrained") for s in bare]
+        scores += [beside(s, "untrained") for s in bare]
         scores.append(
             paired_difference(
                 (found.ranks <= 1).astype(np.float64),
@@ -112,7 +133,8 @@ def compare(task: RetrievalTask, trained: RetrievalResult, untrained: RetrievalR
     return scores
 
 
-def _renamed(score: Score, suffix: str) -> Score:
+def beside(score: Score, suffix: str) -> Score:
+    """The same score, named as one that another stands beside."""
     return Score(
         name=f"{score.name}/{suffix}",
         value=score.value,

@@ -111,7 +111,8 @@ class Blip2Stage1(nn.Module):
                 torch.cat([own, other.to(own)]) for own, other in zip((pictures, texts), more, strict=True)
             )
         judged = self.judge(_picked(source, pictures), ids[texts], present[texts])
-        return ThreeTasks(similarity, judged, self.write(source, ids, present)[predicting(batch.labels)])
+        # The scores of a whole vocabulary are the largest tensor here: only those that are trained are made.
+        return ThreeTasks(similarity, judged, self._told(self._before(source, ids, present)[predicting(batch.labels)]))
 
     def look(self, batch: Batch) -> Rows:
         """Tokens of the batch's pictures, one picture a row.
@@ -151,10 +152,7 @@ class Blip2Stage1(nn.Module):
 
     def write(self, source: Rows, ids: Int[Tensor, "b t"], present: Bool[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Scores of the token after each one, told from the queries and what stands before it."""
-        ids = torch.cat([torch.full_like(ids[:, :1], self.start), ids[:, 1:]], dim=1)
-        both = self.qformer.attend(source.values, real=source.real, text=(ids, present, "generate"))
-        assert self.qformer.embedding is not None
-        return self.writing(both[:, self.qformer.sizes.queries :], self.qformer.embedding.weight)
+        return self._told(self._before(source, ids, present))
 
     @torch.no_grad()
     def caption(self, source: Rows, *, end: int, max_tokens: int) -> list[list[int]]:
@@ -167,11 +165,22 @@ class Blip2Stage1(nn.Module):
         """
         ids = torch.full((len(source.values), 1), self.start, device=source.values.device)
         for _ in range(max_tokens):
-            scores = self.write(source, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
-            ids = torch.cat([ids, scores.argmax(1, keepdim=True)], dim=1)
+            last = self._before(source, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
+            ids = torch.cat([ids, self._told(last).argmax(1, keepdim=True)], dim=1)
             if bool((ids == end).any(1).all()):
                 break
         return [row[: row.index(end)] if end in row else row for row in ids[:, 1:].tolist()]
+
+    def _before(self, source: Rows, ids: Int[Tensor, "b t"], present: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """States of text that is being written: each has seen the queries and what stands before it."""
+        ids = torch.cat([torch.full_like(ids[:, :1], self.start), ids[:, 1:]], dim=1)
+        both = self.qformer.attend(source.values, real=source.real, text=(ids, present, "generate"))
+        return both[:, self.qformer.sizes.queries :]
+
+    def _told(self, states: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """Scores of the next token after each state."""
+        assert self.qformer.embedding is not None
+        return self.writing(states, self.qformer.embedding.weight)
 
 
 def _picked(source: Rows, rows: Int[Tensor, " k"]) -> Rows:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from plait.core.spec import Spec
 from plait.core.types import Modality
 from plait.models.audio_specs import PretrainedAudio
-from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Part, Positive
+from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Part, Positive, QFormer
 
 MODALITIES: tuple[Modality, ...] = ("image", "audio")
 """What encoders and connectors there are for, in the order in which their placeholders are numbered."""
@@ -118,6 +118,11 @@ class Composition(Spec):
             raise ValueError(
                 f"there are encoders for {', '.join(there) or 'nothing'} and connectors for "
                 f"{', '.join(joined) or 'nothing'}: give each encoder a connector"
+            )
+        started = [m for m, spec in chosen.items() if isinstance(spec, QFormer) and spec.start != "drawn"]
+        if started:
+            raise ValueError(
+                f"connectors.{started[0]}.start is pretrain: only a recipe has a pretrain stage; set it to drawn"
             )
         inside = [modality for modality, spec in chosen.items() if isinstance(spec, GatedCrossAttention)]
         if len(inside) > 1:

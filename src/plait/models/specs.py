@@ -263,12 +263,10 @@ class Words(Part):
         return self
 
 
-class QFormer(Part):
-    """learned queries that look at all tokens every other block (BLIP-2)."""
+class QFormerShape(Part):
+    """sizes of a Q-Former; the defaults are BLIP-2's."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2301.12597"
-    kind: Literal["qformer"] = "qformer"
-    """Which connector this is."""
     queries: Positive = 32
     """Tokens that come out, whatever the size of the picture."""
     d: Positive = 768
@@ -283,10 +281,20 @@ class QFormer(Part):
     """Share dropped while training."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "QFormer":
+    def _divides(self) -> "QFormerShape":
         if self.d % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {self.d}")
         return self
+
+
+class QFormer(QFormerShape):
+    """learned queries that look at all tokens every other block (BLIP-2)."""
+
+    kind: Literal["qformer"] = "qformer"
+    """Which connector this is."""
+    start: Literal["drawn", "pretrain"] = "drawn"
+    """Weights at the start: drawn, or those of the Q-Former that this run's pretrain stage trained (BLIP-2's first
+    stage, `stages.pretrain.qformer`), which must have the same sizes."""
 
 
 class Resampler(Part):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Batch
-from plait.objectives.contrastive import symmetric_nce
+from plait.objectives.contrastive import same_class, symmetric_nce
 from plait.objectives.language import next_token_loss
 from plait.objectives.seeded import drawn_from
 
@@ -79,12 +79,13 @@ class QueryTasks:
 
     Args:
         seed: Of the negatives.
+        classes: What each sample shows, by its id: those of one class are positives of each other, too.
     """
 
     needs_global_batch = True
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, *, seed: int = 0, classes: Mapping[str, int] | None = None) -> None:
+        self.seed, self.classes = seed, classes or {}
 
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, judgements, and trained tokens."""
@@ -97,7 +98,10 @@ class QueryTasks:
         Raises:
             DataError: A pair has no negatives in the batch.
         """
-        positives = same_text(batch.token_ids, batch.segment_ids)
+        known = [self.classes.get(name, IGNORE) for name in batch.sample_ids]
+        positives = same_text(batch.token_ids, batch.segment_ids) | same_class(
+            torch.tensor(known, device=batch.token_ids.device)
+        )
         choose = partial(hard_negatives, positives=positives, generator=drawn_from(self.seed, batch.sample_ids))
         similarity, judged, logits = model(batch, choose=choose)
         shifted = batch.labels[:, 1:]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, GetJsonSchemaHandler
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
 from plait.core.yamltext import Keys
+from plait.models.specs import QFormer
 from plait.stages.align import Align
 from plait.stages.compress import Compress
 from plait.stages.data import Data
@@ -59,6 +60,17 @@ class Recipe(Spec):
     stages: Annotated[Mapping[Annotated[str, Field(pattern=_NAME)], AnyStage], _Named()] = Field(default_factory=dict)
     """The stages after the data, in order; a name that is a kind needs no `kind`."""
 
+    @model_validator(mode="after")
+    def _begun(self) -> Recipe:
+        """A connector that starts from the pretrain stage's Q-Former: the two must be one, seen before either runs."""
+        before: Pretrain | None = None
+        for name, stage in self.stages.items():
+            if isinstance(stage, Pretrain):
+                before = stage
+            elif isinstance(stage, Tune) and isinstance(stage.connector, QFormer) and stage.connector.start != "drawn":
+                _check_start(f"stages.{name}", stage, stage.connector, before=before)
+        return self
+
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:
         """The kind of a stage follows from its name, its seed from the recipe's."""
@@ -70,6 +82,30 @@ class Recipe(Spec):
                 found["stages", name, "kind"] = Derived(name, "the stage's name")
             found["stages", name, "seed"] = seed
         return found
+
+
+def _check_start(place: str, tune: Tune, connector: QFormer, *, before: Pretrain | None) -> None:
+    """See that a connector can start from what the pretrain stage before it trains."""
+    if before is None or before.qformer is None:
+        what = "there is no pretrain stage before it" if before is None else "the one before it trains a dual encoder"
+        raise ValueError(
+            f"{place}.connector.start is pretrain, but {what}; give stages.pretrain.qformer the sizes of the connector"
+        )
+    pairs = [(f"connector.{n}", f"qformer.{n}") for n in ("queries", "d", "depth", "heads", "every")]
+    pairs += [(n, n) for n in ("image_tower", "resolution")]
+    for ours, theirs in pairs:
+        here, there = (_at(stage, path) for stage, path in ((tune, ours), (before, theirs)))
+        if here != there:
+            raise ValueError(
+                f"{place}.{ours} is {here}, stages.pretrain.{theirs} is {there}: a connector that starts from the "
+                "pretrain stage's Q-Former has its sizes and reads the same tower; set them equal"
+            )
+
+
+def _at(holder: Any, path: str) -> object:
+    for name in path.split("."):
+        holder = getattr(holder, name)
+    return holder
 
 
 def stage_kinds() -> tuple[str, ...]:

@@ -60,6 +60,8 @@ def _made(run: RunFolder, stage: StageFolder) -> list[str]:
     if stage.kind == "pretrain" and is_mapping(summary.get("pairs")):
         image, text = stage.spec.get("image_tower"), stage.spec.get("text_tower")
         done = f"{number(summary.get('steps'))} steps on {number(summary['pairs'].get('train'))} pairs"
+        if is_mapping(stage.spec.get("qformer")):
+            return [f"Q-Former on {image} (kept as it is), words as {text} cuts them: {done}"]
         if is_mapping(image):
             return [f"{tower_name(image)}, from scratch, beside {text} (kept as it is): {done}"]
         return [f"heads between {image} and {text} (both kept as they are): {done}"]

@@ -1,6 +1,6 @@
-"""The pretrain stage: a dual encoder (CLIP objective), scored by retrieval.
+"""The pretrain stage: a dual encoder (CLIP objective), or the first stage of a Q-Former (BLIP-2); scored by retrieval.
 
-Small trained heads stand on frozen towers; or a picture tower from scratch learns with them.
+Small trained heads stand on frozen towers; or a picture tower from scratch learns with them; or a Q-Former learns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.core.spec import Derived
-from plait.models.specs import Part, ScratchImage
+from plait.models.specs import Part, QFormerShape, ScratchImage
 from plait.report import names
 from plait.stages.stage import Stage, named_setting
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from plait.assembly.dual import Dual
     from plait.assembly.pairs import Pairs
     from plait.core.device import Compute
-    from plait.core.types import Score
     from plait.data.pair_batches import PairBatches
-    from plait.evaluation.picture_names import RetrievalResult, RetrievalTask
+    from plait.evaluation.picture_names import RetrievalTask
     from plait.training.settings import FitResult, Settings
 
 TESTS = ("test-concept", "test-style", "test-both")
 """Splits that are scored, as far as the data stage made them."""
 
-_MILESTONES = 5  # how often answers for a few test pictures are shown while training
+_HEADS_ONLY = ("d_hidden", "dropout")
+"""Settings of a dual encoder's heads, which a Q-Former has not."""
 
 
 class Pretrain(Stage):
@@ -44,6 +44,9 @@ class Pretrain(Stage):
     scratch (``image_tower: {kind: vit, ...}``) learns too, and sees all pictures of a batch in every step. Writes
     ``metrics.jsonl``, ``results.csv``, ``samples/<step>.json`` (answers for a few test pictures),
     ``checkpoints/<step>/``, ``scores.json`` and ``predictions.jsonl``.
+
+    With ``qformer`` it is BLIP-2's first stage instead: a Q-Former learns on the cached features of the frozen picture
+    tower, and the tokens of the names, to compare pictures and names, to judge pairs, and to write names.
 
     Example:
         >>> Pretrain(epochs=20).batch_size
@@ -58,6 +61,9 @@ class Pretrain(Stage):
     `{kind: vit, size: 64}` is a tower from scratch, which learns."""
     resolution: Literal[0] | Annotated[int, Field(ge=32)] = 160
     """Pixels a side that pictures are scaled to; 0 takes the tower's own, as a tower from scratch always does."""
+    qformer: QFormerShape | None = None
+    """Sizes of a Q-Former that learns instead of a dual encoder: BLIP-2's first stage. Of the text tower only the
+    tokenizer is used, of the settings of heads only `d_shared` and `scale`. See `stages.tune.connector.start`."""
     text_tower: str = "minilm"
     """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
     max_tokens: int = Field(default=128, ge=8)
@@ -107,6 +113,22 @@ class Pretrain(Stage):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Pretrain:
+        if self.qformer is not None:
+            if not isinstance(self.image_tower, str):
+                raise ValueError(
+                    f"image_tower is a {self.image_tower.kind} from scratch: a Q-Former learns on a frozen tower; name "
+                    "one, or train the tower in a pretrain stage of its own"
+                )
+            fields = type(self).model_fields
+            if given := [name for name in _HEADS_ONLY if getattr(self, name) != fields[name].default]:
+                raise ValueError(
+                    f"{', '.join(given)}: settings of a dual encoder's heads, here a Q-Former learns (it has a dropout "
+                    "of its own); take them out (set them to null where a parent recipe gives them)"
+                )
+        return self
+
     @property
     def tower_name(self) -> str:
         """The picture tower as a person reads it."""
@@ -120,39 +142,15 @@ class Pretrain(Stage):
             ResourceError: A tower's package is not fetched, or the disk is full.
             NumericsError: Training went wrong.
         """
-        from plait.assembly.pairs import read_pairs
-        from plait.core.device import setup
-        from plait.core.files import find_stage, mark_done, sha256_file, write_json, write_jsonl
-        from plait.evaluation.picture_names import RetrievalTask, compare
+        from plait.core.files import find_stage, mark_done
 
         data = find_stage(previous, "data")
-        compute = setup(device=self.device, dtype="float32")
-        dual = self._build(compute, events)
-        pairs = read_pairs(
-            data / "shards",
-            ("train", *TESTS),
-            dual,
-            cache=home() / "features",
-            keywords=self.keywords,
-            events=events,
-        )
-        tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
-        before = [task.evaluate(dual.model) for task in tasks]
-        _show(folder, 0, tasks, results=before, events=events)
-        settings = self._settings(
-            compute, self.steps_for(len(pairs["train"].ids)), dual, data=sha256_file(data / "done.json")
-        )
-        fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
-        after = [task.evaluate(dual.model) for task in tasks]
-        scores = [
-            s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
-        ]
-        write_json(folder / "scores.json", [asdict(score) for score in scores])
-        write_jsonl(
-            folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]
-        )
-        counts = {split: len(found.ids) for split, found in pairs.items()}
-        summary = _summary(fitted, scores, pairs=counts, folder=folder)
+        if self.qformer is None:
+            summary = self._dual(data, folder, events=events)
+        else:
+            from plait.stages.pretraining.queries import learn_queries
+
+            summary = learn_queries(self, self.qformer, data, folder=folder, events=events)
         for line in summary["lines"]:
             events.note(line)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
@@ -184,7 +182,76 @@ class Pretrain(Stage):
         known = before["data"].samples if "data" in before else {}
         return estimate(self, machine, {split: known[split] for split in ("train", *TESTS) if split in known})
 
+    def settings(self, compute: Compute, steps: int, *, towers: Sequence[str], data: str) -> Settings:
+        """How it is trained.
+
+        Args:
+            compute: Where.
+            steps: Updates in all.
+            towers: Digests of what is frozen.
+            data: Digest of the data stage's seal.
+        """
+        from plait.training.optim import AdamW
+        from plait.training.schedule import Cosine
+        from plait.training.settings import Settings
+
+        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
+        mutable = {"steps", "epochs", "save_every", "device"}
+        context = self.model_dump(mode="json", exclude=mutable if self.qformer else mutable | {"qformer"})
+        return Settings(
+            steps=steps,
+            compute=compute,
+            seed=self.seed,
+            optimizer=AdamW(lr=self.lr, weight_decay=self.weight_decay),
+            schedule=Cosine(warmup=self.warmup),
+            save_every=self.save_every,
+            context=context | {"towers": list(towers), "data": data},
+        )
+
+    def steps_for(self, pairs: int) -> int:
+        """Updates in all over so many training pairs."""
+        return self.steps or max(1, math.ceil(self.epochs * pairs / max(1, min(self.batch_size, pairs))))
+
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _dual(self, data: Path, folder: Path, *, events: Events) -> dict[str, Any]:
+        """Train a dual encoder; returns the summary for the seal."""
+        from plait.assembly.pairs import read_pairs
+        from plait.core.device import setup
+        from plait.core.files import sha256_file, write_json, write_jsonl
+        from plait.evaluation.picture_names import RetrievalTask, compare
+        from plait.stages.pretraining.outcome import show, summarize
+
+        compute = setup(device=self.device, dtype="float32")
+        dual = self._build(compute, events)
+        pairs = read_pairs(
+            data / "shards",
+            ("train", *TESTS),
+            dual,
+            cache=home() / "features",
+            keywords=self.keywords,
+            events=events,
+        )
+        tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
+        before = [task.evaluate(dual.model) for task in tasks]
+        show(folder, 0, tasks, results=before, events=events)
+        settings = self.settings(
+            compute,
+            self.steps_for(len(pairs["train"].ids)),
+            towers=[dual.image.key, dual.text.key],
+            data=sha256_file(data / "done.json"),
+        )
+        fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
+        after = [task.evaluate(dual.model) for task in tasks]
+        scores = [
+            s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
+        ]
+        write_json(folder / "scores.json", [asdict(score) for score in scores])
+        write_jsonl(
+            folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]
+        )
+        counts = {split: len(found.ids) for split, found in pairs.items()}
+        return summarize(fitted, scores, pairs=counts, folder=folder)
 
     def _build(self, compute: Compute, events: Events) -> Dual:
         from plait.assembly.dual import HeadSizes, build_dual
@@ -215,22 +282,17 @@ class Pretrain(Stage):
         events: Events,
     ) -> FitResult:
         from plait.assembly.dual import save_dual
-        from plait.core.errors import DataError
         from plait.objectives.contrastive import Contrastive
+        from plait.stages.pretraining.outcome import check_pairs, milestones, show
         from plait.training.loop import fit
         from plait.training.settings import Hooks
 
-        if len(pairs.ids) < 2:
-            raise DataError(
-                f"{len(pairs.ids)} training pairs: there is nothing to tell a picture's text from",
-                place=str(folder),
-                remedy="give the data stage at least two pairs",
-            )
-        shown = {max(1, round(settings.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+        check_pairs(len(pairs.ids), folder)
+        shown = milestones(settings.steps)
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             if step in shown:
-                _show(folder, step, tasks, results=[task.evaluate(dual.model) for task in tasks], events=events)
+                show(folder, step, tasks, results=[task.evaluate(dual.model) for task in tasks], events=events)
 
         hooks = Hooks(save_model=lambda target: save_dual(dual, target), on_step=on_step, task=self.kind)
         dual.model.train()
@@ -244,10 +306,6 @@ class Pretrain(Stage):
             hooks=hooks,
         )
 
-    def steps_for(self, pairs: int) -> int:
-        """Updates in all over so many training pairs."""
-        return self.steps or max(1, math.ceil(self.epochs * pairs / max(1, min(self.batch_size, pairs))))
-
     def _batches(self, pairs: Pairs) -> PairBatches:
         from plait.data.pair_batches import PairBatches
 
@@ -260,63 +318,3 @@ class Pretrain(Stage):
             batch_size=min(self.batch_size, len(pairs.ids)),
             seed=self.seed,
         )
-
-    def _settings(self, compute: Compute, steps: int, dual: Dual, *, data: str) -> Settings:
-        from plait.training.optim import AdamW
-        from plait.training.schedule import Cosine
-        from plait.training.settings import Settings
-
-        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
-        context = self.model_dump(mode="json", exclude={"steps", "epochs", "save_every", "device"})
-        return Settings(
-            steps=steps,
-            compute=compute,
-            seed=self.seed,
-            optimizer=AdamW(lr=self.lr, weight_decay=self.weight_decay),
-            schedule=Cosine(warmup=self.warmup),
-            save_every=self.save_every,
-            context=context | {"towers": [dual.image.key, dual.text.key], "data": data},
-        )
-
-
-def _show(
-    folder: Path, step: int, tasks: Sequence[RetrievalTask], *, results: Sequence[RetrievalResult], events: Events
-) -> None:
-    """Keep answers for a few pictures of each split, and say one; written as a whole, so a repeated step repeats it."""
-    from plait.core.files import write_json
-
-    (folder / "samples").mkdir(exist_ok=True)
-    recall = {task.name: result.recall_at_1() for task, result in zip(tasks, results, strict=True)}
-    samples = [answer for task, result in zip(tasks, results, strict=True) for answer in task.answers(result, limit=3)]
-    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "recall_at_1": recall, "samples": samples})
-    if samples:
-        first = samples[0]
-        said = ", ".join(f"{split} {value:.1%}" for split, value in recall.items())
-        text = f"step {step}: a picture of {first['truth']!r} is read as {first['top'][0]['text']!r}; R@1: {said}"
-        events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
-
-
-def _summary(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
-    named = {score.name: score for score in scores}
-    lines: list[str] = []
-    for split in pairs:
-        key = f"retrieval/{split}/image-to-text/R@1"
-        if key in named:
-            one, chance, gain = named[key], named[f"{key}/chance"], named[f"{key}/gain-over-untrained"]
-            lines.append(
-                f"{split}: the right name is found first for {one.value:.1%} of {one.n:,} pictures "
-                f"(95 % {one.low:.1%} to {one.high:.1%}; chance {chance.value:.2%}; "
-                f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%})"
-            )
-    return {
-        "lines": lines or ["there is no test split: nothing was scored"],
-        "checkpoint": str(fitted.checkpoint.relative_to(folder)),
-        "steps": fitted.step,
-        "skipped_steps": fitted.skipped,
-        "pairs": dict(pairs),
-        "recall_at_1": {
-            split: named[f"retrieval/{split}/image-to-text/R@1"].value
-            for split in pairs
-            if f"retrieval/{split}/image-to-text/R@1" in named
-        },
-    }

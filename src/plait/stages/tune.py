@@ -19,7 +19,7 @@ from plait.models.specs import Connector
 from plait.stages.stage import Stage, Task, named_setting
 
 PRETRAIN = "pretrain"
-"""Name of the picture tower that this run's own pretrain stage trained from scratch."""
+"""Name of what this run's own pretrain stage trained: a picture tower from scratch, the start of a Q-Former."""
 _WORDS_ONLY = ("words", "new_pictures", "new_from")
 """Settings that need a connector that speaks in words."""
 
@@ -208,6 +208,18 @@ class Tune(Stage):
             raise ValueError(f"resolution is {self.resolution}: a tower of the pretrain stage has its own size; set 0")
         return self
 
+    @model_validator(mode="after")
+    def _starts(self) -> Tune:
+        if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
+            raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")
+        begun = isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN
+        if begun and not isinstance(self.fit, specs.Square):
+            raise ValueError(
+                f"fit is `{self.fit.kind}`: the pretrain stage's Q-Former learns on squares; set {{kind: square}}, or "
+                "connector.start to drawn"
+            )
+        return self
+
     @property
     def decoder_name(self) -> str:
         """For people."""
@@ -225,7 +237,10 @@ class Tune(Stage):
         from plait.stages.tuning.phases import tune
 
         tower = self.image_tower if self.image_tower != PRETRAIN else str(_pretrained(previous))
-        summary = tune(self, find_stage(previous, "data"), folder, tower=tower, events=events)
+        queries = None
+        if isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN:
+            queries = _queries(previous)
+        summary = tune(self, find_stage(previous, "data"), folder, tower=tower, queries=queries, events=events)
         for line in summary["lines"]:
             events.note(line)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
@@ -270,12 +285,8 @@ def _pretrained(previous: Path | None) -> Path:
         DataError: There is no such stage, or its tower is a frozen one.
     """
     from plait.assembly.scratch import holds_tower
-    from plait.core.files import find_stage, read_done
 
-    stage = find_stage(previous, "pretrain")
-    done = read_done(stage)
-    assert done is not None
-    folder = stage / str(done["summary"]["checkpoint"])
+    stage, folder = _checkpoint(previous)
     if not holds_tower(folder):
         raise DataError(
             "the pretrain stage trained no picture tower: its own is frozen",
@@ -284,3 +295,31 @@ def _pretrained(previous: Path | None) -> Path:
             "tower in both stages",
         )
     return folder
+
+
+def _queries(previous: Path | None) -> Path:
+    """Checkpoint of the pretrain stage before this one, in which a Q-Former learned.
+
+    Raises:
+        DataError: There is no such stage, or it trained a dual encoder.
+    """
+    from plait.assembly.queries import holds_queries
+
+    stage, folder = _checkpoint(previous)
+    if not holds_queries(folder):
+        raise DataError(
+            "connector.start is pretrain, but the pretrain stage trained no Q-Former: it trained a dual encoder",
+            place=str(stage),
+            remedy="give stages.pretrain.qformer the sizes of the connector, or set connector.start to drawn",
+        )
+    return folder
+
+
+def _checkpoint(previous: Path | None) -> tuple[Path, Path]:
+    """The pretrain stage before this one, and its last checkpoint."""
+    from plait.core.files import find_stage, read_done
+
+    stage = find_stage(previous, PRETRAIN)
+    done = read_done(stage)
+    assert done is not None
+    return stage, stage / str(done["summary"]["checkpoint"])

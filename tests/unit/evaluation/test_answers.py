@@ -195,7 +195,7 @@ def test_a_failed_gate_is_told_with_its_numbers_and_a_missing_one_is_not_passed(
     lines = tell(scores, found, retrieval={"test-concept": 0.2})
     assert "token F1 of 0.518" in lines[0]
     assert "chance 0.333; blank 0.250" in lines[0]
-    assert "the dual encoder retrieves 20.0%" in lines[0]
+    assert "the pretrain stage retrieves 20.0%" in lines[0]
     assert "yes is said to 100%; 0 answers were neither" in lines[1]
     assert lines[2].startswith("gates: 2 of 2 FAILED: name.en f1 over blank on test-concept (-0.")
     assert tell(scores[:0], [], retrieval={}) == [

@@ -170,3 +170,23 @@ def test_what_does_not_fit_is_refused():
             model(wrong)
     with pytest.raises(DataError, match="have no negatives"):
         QueryTasks()(model, batch([3, 3], seed=0))
+
+
+def test_pictures_of_one_class_are_neither_pushed_apart_nor_judged_as_wrong():
+    model, given = small(), batch([0, 1, 2], seed=0)
+    ids = given.sample_ids
+    alone, same = QueryTasks(), QueryTasks(classes={ids[0]: 4, ids[1]: 4})
+    assert same(model, given)["contrast"] != alone(model, given)["contrast"]
+    with pytest.raises(DataError, match="have no negatives"):
+        QueryTasks(classes=dict.fromkeys(ids, 4))(model, given)
+    unknown = QueryTasks(classes={"another": 4})
+    assert all(torch.equal(a, b) for a, b in zip(
+        unknown(model, given).values(), alone(model, given).values(), strict=True))  # fmt: skip
+
+
+def test_scores_of_words_are_those_of_writing_all_of_them():
+    model, given = small().eval(), batch([0, 1, 2, 3], seed=1)
+    present = given.segment_ids != 0
+    whole = model.write(model.look(given), given.token_ids, present)
+    trained = given.labels[:, 1:] != IGNORE
+    torch.testing.assert_close(model(given).logits, whole[:, :-1][trained])

@@ -191,3 +191,20 @@ def shipped_folder() -> Path:
 def test_every_setting_says_what_it_means() -> None:
     mute = [setting.path for setting in catalogue(Recipe).settings() if not setting.description]
     assert not mute, f"write a docstring below these fields: {mute}"
+
+
+def test_a_connector_that_starts_from_the_first_stage_must_be_the_one_it_trains():
+    both = load_recipe("compose-blip2").spec
+    connector = both.stages["tune"].connector
+    shape = both.stages["pretrain"].qformer
+    assert connector.start == "pretrain"
+    assert {name: getattr(connector, name) for name in type(shape).model_fields} == shape.model_dump()
+    for change, match in (
+        ("stages.pretrain=null", "there is no pretrain stage before it"),
+        ("stages.pretrain.qformer=null", "trains a dual encoder"),
+        ("stages.tune.connector.d=64", "connector.d is 64, stages.pretrain.qformer.d is 128"),
+        ("stages.tune.resolution=160", "resolution is 160, stages.pretrain.resolution is 128"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            load_recipe("compose-blip2", [change])
+    assert load_recipe("compose-blip2", ["stages.pretrain=null", "stages.tune.connector.start=drawn"])

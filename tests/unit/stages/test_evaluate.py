@@ -189,7 +189,7 @@ def test_scores_of_a_model_that_knows_everything(run: Run, tmp_path: Path, monke
     done = read_done(tmp_path / "03-evaluate")
     assert done is not None
     assert set(done["summary"]["gates"].values()) == {True}
-    assert "the dual encoder retrieves 25.0%" in done["summary"]["lines"][0]
+    assert "the pretrain stage retrieves 25.0%" in done["summary"]["lines"][0]
     assert done["summary"]["lines"][-1].startswith("gates: all 6 passed")
     model, blank, untuned = engines
     assert sum(model.sizes) == len(rows)

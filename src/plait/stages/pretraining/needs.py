@@ -12,12 +12,13 @@ from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, tim
 
 if TYPE_CHECKING:
     from plait.models.measure import Account
-    from plait.models.specs import ScratchImage
+    from plait.models.specs import QFormerShape, ScratchImage
     from plait.stages.pretrain import Pretrain
 
 # Sizes of the default towers; tests compare them with the weights.
 IMAGE_WEIGHTS, TEXT_WEIGHTS = 4_652_008, 22_565_376
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384
+VOCABULARY = 30_523  # minilm's tokens, and the one that begins a text to be written
 _IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
 _TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
 _TEXT_TOKENS = 8
@@ -32,6 +33,8 @@ _SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pix
 _TOWER_EFFICIENCY = (0.12, 0.6)
 # RSS of two runs (128 pictures of 17 tokens, 256 of 65) was 79 and 87 MiB above the sum of the parts.
 _TOWER_RUNTIME = 80 * 2**20
+_QUERY_EFFICIENCY = (0.15, 0.8)  # 0.5 was measured, 20 steps of 128 pairs at width 128
+_JUDGED = 16  # nearest names of a picture that are judged again
 _EVALUATIONS = 7  # untrained, five times while training, at the end
 
 
@@ -56,10 +59,82 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
         machine: What this machine can do.
         samples: Pictures of each split that it uses.
     """
+    if spec.qformer is not None:
+        return _queries(spec, spec.qformer, machine, samples=samples)
     if isinstance(spec.image_tower, str):
         return _frozen(spec, machine, samples)
     tower = tower_account(spec.image_tower)
     return _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
+
+
+def query_weights(spec: Pretrain, shape: QFormerShape, *, d_image: int, vocabulary: int) -> int:
+    """Weights of a Q-Former that reads text, with its three heads and the scale.
+
+    Args:
+        spec: Settings of the stage.
+        shape: Of the Q-Former.
+        d_image: Width of the tower's features.
+        vocabulary: Token ids, the one that begins a text to be written included.
+    """
+    d, looks = shape.d, math.ceil(shape.depth / shape.every)
+    norm, square = 2 * d, d * d + d
+    feed_forward = 8 * d * d + 5 * d + norm
+    blocks = shape.depth * (4 * square + norm + 2 * feed_forward)
+    cross = looks * (2 * square + 2 * (d_image * d + d) + norm)
+    table = (vocabulary + spec.max_tokens + shape.queries) * d + norm
+    heads = 2 * (d * spec.d_shared + spec.d_shared) + (2 * d + 2) + (square + norm + vocabulary) + 1
+    return blocks + cross + table + heads
+
+
+def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: Mapping[str, int]) -> Estimate:
+    """BLIP-2's first stage on features of a frozen tower."""
+    pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
+    batch, steps = min(spec.batch_size, train), spec.steps_for(train)
+    side = (spec.resolution or 224) / 224
+    cells = math.ceil((spec.resolution or 224) / 32) ** 2
+    d, looks = shape.d, math.ceil(shape.depth / shape.every)
+    weights = query_weights(spec, shape, d_image=IMAGE_WIDTH, vocabulary=VOCABULARY)
+    # Forward passes of a pair: queries alone, text alone, three judgements, writing.
+    tokens = 5 * shape.queries + 5 * _TEXT_TOKENS
+    passes = 2.0 * (12 * shape.depth * d * d * tokens + 2 * looks * d * d * 5 * shape.queries)
+    passes += 2.0 * 2 * looks * IMAGE_WIDTH * d * 5 * cells + 2.0 * (_TEXT_TOKENS - 1) * d * VOCABULARY
+    tests = pictures - samples.get("train", 0)
+    judged = 2 * _JUDGED * tests * passes  # each direction, in the end
+    flops = 3.0 * passes * batch * steps + (_EVALUATIONS * tests * passes + judged) / 5
+    low, high = time_range(flops, machine, dtype="float32", efficiency=_QUERY_EFFICIENCY)
+    area = side**2 / (160 / 224) ** 2
+    seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area for i in (0, 1)]
+    features = pictures * cells * IMAGE_WIDTH * 2
+    seen = 4 * batch * (shape.depth * 40 * d * tokens + 5 * cells * (IMAGE_WIDTH + 2 * looks * d))
+    memory = peak_memory(
+        machine,
+        frozen=IMAGE_WEIGHTS,
+        frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
+        trainable=weights,
+        activations=seen + 3 * 4 * batch * (_TEXT_TOKENS - 1) * VOCABULARY,
+        caches=features,
+    )
+    memory["runtime"] += _TOWER_RUNTIME
+    return Estimate(
+        stage=spec.kind,
+        samples=samples,
+        params_trainable=weights,
+        params_frozen=IMAGE_WEIGHTS,
+        tokens=steps * batch * (tokens + 5 * cells),
+        image_tokens=steps * batch * 5 * cells,
+        flops=flops + pictures * _IMAGE_FLOPS_224 * side**2,
+        memory=memory,
+        disk_bytes=checkpoint_bytes(weights=4 * weights * 2, trainable=weights, keep=2) + pictures * 600,
+        home_bytes=features + 4 * IMAGE_WEIGHTS,
+        seconds=(low + seconds[0], high + seconds[1]),
+        notes=(
+            f"{steps:,} steps of {batch:,} pairs; a Q-Former with {shape.queries} queries learns on features that are "
+            f"made once and kept in the cache ({features / 2**20:,.0f} MiB outside the run folder)",
+            f"of its {weights:,} weights {VOCABULARY * d:,} are a table of {VOCABULARY:,} tokens; a pair passes it six "
+            "times a step: queries, text, three judgements, writing",
+            "sizes and speeds are those of efficientnet-lite0, the tokens those of minilm",
+        ),
+    )
 
 
 def _heads(spec: Pretrain, widths: int) -> int:

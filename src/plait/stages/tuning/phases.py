@@ -15,6 +15,7 @@ from plait.adapters.lora import Lora, attach, cast_inputs, check_targets
 from plait.assembly.audio_towers import load_audio_tower
 from plait.assembly.language import language_of
 from plait.assembly.multimodal import Tower, build_multimodal, holds_media, save_multimodal
+from plait.assembly.queries import start_connector
 from plait.assembly.questions import Questions, read_questions
 from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower, load_image_tower
@@ -62,7 +63,9 @@ _MILESTONES = 4  # how often they are asked in the last phase
 _NEW = " of new pictures"  # marks questions about pictures that the first phase did not see
 
 
-def tune(spec: Tune, data: Path, folder: Path, *, tower: str, events: Events) -> dict[str, Any]:
+def tune(
+    spec: Tune, data: Path, folder: Path, *, tower: str, queries: Path | None = None, events: Events
+) -> dict[str, Any]:
     """Run the phases; each continues where it was stopped.
 
     Args:
@@ -70,12 +73,15 @@ def tune(spec: Tune, data: Path, folder: Path, *, tower: str, events: Events) ->
         data: Folder of the data stage.
         folder: Of this stage.
         tower: Name or folder of the picture tower.
+        queries: Checkpoint of the Q-Former that the connector starts from.
         events: Told what happens.
 
     Returns:
         Summary for the seal.
     """
     work = _Tuning(spec, data, folder, tower=tower, events=events)
+    if queries is not None:
+        work.start_from(queries)
     work.show(0, "untuned")
     phases = {"connector": work.frozen} if spec.frozen.steps else {}
     if work.vocabulary:
@@ -155,6 +161,14 @@ class _Tuning:
         longest = max(len(c.rendered) for c in self.conversations)  # which may be one that no step draws
         self.row = spec.row or row_length([*last.lengths(), [longest]])
         self.steps = 0
+
+    def start_from(self, queries: Path) -> None:
+        """Let the connector begin where the pretrain stage's Q-Former ended."""
+        onto = self.spec.connector
+        assert isinstance(onto, specs.QFormer)
+        with named_setting(f"stages.{self.spec.kind}.connector"):
+            taken = start_connector(self.built.connector, onto, self.built.image, folder=queries)
+        self.events.note(f"the connector starts from the pretrain stage's Q-Former: {taken:,} weights of {queries}")
 
     # --- phases ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,120 @@
+"""What both forms of the pretrain stage show, say and seal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.core.errors import DataError
+from plait.core.events import Events
+from plait.core.files import write_json
+from plait.core.types import Score
+from plait.evaluation.picture_names import NamedTask, RetrievalResult
+from plait.training.settings import FitResult
+
+SHOWN = 3
+"""Test pictures of each split for which answers are shown."""
+
+_MILESTONES = 5  # how often they are shown while training
+
+
+def milestones(steps: int) -> set[int]:
+    """Steps after which answers are shown."""
+    return {max(1, round(steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+
+
+def check_pairs(number: int, folder: Path) -> None:
+    """See that there are pairs to tell apart.
+
+    Raises:
+        DataError: There are not.
+    """
+    if number < 2:
+        raise DataError(
+            f"{number} training pairs: there is nothing to tell a picture's text from",
+            place=str(folder),
+            remedy="give the data stage at least two pairs",
+        )
+
+
+def show(
+    folder: Path,
+    step: int,
+    tasks: Sequence[NamedTask],
+    *,
+    results: Sequence[RetrievalResult],
+    written: Sequence[Sequence[str]] = (),
+    events: Events,
+) -> None:
+    """Keep answers for a few pictures of each split, and say one; written as a whole, so a repeated step repeats it.
+
+    Args:
+        folder: Of the stage.
+        step: Finished steps.
+        tasks: One a split.
+        results: Of each task.
+        written: Names that the model writes for the first pictures of each split, where it writes any.
+        events: Told.
+    """
+    (folder / "samples").mkdir(exist_ok=True)
+    recall = {task.name: result.recall_at_1() for task, result in zip(tasks, results, strict=True)}
+    samples: list[dict[str, Any]] = []
+    for number, (task, result) in enumerate(zip(tasks, results, strict=True)):
+        names = written[number] if written else ()
+        listed = task.answers(result, limit=SHOWN)
+        samples += [one | ({"written": names[at]} if names else {}) for at, one in enumerate(listed)]
+    write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "recall_at_1": recall, "samples": samples})
+    if samples:
+        first = samples[0]
+        said = ", ".join(f"{split} {value:.1%}" for split, value in recall.items())
+        text = f"step {step}: a picture of {first['truth']!r} is read as {first['top'][0]['text']!r}; R@1: {said}"
+        if "written" in first:
+            text += f"; its name is written {first['written']!r}"
+        events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
+
+
+def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
+    """For the seal and the closing lines.
+
+    Args:
+        fitted: What the loop gave.
+        scores: Of all splits.
+        pairs: How many each split has.
+        folder: Of the stage.
+    """
+    named = {score.name: score for score in scores}
+    lines: list[str] = []
+    for split in pairs:
+        key = f"retrieval/{split}/image-to-text/R@1"
+        if key in named:
+            one, chance, gain = named[key], named[f"{key}/chance"], named[f"{key}/gain-over-untrained"]
+            lines.append(
+                f"{split}: the right name is found first for {one.value:.1%} of {one.n:,} pictures "
+                f"(95 % {one.low:.1%} to {one.high:.1%}; chance {chance.value:.2%}; "
+                f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%}){_more(named, split)}"
+            )
+    return {
+        "lines": lines or ["there is no test split: nothing was scored"],
+        "checkpoint": str(fitted.checkpoint.relative_to(folder)),
+        "steps": fitted.step,
+        "skipped_steps": fitted.skipped,
+        "pairs": dict(pairs),
+        "recall_at_1": {
+            split: named[f"retrieval/{split}/image-to-text/R@1"].value
+            for split in pairs
+            if f"retrieval/{split}/image-to-text/R@1" in named
+        },
+    }
+
+
+def _more(named: Mapping[str, Score], split: str) -> str:
+    """What judging and writing reach, where the model does both."""
+    judged = named.get(f"retrieval/{split}/image-to-text/R@1/judged")
+    written = named.get(f"writing/{split}/name/exact-match")
+    if judged is None or written is None:
+        return ""
+    return (
+        f"; where the nearest are judged again, for {judged.value:.1%} ({judged.low:.1%} to {judged.high:.1%}); "
+        f"the name it writes is the right one for {written.value:.1%} ({written.low:.1%} to {written.high:.1%})"
+    )
