@@ -160,7 +160,7 @@ class Multimodal:
     def own_state(self) -> dict[str, Tensor]:
         """Tensors that ``model.safetensors`` keeps: all but those of frozen towers, and of the decoder proper."""
         learning = tuple(
-            f"encoders.{modality}." for modality, tower in self.towers.items() if SCRATCH in tower.settings
+            f"encoders.{modality}." for modality, tower in self.towers.items() if getattr(tower, "own", None)
         )
         return {
             name: value
@@ -266,7 +266,10 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
                 built.language.model.save_pretrained(str(folder / DECODER))
             decoder |= {"folder": DECODER, "key": fingerprint(folder / DECODER)}
     composition = {
-        "towers": {modality: {**tower.settings, "key": tower_key(tower)} for modality, tower in built.towers.items()},
+        "towers": {
+            modality: {**(getattr(tower, "own", None) or tower.settings), "key": tower_key(tower)}
+            for modality, tower in built.towers.items()
+        },
         "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
         "placeholders": built.model.placeholders,

@@ -54,12 +54,15 @@ class ImageTower:
         contract: How pictures become those pixels.
         settings: Arguments of :func:`load_image_tower` that give this tower again.
         key: Digest of weights, contract, settings and the version of our code: heads trained on one key need it again.
+        own: Of a tower that was trained from scratch, what makes it again but for its weights: a multimodal model that
+            uses it keeps those; None where the tower is found by its name.
     """
 
     encoder: Encoder
     contract: ImageContract
     settings: Mapping[str, Any]
     key: str
+    own: Mapping[str, Any] | None = None
 
     @property
     def cache_key(self) -> str:
@@ -180,6 +183,7 @@ def scratch_tower(spec: specs.ScratchImage, *, dtype: str = "", key: str = "") -
         contract=contract,
         settings=settings,
         key=key or digest({"settings": settings} | _preprocessing(contract)),
+        own=settings,
     )
 
 
@@ -189,11 +193,12 @@ def tower_key(tower: Any) -> str:
     Args:
         tower: Of pictures or sounds.
     """
-    if SCRATCH not in tower.settings:
+    own = getattr(tower, "own", None)
+    if own is None:
         return tower.key
     state = {name: value.detach().cpu().contiguous() for name, value in tower.encoder.state_dict().items()}
     weights = hashlib.sha256(save(state)).hexdigest()
-    return digest({"settings": dict(tower.settings), "weights": weights} | _preprocessing(tower.contract))
+    return digest({"settings": dict(own), "weights": weights} | _preprocessing(tower.contract))
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:
@@ -311,7 +316,8 @@ def _load_learned(name: str, size: int, dtype: str, *, layer: int) -> ImageTower
         # It computes in float32, as it learned; only its features are rounded.
         encoder=_freeze(_Rounded(tower, getattr(torch, dtype))),
         contract=contract,
-        settings={SCRATCH: spec, "dtype": dtype},  # a model that uses it keeps its weights
+        settings={"name": name, "size": contract.size, "dtype": dtype},
+        own={SCRATCH: spec, "dtype": dtype},
         key=digest({"tower": key, "dtype": dtype} | _preprocessing(contract)),
     )
 
