@@ -205,7 +205,7 @@ def test_a_reference_that_leads_elsewhere_is_refused(folder: Path, uri: str) -> 
 def test_a_reference_to_other_bytes_or_to_nothing_is_refused(folder: Path) -> None:
     with ShardReader(folder, "train") as reader:
         first, second = reader[0].media()[0], reader[1].media()[0]
-        with pytest.raises(DataError, match="not the one the sample was made with"):
+        with pytest.raises(DataError, match="not those the sample was made with"):
             reader.media(MediaRef(modality="image", sha256=first.sha256, uri=second.uri))
         with pytest.raises(DataError, match=r"no member 'absent\.png'"):
             reader.media(MediaRef(modality="image", sha256=first.sha256, uri="train-000.tar#absent.png"))
