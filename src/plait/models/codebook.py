@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
-from plait.core.mesh import all_reduce_sum, rank
+from plait.core.mesh import all_reduce_sum, rank, world
 
 _ROWS = 4_096
 """Vectors compared with all codes at once."""
@@ -140,19 +140,27 @@ class VectorQuantizer(nn.Module):
         """
         if not self.decay:
             raise ConfigError("these codes are learned by gradients", remedy="build the quantizer with a decay")
-        if self._chosen is None or self._sums is None or self._latest is None:
+        # A rank that coded nothing takes part all the same: the others would wait for it.
+        zeros = torch.zeros(self.codes.shape, dtype=torch.float64, device=self.codes.device)
+        chosen = all_reduce_sum(zeros[:, 0].clone() if self._chosen is None else self._chosen)
+        sums = all_reduce_sum(zeros if self._sums is None else self._sums)
+        if not chosen.any():
             return 0
-        chosen, sums = all_reduce_sum(self._chosen), all_reduce_sum(self._sums)
         self.usage.lerp_(chosen.to(self.usage), 1 - self.decay)
         self.total.lerp_(sums.to(self.total), 1 - self.decay)
         moved = chosen > 0  # the others would only be divided by ever smaller numbers
         self.codes[moved] = (self.total / self.usage[:, None])[moved].to(self.codes)
         dead = (self.usage < self.restart).nonzero()[:, 0]
         if len(dead):
-            picks = torch.randint(len(self._latest), (len(dead),), generator=generator)
-            fresh = self._latest[picks.to(self._latest.device)].to(self.codes)
-            # Every rank has other vectors, and all must go on with the same codes: those of the first one.
-            self.codes[dead] = all_reduce_sum(fresh * (rank() == 0))
+            # Every rank has other vectors, and all must go on with the same codes: those of the first that has any.
+            has = torch.zeros(world(), device=self.codes.device)
+            has[rank()] = self._latest is not None
+            first = int(all_reduce_sum(has).nonzero()[0, 0])
+            fresh = torch.zeros_like(self.codes[dead])
+            if rank() == first and self._latest is not None:
+                picks = torch.randint(len(self._latest), (len(dead),), generator=generator)
+                fresh = self._latest[picks.to(self._latest.device)].to(self.codes)
+            self.codes[dead] = all_reduce_sum(fresh)
             self.usage[dead] = 1.0
             self.total[dead] = self.codes[dead].to(self.total)
         self._chosen = self._sums = self._latest = None
