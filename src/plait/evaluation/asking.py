@@ -124,16 +124,22 @@ def question(sample: Sample) -> str:
     return str(sample.meta.get("question") or sample.text("user"))
 
 
-def blanked(sample: Sample) -> Sample:
-    """The same question about a white picture, and heard as before; :func:`white_pictures` has its features."""
-    turns = (replace(turn, parts=tuple(_white(part) for part in turn.parts)) for turn in sample.turns)
+def blanked(sample: Sample, *, sized: bool = False) -> Sample:
+    """The same question about a white picture, and heard as before; :func:`white_pictures` has its features.
+
+    Args:
+        sample: A question.
+        sized: Whether the white picture is as large as the one it stands for, which matters where pictures keep their
+            shape; else all are one.
+    """
+    turns = (replace(turn, parts=tuple(_white(part, sized=sized) for part in turn.parts)) for turn in sample.turns)
     return replace(sample, turns=tuple(turns))
 
 
-def _white(part: Text | MediaRef) -> Text | MediaRef:
-    """A white picture of the same size in the place of a picture."""
+def _white(part: Text | MediaRef, *, sized: bool) -> Text | MediaRef:
+    """A white picture in the place of a picture."""
     if isinstance(part, MediaRef) and part.modality == "image":
-        return replace(_WHITE, width=part.width, height=part.height)
+        return replace(_WHITE, width=part.width, height=part.height) if sized else _WHITE
     return part
 
 

@@ -218,6 +218,7 @@ class Evaluate(Stage):
         self, model: Path, data: Path, *, device: str, events: Events
     ) -> tuple[list[Sample], dict[str, dict[str, str]]]:
         """What is asked; and by system and sample the answers of the model, and of the model that sees nothing."""
+        from plait.assembly.fit import SQUARE
         from plait.assembly.multimodal import load_multimodal
         from plait.evaluation.asking import ask, blanked, white_pictures
         from plait.inference.build import build_engine
@@ -232,7 +233,7 @@ class Evaluate(Stage):
         said = {"model": ask(engine, samples, limit=self._limit(), task="answers", events=events)}
         if "blank" in self.baselines:
             engine = build_engine(built, white, rows=self.rows)
-            few = [blanked(sample) for sample in self._for_baselines(samples)]
+            few = [blanked(sample, sized=built.image.contract.fit != SQUARE) for sample in self._for_baselines(samples)]
             said["blank"] = ask(engine, few, limit=self._limit(), task="answers, blank picture", events=events)
         return samples, said
 

@@ -153,7 +153,7 @@ def other_shape(folder: Path) -> None:
         (lambda f: save_file({"x": torch.zeros(1)}, f / DECODER), "has sha256"),
         (lambda f: change(f, weights="../other.safetensors"), "expected 'decoder.safetensors'"),
         (lambda f: change(f, format="int3"), "of format 'int3'"),
-        (lambda f: change(f, dtype="float8"), "do not fit the configuration"),
+        (lambda f: change(f, dtype="float8"), "dtype 'float8'"),
         (other_shape, "do not fit the configuration"),
     ],
 )

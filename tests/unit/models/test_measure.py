@@ -120,4 +120,4 @@ def test_the_peak_grows_with_pictures_and_not_with_depth() -> None:
     found = [peak_bytes(lambda spec=spec: build_encoder(spec), 32) for spec in (shallow, deep)]
     assert found[0] == found[1]
     more = peak_bytes(lambda: build_encoder(shallow), 32, pictures=8)
-    assert 6 < more / found[0] <= 8
+    assert 4 < more / found[0] <= 8  # what does not grow with the batch is held once
