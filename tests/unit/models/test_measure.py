@@ -119,5 +119,8 @@ def test_the_peak_grows_with_pictures_and_not_with_depth() -> None:
     shallow, deep = (specs.ViT(size=32, patch=8, d=32, depth=depth, heads=2) for depth in (2, 8))
     found = [peak_bytes(lambda spec=spec: build_encoder(spec), 32) for spec in (shallow, deep)]
     assert found[0] == found[1]
-    more = peak_bytes(lambda: build_encoder(shallow), 32, pictures=8)
-    assert 4 < more / found[0] <= 8  # what does not grow with the batch is held once
+    two, eight = (peak_bytes(lambda: build_encoder(shallow), 32, pictures=count) for count in (2, 8))
+    each = two - found[0]
+    assert eight == found[0] + 7 * each
+    # What no picture adds to: the patch embedding's weight, laid out anew for rows of patches.
+    assert found[0] - each == pytest.approx(4 * 32 * 3 * 8 * 8, abs=64)
