@@ -22,6 +22,9 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LayoutLMConfig,
+    LayoutLMForMaskedLM,
+    LayoutLMModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -143,6 +146,30 @@ def test_bert(tmp_path: Path, masked: bool) -> None:
     back = written(tmp_path / "ours", bert.config_from(text.sizes), bert.to_official(text.state_dict()))
     again = reread(AutoModelForMaskedLM if masked else AutoModel, back)
     again = again(ids, attention_mask=real.long(), token_type_ids=types)
+    assert torch.equal((again.logits if masked else again.last_hidden_state)[real], wanted)
+    same_gradients(text, bert.to_official, theirs, tmp_path / "gradients", tolerance=1e-5)
+
+
+@pytest.mark.row("S3-03")
+@pytest.mark.row("S4-34")
+@pytest.mark.parametrize("masked", [True, False])
+def test_layoutlm(tmp_path: Path, masked: bool) -> None:
+    config = LayoutLMConfig(**TINY, **QUIET, vocab_size=30, max_position_embeddings=20, max_2d_position_embeddings=50)
+    theirs, record, state = randomized((LayoutLMForMaskedLM if masked else LayoutLMModel)(config), tmp_path / "theirs")
+    text = TextTransformer(bert.sizes_from(record)).eval()
+    text.load_state_dict(bert.to_ours(state))
+    ids, corner, size = torch.randint(1, 30, (3, 9)), torch.randint(0, 30, (3, 9, 2)), torch.randint(0, 20, (3, 9, 2))
+    boxes = torch.cat([corner, corner + size], dim=-1)
+    real = torch.arange(9)[None] < torch.tensor([9, 5, 7])[:, None]
+    found = theirs(ids, bbox=boxes, attention_mask=real.long())
+    wanted = (found.logits if masked else found.last_hidden_state)[real]
+    hidden = text(ids, segment_ids=real.long(), boxes=boxes)
+    ours = (text.logits(hidden) if masked else hidden)[real]
+    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+    (ours**2).sum().backward()
+    (wanted**2).sum().backward()
+    back = written(tmp_path / "ours", bert.config_from(text.sizes), bert.to_official(text.state_dict()))
+    again = reread(AutoModelForMaskedLM if masked else AutoModel, back)(ids, bbox=boxes, attention_mask=real.long())
     assert torch.equal((again.logits if masked else again.last_hidden_state)[real], wanted)
     same_gradients(text, bert.to_official, theirs, tmp_path / "gradients", tolerance=1e-5)
 

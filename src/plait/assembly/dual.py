@@ -88,6 +88,8 @@ class Dual:
         Raises:
             DataError: A text is longer than the text tower takes.
         """
+        if not texts:
+            return torch.zeros(0, self.sizes.d_shared)
         return self.model.embed_text(rows(self.text.encoder(texts).float().to(self.model.log_scale.device)))
 
     def _encode(self, pictures: Sequence[Image.Image]) -> Patches:

@@ -84,12 +84,13 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that mean nothing."""
     from plait.core.errors import UsageError
 
-    least = {"size": 1, "batch": 1, "latency_ms": 0, "memory_mib": 0, "train_pictures": 0, "seconds": 0}
+    least = {"size": 1, "batch": 1, "latency_ms": None, "memory_mib": None, "train_pictures": 0, "seconds": 0}
     for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and not (value >= bound and value < float("inf")):
+        if value is not None and not ((value > 0 if bound is None else value >= bound) and value < float("inf")):
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} is {value:g}, expected {bound} or more", place=flag, remedy=f"give {flag} N")
+            expected = "more than 0; leave it out for no limit" if bound is None else f"{bound} or more"
+            raise UsageError(f"{flag} is {value:g}, expected {expected}", place=flag, remedy=f"give {flag} N")
     if (pixels := args.batch * args.size**2) > MOST_PIXELS:
         raise UsageError(
             f"{args.batch:,} pictures of {args.size:,} x {args.size:,} are {pixels:,} pixels, measured are at most "
@@ -112,7 +113,10 @@ def _ask(args: argparse.Namespace) -> None:
     if any(getattr(args, name) is not None for name in questions):
         return
     for name, (kind, question) in questions.items():
-        answer = input(question).strip()
+        try:
+            answer = input(question).strip()
+        except EOFError:  # Ctrl-D: nothing more will be answered
+            return
         try:
             setattr(args, name, kind(answer) if answer else None)
         except ValueError as error:
@@ -127,7 +131,7 @@ def _pretrained(folders: Sequence[str], need: Need, dtype: str) -> tuple[list[Ca
     from torch import nn
 
     from plait.assembly.towers import IMAGE_TOWER, load_image_tower
-    from plait.core.errors import ResourceError
+    from plait.core.errors import ConfigError, ResourceError
     from plait.models.advise import pretrained_candidate
 
     found: list[Candidate] = []
@@ -135,10 +139,12 @@ def _pretrained(folders: Sequence[str], need: Need, dtype: str) -> tuple[list[Ca
     for name in (*folders, IMAGE_TOWER):
         try:
             tower = load_image_tower(name, size=need.size, dtype=dtype)
-        except ResourceError:
+        except (ConfigError, ResourceError) as error:
             if name != IMAGE_TOWER:
                 raise
-            notes.append(f"{name} with its weights is not here: plait data fetch {name}")
+            missing = isinstance(error, ResourceError)
+            said = f"is not here: plait data fetch {name}" if missing else f"is left out: {error.cause}"
+            notes.append(f"{name} with its weights {said}")
             continue
         assert isinstance(tower.encoder, nn.Module)
         settings = {"tower": tower.key}

@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "resume": "continue an interrupted run from its last complete state",
     "chat": "ask a model about pictures, in the terminal",
     "serve": "serve a model over HTTP as OpenAI's chat completions, on this machine only",
+    "embed": "pictures and texts as vectors of one space, and how near they are",
     "export": "write a model in a layout that other tools load: LLaVA's of Hugging Face transformers",
     "doctor": "check this machine: versions, CPU, memory, disk, speed, packages",
     "data": "fetch data packages, show the data card or samples",

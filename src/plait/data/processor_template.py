@@ -81,12 +81,8 @@ class ProcessorTemplate:
         Raises:
             DataError: Nothing in it is trained, or a turn cannot be rendered; names the sample.
         """
-        rendered = self.turns(sample.turns, place=f"sample {sample.id}")
-        if not any(rendered.trained):
-            raise DataError(
-                "no turn is trained", place=f"sample {sample.id}", remedy="mark the assistant turns as trained"
-            )
-        return rendered
+        place = f"sample {sample.id}"
+        return self.turns(sample.turns, place=place).expect_trained(place)
 
     def turns(self, turns: Sequence[Turn], *, prompt: bool = False, place: str = "the request") -> Rendered:
         """Render turns; with ``prompt`` the template opens the assistant's next turn.

@@ -40,6 +40,16 @@ class Rendered:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def expect_trained(self, place: str) -> Rendered:
+        """This conversation, in which a loss is taken on something.
+
+        Raises:
+            DataError: Nothing in it is trained.
+        """
+        if not any(self.trained):
+            raise DataError("no turn is trained", place=place, remedy="mark the assistant turns as trained")
+        return self
+
 
 class Template:
     """Renders turns through a tokenizer's chat template.
@@ -80,12 +90,8 @@ class Template:
         Raises:
             DataError: Nothing in it is trained, or a turn cannot be rendered; names the sample.
         """
-        rendered = self.turns(sample.turns, place=f"sample {sample.id}")
-        if not any(rendered.trained):
-            raise DataError(
-                "no turn is trained", place=f"sample {sample.id}", remedy="mark the assistant turns as trained"
-            )
-        return rendered
+        place = f"sample {sample.id}"
+        return self.turns(sample.turns, place=place).expect_trained(place)
 
     def turns(self, turns: Sequence[Turn], *, prompt: bool = False, place: str = "the request") -> Rendered:
         """Render turns; with ``prompt`` the template opens the assistant's next turn.

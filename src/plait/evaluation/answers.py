@@ -129,13 +129,13 @@ class Gate:
 def gates(scores: Iterable[Score]) -> list[Gate]:
     """The gates, as far as what they need was measured.
 
-    The 95 % interval of each naming gain lies above 0; that of yes/no accuracy above 0.5, with a yes-rate within
-    :data:`YES_RATE`.
+    The 95 % interval of each naming gain (over the best constant answer, a blank picture and the untuned model) lies
+    above 0; that of yes/no accuracy above 0.5, with a yes-rate within :data:`YES_RATE`.
     """
     named = {score.name: score for score in scores}
     found: list[Gate] = []
     for split in GATED:
-        for baseline in ("blank", "untuned"):
+        for baseline in (CHANCE, "blank", "untuned"):
             gain = named.get(f"{split}/name.en/f1/gain-over-{baseline}")
             if gain is not None:
                 name = f"name.en f1 over {baseline} on {split}"
@@ -175,7 +175,7 @@ def tell(scores: Sequence[Score], passed: Sequence[Gate], *, retrieval: Mapping[
     if failed:
         lines.append(f"gates: {len(failed)} of {len(passed)} FAILED: {'; '.join(failed)}")
     elif passed:
-        lines.append(f"gates: all {len(passed)} passed: names beyond a blank picture and the untuned model, yes/no")
+        lines.append(f"gates: all {len(passed)} passed: names beyond what answers without looking, yes/no")
     else:
         lines.append("gates: none could be measured; they need English names or yes/no questions of a test split")
     return lines

@@ -11,6 +11,7 @@ from plait.assembly.pairs import Named, Pairs
 from plait.core.types import Score
 from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
+from plait.evaluation.space import Vectors, space_scores
 from plait.evaluation.statistics import paired_difference
 from plait.models.dual import DualEncoder, rows
 
@@ -94,6 +95,25 @@ class RetrievalTask(NamedTask):
         Raises:
             NumericsError: A similarity is NaN.
         """
+        image, text = self._vectors(model)
+        return self.result(image @ text.T)
+
+    @torch.no_grad()
+    def space(self, model: DualEncoder) -> list[Score]:
+        """The shape of the space (:mod:`plait.evaluation.space`): each picture and its own name, without dropout.
+
+        Names are ``space/<split>/<measure>``.
+
+        Raises:
+            DataError: The split has too few concepts.
+        """
+        image, text = self._vectors(model)
+        place = {name: number for number, name in enumerate(self.gallery.texts)}
+        own = text[[place[name] for name in self.pairs.names]]
+        return space_scores(image, own, name=f"space/{self.name}", groups=self.pairs.concepts, seed=self.seed)
+
+    def _vectors(self, model: DualEncoder) -> tuple[Vectors, Vectors]:
+        """Unit vectors of all pictures and of all names of the gallery, in float64; the model's mode is put back."""
         training = model.training
         model.eval()
         number, image_of = len(self.pairs.ids), self.features.image
@@ -104,7 +124,7 @@ class RetrievalTask(NamedTask):
         ]
         image, text = torch.cat(parts), model.embed_text(rows(self.features.text[self._candidates]))
         model.train(training)
-        return self.result((image @ text.T).double().cpu().numpy())
+        return image.double().cpu().numpy(), text.double().cpu().numpy()
 
 
 def compare(task: NamedTask, trained: RetrievalResult, untrained: RetrievalResult) -> list[Score]:

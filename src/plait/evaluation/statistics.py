@@ -1,6 +1,6 @@
-"""How sure a score is: percentile bootstrap (plain, paired, clustered), Student over seeds, Wilson; rank correlation.
+"""How sure a score is: bootstrap (plain, paired, clustered), jackknife, Student over seeds, Wilson; rank correlation.
 
-Every statistic here is a function of column sums over items: a mean is sum(value) / sum(1), F1 is 2 tp / (2 tp + fp +
+What is resampled is a function of column sums over items: a mean is sum(value) / sum(1), F1 is 2 tp / (2 tp + fp +
 fn). Resampling items then means reweighting a small table, and resampling whole clusters (all pictures of one concept)
 means summing the rows of a cluster first. Items that share a concept are not independent: an interval that ignores this
 is too narrow.
@@ -180,6 +180,44 @@ def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Sco
     least, most = wilson(round(mean * n), n)
     low, high = max(0.0, min(least, mean - half)), min(1.0, max(most, mean + half))
     return Score(name=name, value=mean, low=low, high=high, n=n, rule=f"{rule}; ci=student-{len(values)}-seeds+wilson")
+
+
+def block_jackknife(
+    statistic: Callable[[Int[np.ndarray, " kept"]], float], *, groups: Sequence[str], blocks: int = 20, seed: int = 0
+) -> Interval:
+    """A statistic that is no function of column sums, with a 95 % interval from leaving out blocks of groups in turn.
+
+    Groups are dealt to blocks at random; the ends are Student's. It suits smooth statistics, of items that do not have
+    to be drawn twice: a bootstrap would put equal items at distance 0. Efron and Tibshirani 1993, chapter 11, with
+    blocks for items.
+
+    Args:
+        statistic: Maps rows that are kept to a value.
+        groups: Of each item; a group is left out as a whole.
+        blocks: At most so many.
+        seed: Of the dealing.
+
+    Raises:
+        DataError: There are fewer than three groups.
+
+    Example:
+        >>> values = np.arange(40.0)
+        >>> found = block_jackknife(lambda kept: float(values[kept].mean()), groups=[str(i) for i in range(40)])
+        >>> found.low < found.value == 19.5 < found.high
+        True
+    """
+    names = sorted(set(groups))
+    if len(names) < 3:
+        raise DataError(f"{len(names)} groups: leaving one out tells no spread", remedy="give three groups or more")
+    dealt = np.random.default_rng(seed).permutation(len(names))
+    number = min(blocks, len(names))
+    block_of = {name: int(place) % number for name, place in zip(names, dealt, strict=True)}
+    block = np.array([block_of[group] for group in groups])
+    value = statistic(np.arange(len(groups)))
+    without = np.array([statistic(np.flatnonzero(block != b)) for b in range(number)])
+    error = math.sqrt((number - 1) / number * float(((without - without.mean()) ** 2).sum()))
+    half = _T95[min(number - 1, len(_T95)) - 1] * error
+    return Interval(value=value, low=value - half, high=value + half, rule=f"ci=block-jackknife-{number}")
 
 
 def spearman(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " m"]) -> float:

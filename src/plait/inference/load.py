@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from plait.core.errors import CheckpointError, DataError, UsageError
 from plait.core.events import Event, Events
-from plait.core.files import RUNS, find_model, find_run, read_done
+from plait.core.files import RUNS, find_model, find_run, find_stage, read_done
 
 if TYPE_CHECKING:
+    from plait.assembly.dual import Dual
     from plait.assembly.multimodal import Multimodal
     from plait.assembly.vlm import Vlm
 
@@ -47,7 +48,40 @@ def find_model_folder(name: str, root: Path = RUNS) -> Path:
             remedy="give a run such as runs/latest, or the folder of a checkpoint",
         )
     run = find_run(name, root)
-    return _model_of(sorted(folder for folder in run.glob("[0-9][0-9]-*") if folder.is_dir()))
+    return _model_of(_stages(run))
+
+
+def _stages(run: Path) -> list[Path]:
+    return sorted(folder for folder in run.glob("[0-9][0-9]-*") if folder.is_dir())
+
+
+def find_dual_folder(name: str, root: Path = RUNS) -> Path:
+    """Folder of the dual encoder that a name means.
+
+    Args:
+        name: A run (its pretrain stage), the folder of a pretrain stage, or of a checkpoint.
+        root: Where run folders are.
+
+    Raises:
+        UsageError: No such run or folder.
+        CheckpointError: It has no finished pretrain stage.
+    """
+    given = Path(name)
+    if (given / _PLAIT).is_file():
+        return given.resolve()
+    stages = [given.resolve()] if (given / "done.json").is_file() else _stages(find_run(name, root))
+    finished = [folder for folder in stages if read_done(folder) is not None]
+    try:
+        stage = find_stage(finished[-1] if finished else None, "pretrain")
+    except DataError as error:
+        raise CheckpointError(
+            "there is no finished pretrain stage, which makes a model that embeds pictures and texts",
+            place=str(stages[0].parent) if stages else name,
+            remedy="run a recipe with a pretrain stage, or give the folder of its checkpoint",
+        ) from error
+    done = read_done(stage)
+    assert done is not None
+    return stage / str(done["summary"]["checkpoint"])
 
 
 def model_name(folder: Path) -> str:
@@ -73,16 +107,38 @@ def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal | Vlm:
     from plait.assembly.multimodal import load_multimodal
     from plait.core import device
 
-    def listen(event: Event) -> None:
-        if event.kind in ("note", "warning"):
-            say(event.text)
-
     device.setup()
     if not (folder / _PLAIT).is_file():
         from plait.assembly.vlm import load_vlm
 
         return load_vlm(folder)
-    return load_multimodal(folder, events=Events(None, listeners=(listen,)))
+    return load_multimodal(folder, events=_listening(say))
+
+
+def load_dual(folder: Path, *, say: Callable[[str], None]) -> Dual:
+    """Load a dual encoder in eval mode, with torch's thread count set for this machine.
+
+    Args:
+        folder: As :func:`find_dual_folder` gives it.
+        say: Told in a line what takes long (a one-time conversion).
+
+    Raises:
+        CheckpointError: It holds another kind of model, is damaged, or its towers are others now.
+        ResourceError: A package is not fetched.
+    """
+    from plait.assembly.dual import load_dual as loaded
+    from plait.core import device
+
+    device.setup()
+    return loaded(folder, events=_listening(say))
+
+
+def _listening(say: Callable[[str], None]) -> Events:
+    def listen(event: Event) -> None:
+        if event.kind in ("note", "warning"):
+            say(event.text)
+
+    return Events(None, listeners=(listen,))
 
 
 def _model_of(stages: list[Path]) -> Path:

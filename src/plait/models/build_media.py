@@ -172,6 +172,7 @@ def _text(spec: text_specs.Bert | text_specs.Gpt | text_specs.Llama) -> TextSize
                 vocabulary=spec.vocabulary,
                 max_tokens=spec.max_tokens,
                 types=spec.types,
+                page=spec.page,
                 norm_embedding=True,
                 pool=spec.pool,
                 pooler=spec.pooler,

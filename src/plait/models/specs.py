@@ -344,6 +344,11 @@ POSITIONS: dict[str, tuple[str, str, str]] = {
         "https://arxiv.org/abs/2307.06304",
         f"{_ABSOLUTE}.LearnedRowColumn",
     ),
+    "box": (
+        "learned vectors for edges, width and height of a token's box on a page (LayoutLM)",
+        "https://arxiv.org/abs/1912.13318",
+        f"{_ABSOLUTE}.LearnedBox",
+    ),
     "grid_bias": (
         "a learned number a head and offset on the scores (Swin, BEiT)",
         "https://arxiv.org/abs/2103.14030",

@@ -41,6 +41,8 @@ class Bert(Part):
     """Width inside the feed-forward networks; 0 is four times the width."""
     types: int = Field(default=2, ge=0)
     """Kinds of tokens that have a learned vector (BERT's two sentences); 0: none."""
+    page: int = Field(default=0, ge=0)
+    """Columns and rows of a page on which each token has a box (LayoutLM: 1,024); 0: texts have no places."""
     pool: Literal["first", "mean"] = "first"
     """What a text's one vector is made of."""
     pooler: bool = True

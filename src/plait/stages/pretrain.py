@@ -219,8 +219,8 @@ class Pretrain(Stage):
         from plait.assembly.pairs import read_pairs
         from plait.core.device import setup
         from plait.core.files import sha256_file, write_json, write_jsonl
-        from plait.evaluation.picture_names import RetrievalTask, compare
-        from plait.stages.pretraining.outcome import show, summarize
+        from plait.evaluation.picture_names import RetrievalTask, beside, compare
+        from plait.stages.pretraining.outcome import shapes, show, summarize
 
         compute = setup(device=self.device, dtype="float32")
         dual = self._build(compute, events)
@@ -234,6 +234,7 @@ class Pretrain(Stage):
         )
         tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
         before = [task.evaluate(dual.model) for task in tasks]
+        shape = [beside(score, "untrained") for score in shapes(tasks, dual.model, events=events)]
         show(folder, 0, tasks, results=before, events=events)
         settings = self.settings(
             compute,
@@ -246,6 +247,7 @@ class Pretrain(Stage):
         scores = [
             s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
         ]
+        scores += [*shapes(tasks, dual.model, events=Events()), *shape]
         write_json(folder / "scores.json", [asdict(score) for score in scores])
         write_jsonl(
             folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]

@@ -145,6 +145,9 @@ class Tune(Stage):
     connector: Connector = specs.Words(dropout=0.3)
     """What turns the tower's features into what the decoder reads; `plait list connectors` shows all. Without `kind`
     the settings are those of `words`."""
+    lr_gates: float = Field(default=0.0, ge=0.0)
+    """Peak learning rate of the gates of `gated-cross-attention`; 0: that of the layers behind them. Gates start
+    closed, and Adam moves each by its rate a step: at 1e-3 a hundred steps open it by a tenth."""
     words: Words = Field(default_factory=Words)
     """First phase."""
     frozen: Frozen = Field(default_factory=Frozen)
@@ -183,6 +186,10 @@ class Tune(Stage):
                     f"{', '.join(given)}: only the connector `words` has a first phase, this one is "
                     f"`{self.connector.kind}`; take them out (set them to null where a parent recipe gives them)"
                 )
+        if self.lr_gates and not isinstance(self.connector, specs.GatedCrossAttention):
+            raise ValueError(
+                f"lr_gates is {self.lr_gates:g}: the connector `{self.connector.kind}` has no gates; set 0"
+            )
         learns = isinstance(self.connector, specs.Words) or self.frozen.steps or self.adapt.lr_connector
         if not learns or (self.audio_tower and not (self.frozen.steps or self.adapt.lr_connector)):
             raise ValueError(

@@ -58,7 +58,9 @@ def test_as_json(capsys: pytest.CaptureFixture[str], tiny_folders: dict[str, Pat
     assert len(found["rules"]) == 2
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--size", "0"), ("--batch", "-1"), ("--latency-ms", "nan")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--size", "0"), ("--batch", "-1"), ("--latency-ms", "nan"), ("--latency-ms", "0")]
+)
 def test_numbers_that_mean_nothing_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "encoder", flag, value]) == 2
     assert f"{flag} is" in capsys.readouterr().err
@@ -93,6 +95,13 @@ def test_on_a_terminal_it_asks_for_what_is_open(
     monkeypatch.setattr("builtins.input", lambda _: "many")
     assert main(["advise", "encoder", "--size", "32"]) == 2
     assert "'many' is no number" in capsys.readouterr().err
+
+    def ended(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    assert main(["advise", "encoder", "--size", "16", "--seconds", "1"]) == 0
+    assert "efficientnet-lite0 with its weights is left out: " in capsys.readouterr().out
 
 
 def test_without_a_terminal_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,13 +191,13 @@ def test_a_failed_gate_is_told_with_its_numbers_and_a_missing_one_is_not_passed(
     rows = [*NAMES, *(asked(n, "yesno", "yes", model="yes") for n in range(3))]
     scores = score_answers(rows, rules=RULES)
     found = gates(scores)
-    assert [gate.passed for gate in found] == [False, False]
+    assert [gate.passed for gate in found] == [False, False, False]
     lines = tell(scores, found, retrieval={"test-concept": 0.2})
     assert "token F1 of 0.518" in lines[0]
     assert "chance 0.333; blank 0.250" in lines[0]
     assert "the pretrain stage retrieves 20.0%" in lines[0]
     assert "yes is said to 100%; 0 answers were neither" in lines[1]
-    assert lines[2].startswith("gates: 2 of 2 FAILED: name.en f1 over blank on test-concept (-0.")
+    assert lines[2].startswith("gates: 3 of 3 FAILED: name.en f1 over chance on test-concept (-0.")
     assert tell(scores[:0], [], retrieval={}) == [
         "gates: none could be measured; they need English names or yes/no questions of a test split"
     ]

@@ -113,7 +113,7 @@ def test_every_question_is_answered_by_every_system_and_the_scores_are_those_of_
     assert done is not None
     assert done["kind"] == "evaluate"
     assert "model" not in done["summary"], "this stage makes no model: find_model must walk past it"
-    assert len(done["summary"]["gates"]) == 6
+    assert len(done["summary"]["gates"]) == 8
     assert done["summary"]["lines"] == notes(said)[-len(done["summary"]["lines"]) :]
     assert {event.text for event in said if event.kind == "progress"} >= {
         "answers",
@@ -190,7 +190,7 @@ def test_scores_of_a_model_that_knows_everything(run: Run, tmp_path: Path, monke
     assert done is not None
     assert set(done["summary"]["gates"].values()) == {True}
     assert "the pretrain stage retrieves 25.0%" in done["summary"]["lines"][0]
-    assert done["summary"]["lines"][-1].startswith("gates: all 6 passed")
+    assert done["summary"]["lines"][-1].startswith("gates: all 8 passed")
     model, blank, untuned = engines
     assert sum(model.sizes) == len(rows)
     assert max(model.sizes) == 7
@@ -233,7 +233,8 @@ def test_limits_keep_yes_and_no_even_and_say_what_they_leave_out(run: Run, tmp_p
     assert left.fields["left_out"]["test-style/name.en"] == made["test-style"]["name.en"] - 3
     scores = [score["name"] for score in read_json(tmp_path / "03" / "scores.json")]
     assert not [name for name in scores if "blank" in name or "untuned" in name]
-    assert [gate for gate in read_json(tmp_path / "03" / "done.json")["summary"]["gates"] if "name" in gate] == []
+    named = [gate for gate in read_json(tmp_path / "03" / "done.json")["summary"]["gates"] if "name" in gate]
+    assert named == [f"name.en f1 over chance on test-{what}" for what in ("concept", "style")]
 
 
 def test_answers_that_cannot_fit_or_are_cut_are_counted(run: Run, tmp_path: Path):

@@ -181,6 +181,7 @@ def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, f
         ({"decoder": {"kind": "new", "d": 10, "heads": 4}}, "4 heads do not divide a width of 10"),
         ({"image_tower": "pretrain", "resolution": 64}, "resolution is 64"),
         ({"connector": {"kind": "mlp"}, "frozen": {"steps": 0}}, "the connector would stay as it was drawn"),
+        ({"connector": {"kind": "mlp"}, "lr_gates": 0.1}, "the connector `mlp` has no gates"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -233,6 +234,18 @@ def test_any_connector_learns_in_both_phases_and_the_sealed_model_answers(
             [Request(id=s["id"], turns=of_id[s["id"]].turns[:-1], max_new_tokens=10) for s in samples],
         )
     assert [answer.text.strip() for answer in answers] == [sample["answer"] for sample in samples]
+
+
+@pytest.mark.row("S2-11")
+def test_gates_have_a_rate_of_their_own(data_stage: Path, tiny_folders: Folders) -> None:
+    adapt = {"steps": 1, "rank": 2, "targets": ["q_proj"]}
+    settings = without_words(tiny_folders, connector=CONNECTORS["gated-cross-attention"], adapt=adapt, lr_gates=0.2)
+    folder = tune(data_stage, settings)
+    weights = load_file(folder / "connector" / "checkpoints" / "000002" / "model.safetensors")
+    opened = [float(value.abs()) for name, value in weights.items() if name.endswith("gate")]
+    others = [float(value.abs().max()) for name, value in weights.items() if name.endswith("norm.weight")]
+    assert max(opened) > 0.1, "Adam's first update is the rate"
+    assert max(abs(1 - value) for value in others) < 0.05
 
 
 @pytest.mark.row("S2-09")

@@ -1,21 +1,26 @@
-"""BERT's layout of Hugging Face (``BertModel``, ``BertForMaskedLM``) and ours."""
+"""BERT's layout of Hugging Face (``BertModel``, ``BertForMaskedLM``; also ``LayoutLMModel``) and ours."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_same, understood
+from plait.models.hub.settings import blocks_from, blocks_record, require, require_same, understood
 from plait.models.towers.text_transformer import TextSizes
-from plait.models.transformer import TransformerSizes
 
+_LAYOUT = "layoutlm"
 _LAYER, _BLOCK = "bert.encoder.layer.*", "transformer.blocks.*"
 RULES = (
     Rule(ours="embedding", theirs=("bert.embeddings.word_embeddings",)),
     Rule(ours="position.table", theirs=("bert.embeddings.position_embeddings.weight",)),
     Rule(ours="types", theirs=("bert.embeddings.token_type_embeddings",)),
+    *(
+        Rule(ours=f"box.{ours}", theirs=(f"bert.embeddings.{theirs}_position_embeddings",))
+        for ours, theirs in (("x", "x"), ("y", "y"), ("height", "h"), ("width", "w"))
+    ),
     Rule(ours="norm_embedding", theirs=("bert.embeddings.LayerNorm",)),
     Rule(
         ours=f"{_BLOCK}.attention.qkv",
@@ -31,7 +36,7 @@ RULES = (
     Rule(ours="masked.norm", theirs=("cls.predictions.transform.LayerNorm",)),
     Rule(ours="masked.bias", theirs=("cls.predictions.bias",)),
 )
-"""With the prefix ``bert.`` that models with a head have; a bare ``BertModel`` is saved without it."""
+"""With the prefix ``bert.`` that models with a head have (LayoutLM's: ``layoutlm.``); bare models are saved without."""
 _REPEATED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids")
 """Old files hold the tied output layer, and the numbers 0, 1, 2 .., too."""
 
@@ -43,28 +48,21 @@ def sizes_from(config: Mapping[str, Any]) -> TextSizes:
     Raises:
         CheckpointError: It asks for something that ours has not.
     """
-    require(
-        config, {"model_type": "bert", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
-    )
-    require(config, {"position_embedding_type": "absolute", "pad_token_id": 0})
-    masked = "BertForMaskedLM" in (config.get("architectures") or ())
+    layout = config["model_type"] == _LAYOUT
+    wanted = {"pad_token_id": 0, "tie_word_embeddings": True}
+    if not layout:
+        wanted |= {"model_type": "bert", "is_decoder": False, "add_cross_attention": False}
+        wanted |= {"position_embedding_type": "absolute"}
+    require(config, wanted)
+    masked = bool({"BertForMaskedLM", "LayoutLMForMaskedLM"} & set(config.get("architectures") or ()))
     return TextSizes(
-        transformer=TransformerSizes(
-            d=config["hidden_size"],
-            depth=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            d_ff=config["intermediate_size"],
-            norm_place="post",
-            eps=config["layer_norm_eps"],
-            activation=activation_from(config["hidden_act"]),
-            dropout=config["hidden_dropout_prob"],
-            attention_dropout=config["attention_probs_dropout_prob"],
-        ),
+        transformer=replace(blocks_from(config), norm_place="post"),
         vocabulary=config["vocab_size"],
         max_tokens=config["max_position_embeddings"],
         types=config["type_vocab_size"],
+        page=config["max_2d_position_embeddings"] if layout else 0,
         norm_embedding=True,
-        pooler=not masked,
+        pooler=layout or not masked,
         masked_head=masked,
     )
 
@@ -76,22 +74,16 @@ def config_from(sizes: TextSizes) -> dict[str, Any]:
         CheckpointError: The layout has no place for what these sizes ask for.
     """
     inner = sizes.transformer
+    family = "LayoutLM" if sizes.page else "Bert"
     record = {
-        "architectures": ["BertForMaskedLM" if sizes.masked_head else "BertModel"],
-        "model_type": "bert",
-        "hidden_size": inner.d,
-        "num_hidden_layers": inner.depth,
-        "num_attention_heads": inner.heads,
-        "intermediate_size": inner.d_ff or 4 * inner.d,
-        "layer_norm_eps": inner.eps,
-        "hidden_act": activation_name(inner.activation),
-        "hidden_dropout_prob": inner.dropout,
-        "attention_probs_dropout_prob": inner.attention_dropout,
+        "architectures": [f"{family}ForMaskedLM" if sizes.masked_head else f"{family}Model"],
+        "model_type": family.lower(),
+        **blocks_record(inner),
         "vocab_size": sizes.vocabulary,
         "max_position_embeddings": sizes.max_tokens,
         "type_vocab_size": sizes.types,
         "pad_token_id": 0,
-    }
+    } | ({"max_2d_position_embeddings": sizes.page} if sizes.page else {})
     require_same(sizes, sizes_from(record), besides=("drop_path",))
     return record
 
@@ -110,8 +102,10 @@ def to_ours(
     Raises:
         CheckpointError: Names have no place here, such as those of a next-sentence head.
     """
-    bare = not any(name.startswith("bert.") for name in state)
-    named = {f"bert.{name}" if bare else name: value for name, value in state.items()}
+    prefix = next((p for p in ("bert.", f"{_LAYOUT}.") if any(name.startswith(p) for name in state)), "")
+    named = {
+        f"bert.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: value for name, value in state.items()
+    }
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         named = {name.removesuffix(old) + new if name.endswith(old) else name: v for name, v in named.items()}
     if drop_heads:
@@ -128,6 +122,8 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: Some have no name in this layout.
     """
     named = to_theirs(state, RULES, place="TextTransformer")
-    if "cls.predictions.bias" in named:
-        return named
-    return {name.removeprefix("bert."): value for name, value in named.items()}
+    prefix = "" if "cls.predictions.bias" not in named else f"{_LAYOUT}." if "box.x.weight" in state else "bert."
+    return {
+        prefix + name.removeprefix("bert.") if name.startswith("bert.") else name: value
+        for name, value in named.items()
+    }

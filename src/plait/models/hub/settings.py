@@ -62,6 +62,34 @@ def activation_name(activation: Activation) -> str:
     return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
 
 
+def blocks_from(config: Mapping[str, Any]) -> TransformerSizes:
+    """Blocks of a ``config.json`` that names their settings as BERT, ViT and VideoMAE do."""
+    return TransformerSizes(
+        d=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        d_ff=config["intermediate_size"],
+        eps=config["layer_norm_eps"],
+        activation=activation_from(config["hidden_act"]),
+        dropout=config["hidden_dropout_prob"],
+        attention_dropout=config["attention_probs_dropout_prob"],
+    )
+
+
+def blocks_record(blocks: TransformerSizes) -> dict[str, Any]:
+    """What :func:`blocks_from` reads."""
+    return {
+        "hidden_size": blocks.d,
+        "num_hidden_layers": blocks.depth,
+        "num_attention_heads": blocks.heads,
+        "intermediate_size": blocks.d_ff or 4 * blocks.d,
+        "layer_norm_eps": blocks.eps,
+        "hidden_act": activation_name(blocks.activation),
+        "hidden_dropout_prob": blocks.dropout,
+        "attention_probs_dropout_prob": blocks.attention_dropout,
+    }
+
+
 def require_same(sizes: Any, again: Any, *, besides: Sequence[str] = ()) -> None:
     """Refuse sizes that a layout does not give back: what it has no place for would be lost without a word.
 

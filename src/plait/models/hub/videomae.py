@@ -4,15 +4,15 @@ Files of ``VideoMAEForPreTraining`` hold a decoder of pixels too, which :func:`s
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
-from plait.models.hub.settings import activation_from, activation_name, require, require_plain_blocks, square
+from plait.models.hub.settings import blocks_from, blocks_record, require, require_plain_blocks, square
 from plait.models.towers.video import VideoSizes
-from plait.models.transformer import TransformerSizes
 
 _LAYER, _BLOCK = "videomae.encoder.layer.*", "transformer.blocks.*"
 RULES = (
@@ -57,18 +57,7 @@ def sizes_from(config: Mapping[str, Any]) -> VideoSizes:
     classifies = "VideoMAEForVideoClassification" in (config.get("architectures") or ())
     mean = config["use_mean_pooling"]
     return VideoSizes(
-        transformer=TransformerSizes(
-            d=config["hidden_size"],
-            depth=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            d_ff=config["intermediate_size"],
-            eps=config["layer_norm_eps"],
-            activation=activation_from(config["hidden_act"]),
-            key_bias=False,
-            dropout=config["hidden_dropout_prob"],
-            inner_dropout=0.0,
-            attention_dropout=config["attention_probs_dropout_prob"],
-        ),
+        transformer=replace(blocks_from(config), key_bias=False, inner_dropout=0.0),
         tubelet=config["tubelet_size"],
         patch=patch,
         grid=(config["num_frames"] // config["tubelet_size"], side // patch, side // patch),
@@ -104,14 +93,7 @@ def config_from(sizes: VideoSizes) -> dict[str, Any]:
     return {
         "architectures": ["VideoMAEForVideoClassification" if sizes.num_classes else "VideoMAEModel"],
         "model_type": "videomae",
-        "hidden_size": inner.d,
-        "num_hidden_layers": inner.depth,
-        "num_attention_heads": inner.heads,
-        "intermediate_size": inner.d_ff or 4 * inner.d,
-        "layer_norm_eps": inner.eps,
-        "hidden_act": activation_name(inner.activation),
-        "hidden_dropout_prob": inner.dropout,
-        "attention_probs_dropout_prob": inner.attention_dropout,
+        **blocks_record(inner),
         "qv_bias": True,
         "use_mean_pooling": sizes.pool == "mean",
         "num_frames": frames * sizes.tubelet,

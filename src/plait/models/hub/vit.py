@@ -8,8 +8,8 @@ from torch import Tensor
 from plait.models.hub.rename import Rule, to_theirs
 from plait.models.hub.rename import to_ours as renamed
 from plait.models.hub.settings import (
-    activation_from,
-    activation_name,
+    blocks_from,
+    blocks_record,
     labeled,
     labels,
     require,
@@ -18,7 +18,6 @@ from plait.models.hub.settings import (
     understood,
 )
 from plait.models.towers.vit import ViTSizes
-from plait.models.transformer import TransformerSizes
 
 _LAYER, _BLOCK = "vit.encoder.layer.*", "transformer.blocks.*"
 RULES = (
@@ -54,16 +53,7 @@ def sizes_from(config: Mapping[str, Any]) -> ViTSizes:
     side = square(config, "image_size", 224, place="config.json") // patch
     classes = labels(config)
     return ViTSizes(
-        transformer=TransformerSizes(
-            d=config["hidden_size"],
-            depth=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            d_ff=config["intermediate_size"],
-            eps=config["layer_norm_eps"],
-            activation=activation_from(config["hidden_act"]),
-            dropout=config["hidden_dropout_prob"],
-            attention_dropout=config["attention_probs_dropout_prob"],
-        ),
+        transformer=blocks_from(config),
         patch=patch,
         grid=(side, side),
         pooler=not classes,
@@ -84,14 +74,7 @@ def config_from(sizes: ViTSizes) -> dict[str, Any]:
     record = {
         **labeled("ViT", sizes.num_classes),
         "model_type": "vit",
-        "hidden_size": inner.d,
-        "num_hidden_layers": inner.depth,
-        "num_attention_heads": inner.heads,
-        "intermediate_size": inner.d_ff or 4 * inner.d,
-        "layer_norm_eps": inner.eps,
-        "hidden_act": activation_name(inner.activation),
-        "hidden_dropout_prob": inner.dropout,
-        "attention_probs_dropout_prob": inner.attention_dropout,
+        **blocks_record(inner),
         "image_size": sizes.grid[0] * sizes.patch,
         "patch_size": sizes.patch,
         "num_channels": 3,

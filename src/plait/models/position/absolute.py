@@ -5,7 +5,7 @@ raster order.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -250,3 +250,43 @@ class LearnedRowColumn(nn.Module):
 def _interpolate(x: Tensor, size: tuple[int, ...], *, mode: str, antialias: bool = False) -> Tensor:
     wide = functional.interpolate(x.float(), size=size, mode=mode, align_corners=False, antialias=antialias)
     return wide.to(x.dtype)
+
+
+class LearnedBox(nn.Module):
+    """Where a token stands on a page: learned vectors for its box's edges, width and height, summed (LayoutLM).
+
+    Section 2.3 of https://arxiv.org/abs/1912.13318. Left and right edge share a table, upper and lower another.
+
+    Args:
+        cells: A page has so many columns and rows, numbered from 0; LayoutLM has 1,024 and scales pages to 1,000.
+        d: Width.
+
+    Example:
+        >>> LearnedBox(1024, 8)(torch.tensor([[[10, 20, 110, 40]]])).shape
+        torch.Size([1, 1, 8])
+    """
+
+    def __init__(self, cells: int, d: int) -> None:
+        super().__init__()
+        self.x, self.y, self.height, self.width = (nn.Embedding(cells, d) for _ in range(4))
+        for table in (self.x, self.y, self.height, self.width):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, boxes: Int[Tensor, "b t 4"]) -> Float[Tensor, "b t d"]:
+        """One vector a box, given as left, upper, right and lower edge.
+
+        Raises:
+            DataError: A box lies outside the page, or its right or lower edge comes before the other.
+        """
+        left, upper, right, lower = boxes.unbind(-1)
+        cells = self.x.num_embeddings
+        wrong = ((boxes < 0) | (boxes >= cells)).any(-1) | (right < left) | (lower < upper)
+        if bool(wrong.any()):
+            row, token = (int(i) for i in wrong.nonzero()[0])
+            raise DataError(
+                f"token {token} of row {row} has the box {boxes[row, token].tolist()}",
+                place="boxes",
+                remedy=f"give left, upper, right and lower edge, scaled to 0 .. {cells - 1}, left and upper first",
+            )
+        edges = self.x(left) + self.y(upper) + self.x(right) + self.y(lower)
+        return edges + self.height(lower - upper) + self.width(right - left)

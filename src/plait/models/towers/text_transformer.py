@@ -17,7 +17,7 @@ from plait.core.errors import ConfigError, DataError
 from plait.models.attention import Places, causal, real_keys, same_segment
 from plait.models.attention import positions as positions_in
 from plait.models.heads import MaskedHead
-from plait.models.position.absolute import LearnedSequence, SinCosSequence
+from plait.models.position.absolute import LearnedBox, LearnedSequence, SinCosSequence
 from plait.models.position.relative import BucketBias, LinearBias, gaps
 from plait.models.position.rotary import Rotary
 from plait.models.transformer import Transformer, TransformerSizes, norm_of
@@ -39,6 +39,7 @@ class TextSizes:
         max_tokens: Learned positions; of the other codes no limit.
         rope_base: Of the rotation.
         types: Learned vectors for the kind of a token (BERT's two sentences); 0: none.
+        page: Columns and rows of a page on which each token has a box (LayoutLM); 0: texts have no places.
         norm_embedding: A norm over the sum of embeddings (BERT).
         final_norm: A norm after the last block; None: where norms come first.
         pool: What :meth:`TextTransformer.pooled` gives: the first or last token, the mean, or the first ``end``.
@@ -56,6 +57,7 @@ class TextSizes:
     max_tokens: int = 512
     rope_base: float = 10_000.0
     types: int = 0
+    page: int = 0
     norm_embedding: bool = False
     final_norm: bool | None = None
     pool: Pool = "first"
@@ -115,6 +117,7 @@ class TextTransformer(nn.Module):
         self.embedding = nn.Embedding(sizes.vocabulary, inner.d)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.types = nn.Embedding(sizes.types, inner.d) if sizes.types else None
+        self.box = LearnedBox(sizes.page, inner.d) if sizes.page else None
         self.position: nn.Module | None = None
         self.rotary: Rotary | None = None
         self.bias: BucketBias | None = None
@@ -145,6 +148,7 @@ class TextTransformer(nn.Module):
         *,
         segment_ids: Int[Tensor, "b t"] | None = None,
         types: Int[Tensor, "b t"] | None = None,
+        boxes: Int[Tensor, "b t 4"] | None = None,
         weights: list[Tensor] | None = None,
         hidden: list[Tensor] | None = None,
     ) -> Float[Tensor, "b t d"]:
@@ -154,11 +158,12 @@ class TextTransformer(nn.Module):
             token_ids: Texts.
             segment_ids: 0 is padding; tokens see only those of their own segment, and positions restart in each.
             types: Kind of each token; 0 unless given.
+            boxes: Where each token stands on its page: left, upper, right, lower; given exactly where there are pages.
             weights: If given, attention weights of every block are appended.
             hidden: If given, what goes into every block is appended.
 
         Raises:
-            DataError: A text is longer than the learned positions.
+            DataError: A text is longer than the learned positions; boxes are missing, not wanted, or off the page.
         """
         at = None if segment_ids is None else positions_in(segment_ids)
         x = self.embedding(token_ids)
@@ -167,6 +172,14 @@ class TextTransformer(nn.Module):
             x = x + (code if at is None else code[at])
         if self.types is not None:
             x = x + (self.types.weight[0] if types is None else self.types(types))
+        if (self.box is None) != (boxes is None):
+            raise DataError(
+                "boxes came, but this text transformer knows no pages" if self.box is None else "there are no boxes",
+                place="TextTransformer",
+                remedy="give boxes exactly to text transformers that were built with a page",
+            )
+        if self.box is not None and boxes is not None:
+            x = x + self.box(boxes)
         x = functional.dropout(self.norm_embedding(x), self.sizes.transformer.dropout, self.training)
         return self.transformer(x, self._places(token_ids, segment_ids, at), weights=weights, hidden=hidden)
 

@@ -10,7 +10,9 @@ from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.types import Score
-from plait.evaluation.picture_names import NamedTask, RetrievalResult
+from plait.evaluation.picture_names import NamedTask, RetrievalResult, RetrievalTask
+from plait.evaluation.space import LEAST
+from plait.models.dual import DualEncoder
 from plait.training.settings import FitResult
 
 SHOWN = 3
@@ -72,6 +74,18 @@ def show(
         if "written" in first:
             text += f"; its name is written {first['written']!r}"
         events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
+
+
+def shapes(tasks: Sequence[RetrievalTask], model: DualEncoder, *, events: Events) -> list[Score]:
+    """The shape of the space on each split, as far as splits are large enough; an event names those that are not."""
+    scores: list[Score] = []
+    for task in tasks:
+        number = len(set(task.pairs.concepts))
+        if number < LEAST:
+            events.note(f"{task.name}: {number} concepts are too few to measure the shape of the space ({LEAST})")
+        else:
+            scores += task.space(model)
+    return scores
 
 
 def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:

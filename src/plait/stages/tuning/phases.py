@@ -223,7 +223,7 @@ class _Tuning:
             self.built.model,
             objective=NextToken(),
             batches=batches,
-            settings=self._settings(spec.steps, AdamW(lr=spec.lr)),
+            settings=self._settings(spec.steps, AdamW(lr=spec.lr, parts=self._gate_rates())),
         )
         self.built.model.eval()
         self.show(self._done(result), "connector")
@@ -247,6 +247,7 @@ class _Tuning:
         self._clear()
         decoder.train()
         parts = dict.fromkeys(self._connector_learns(), spec.lr_connector) if spec.lr_connector else {}
+        parts |= self._gate_rates() if parts else {}
         before = self.steps
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
@@ -471,6 +472,11 @@ class _Tuning:
                 layer, inside, _ = name.partition(".reads.")
                 found.add(f"{layer}.reads" if inside else name.split(".")[0])
         return sorted(found)
+
+    def _gate_rates(self) -> dict[str, float]:
+        """The rate of each gate of layers that read inside the decoder, where it is another than theirs."""
+        gates = (name for name, _ in self.built.model.named_parameters() if ".reads." in name and name.endswith("gate"))
+        return dict.fromkeys(gates, self.spec.lr_gates) if self.spec.lr_gates else {}
 
     def _done(self, result: FitResult) -> int:
         self.steps += result.step
