@@ -50,8 +50,14 @@ class FrameEncoder(nn.Module):
     def forward(self, media: Patches) -> Patches:
         """Encode."""
         for module in self._chain():
-            media = module(media)
+            media = module(self._as_wide(media, module) if module is not self.tower else media)
         return media
+
+    def _as_wide(self, media: Patches, module: Encoder) -> Patches:
+        """Features in the number format of what reads them: a frozen tower may well be narrower."""
+        assert isinstance(module, nn.Module)
+        wide = next((weight.dtype for weight in module.parameters()), media.values.dtype)
+        return Patches(values=media.values.to(wide), grid=media.grid)
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """What the modules leave, one after the other."""
