@@ -281,7 +281,7 @@ def _media(built: Multimodal) -> dict[str, Any]:
     if "image" in found:
         found["image"]["tokens"] = built.slots_per_picture
     if built.video is not None:
-        longest = built.video.encoder.grid_out(built.video.full)
+        longest = built.video.encoder.grid_out(torch.tensor([built.video.shape]))
         found["video"]["tokens"] = int(built.model.slots("video", longest))
     return json.loads(json.dumps(found))
 

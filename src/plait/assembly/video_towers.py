@@ -67,9 +67,9 @@ class VideoTower:
         return self.sampling.frames
 
     @property
-    def full(self) -> torch.Tensor:
-        """Grid of the pixels of a video that has as many frames as are looked at."""
-        return torch.tensor([[self.frames, self.contract.size, self.contract.size]])
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a video that has as many frames as are looked at."""
+        return self.frames, self.contract.size, self.contract.size
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -102,9 +102,8 @@ class VideoTower:
                 place=f"video {ref.sha256[:12]} ({ref.uri or 'no uri'})",
                 remedy="let MediaRef say its length in frames (plait.data.videos.open_video counts them)",
             )
-        grid = self.full
-        grid[:, 0] = self.sampling.count(ref.length)
-        return self.encoder.grid_out(grid)
+        _, rows, columns = self.shape
+        return self.encoder.grid_out(torch.tensor([[self.sampling.count(ref.length), rows, columns]]))
 
     def clip(self, frames: Sequence[Image.Image]) -> Patches:
         """RGB frames to one clip of raw pixels, each frame by the contract.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -17,16 +18,24 @@ from tests.tiny_videos import sound_only, video
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from plait.assembly.compose import compose
+from plait.assembly.language import language_of
 from plait.assembly.media_towers import kept, read_media
-from plait.assembly.multimodal import Multimodal, load_multimodal, save_multimodal
+from plait.assembly.multimodal import Multimodal, build_multimodal, load_multimodal, save_multimodal
+from plait.assembly.towers import scratch_tower
+from plait.assembly.video_towers import scratch_video_tower
 from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.events import Events
 from plait.core.tensors import Batch
 from plait.core.types import MediaRef, Request, Sample, Text, Turn
 from plait.data.collate import collate
+from plait.data.features import cached_features
 from plait.data.media import MediaError
+from plait.data.shards import ShardReader, write_shards
 from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
-from plait.models.composition import Composition
+from plait.models.composition import Composition, Connectors, NewDecoder
+from plait.models.specs import Linear, ViT
+from plait.models.video_specs import FramesThenTime
 from plait.objectives.language import NextToken
 
 RATE = 16_000
@@ -234,6 +243,55 @@ def test_a_video_takes_the_tokens_of_the_frames_that_are_looked_at(tiny_folders:
     assert "films/v0.mp4" in refused.value.place
     always = build(tiny_folders["decoder"], {"video": FRAMES}, {"video": {"kind": "linear"}})
     assert always.template.turns(asked(unknown), prompt=True).slots == (3,)
+
+
+def test_videos_are_kept_in_shards_and_their_features_in_a_cache(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    built = build(tiny_folders["decoder"], {"video": FRAMES}, {"video": {"kind": "linear"}})
+    tower = built.video
+    assert tower is not None
+    built.model.eval()
+    data = {hashlib.sha256(BYTES[name]).hexdigest(): BYTES[name] for name in ("v0", "v1")}
+    refs = [MediaRef(modality="video", sha256=name, uri="") for name in data]
+    samples = [(Sample(id=f"q{n}", turns=asked(ref)), data) for n, ref in enumerate(refs)]
+    write_shards(tmp_path, "train", samples)
+    with ShardReader(tmp_path, "train") as reader:
+        stored = [ref for sample in reader for ref in sample.media()]
+        assert [ref.uri.split("#")[1] for ref in stored] == ["q0.mp4", "q1.mp4"]
+        store = cached_features(
+            stored,
+            read=reader.media,
+            prepare=tower.prepare,
+            encoder=tower.encoder,
+            key=tower.cache_key,
+            folder=tmp_path / "cache",
+            events=Events(),
+        )
+    for name in data:
+        with torch.no_grad():
+            alone = tower.encoder(read_media(tower, data[name], place="a")).values
+        assert torch.allclose(store([name]).values.float(), alone, atol=2e-3)  # cached in 16 bits
+    with pytest.raises(MediaError, match="not a video of a known container") as refused:
+        broken = BYTES["s0"]
+        ref = MediaRef(modality="video", sha256=hashlib.sha256(broken).hexdigest(), uri="")
+        write_shards(tmp_path, "other", [(Sample(id="q7", turns=asked(ref)), {ref.sha256: broken})])
+    assert "q7" in refused.value.place
+
+
+def test_a_frame_tower_that_learned_elsewhere_is_kept_with_the_model(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    inner = scratch_tower(ViT(size=16, patch=8, d=16, depth=1, heads=2), dtype="float32")
+    spec = FramesThenTime(frames=2, depth=1, heads=2)
+    tower = scratch_video_tower(spec, frame_tower=inner)
+    assert {name.split(".")[0] for name in kept(tower)} == {"tower", "over_time"}
+    connectors = Connectors(video=Linear())
+    decoder = NewDecoder(d=32, depth=1, heads=4, context=256, tokenizer=str(tiny_folders["decoder"]))
+    language = language_of(decoder, dtype="float32")
+    built = build_multimodal({"video": tower}, language, connectors, decoder=decoder, whole=True)
+    walk(built, {"one": asked(V0)}, tmp_path)
 
 
 def test_the_order_of_frames_matters(tiny_folders: dict[str, Path]) -> None:
