@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
-from plait.assembly.local import WHISPER, digest, fingerprint, quiet, unreported
+from plait.assembly.hf_folder import load_folder, reading
+from plait.assembly.local import WHISPER, digest, fingerprint
 from plait.assembly.scratch import SCRATCH
 from plait.assembly.whisper_tiny import whisper_folder
 from plait.core.device import choose_dtype
@@ -211,44 +210,16 @@ def _part(folder: Path) -> str:
 def _backbone(folder: Path, dtype: str, *, part: str) -> Any:
     from transformers import AutoModel
 
-    with _readable(folder), quiet(), unreported():
-        model, report = AutoModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
-    inside = f"{part}." if part and hasattr(model, part) else ""
-    missing = sorted(key.removeprefix(inside) for key in report["missing_keys"] if key.startswith(inside))
-    missing = [key for key in missing if key not in _ONLY_TRAINING]
-    if missing or report["mismatched_keys"]:
-        wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
-        raise CheckpointError(
-            f"{len(wrong)} weights are missing or of another shape, such as {wrong[0]}",
-            place=str(folder),
-            remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
-        )
-    return getattr(model, part) if inside else model
+    loaded = load_folder(AutoModel, folder, dtype=dtype, what="audio tower")
+    inside = loaded.part([part]) if part else ""
+    loaded.check(inside=inside, needed=lambda name: name not in _ONLY_TRAINING)
+    return getattr(loaded.model, inside[:-1]) if inside else loaded.model
 
 
 def _extractor(folder: Path) -> Any:
     from transformers import AutoFeatureExtractor
 
-    with _readable(folder), warnings.catch_warnings():
+    with reading(folder, "feature extractor", "AutoFeatureExtractor loads"), warnings.catch_warnings():
         # The published extractor of AST has a filter narrower than its frequencies are apart, and was trained so.
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
         return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"no audio tower can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoModel and AutoFeatureExtractor load, weights in safetensors",
-        ) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 
-from plait.assembly.local import IMAGE_TOWER, quiet, unreported
+from plait.assembly.hf_folder import load_folder
+from plait.assembly.local import IMAGE_TOWER
 from plait.core.errors import CheckpointError, DataError
 from plait.core.files import read_json
 from plait.models.towers.families import DUAL, FAMILIES
@@ -27,28 +27,10 @@ def load_backbone(folder: Path, dtype: str) -> PreTrainedModel:
             missing: transformers would draw those at random.
     """
     _check_family(folder / "config.json")
-    try:
-        with quiet(), unreported():
-            model, report = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-            )
-    except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"no picture tower can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoModel loads from safetensors, without other libraries",
-        ) from error
-    part = next((name for name in _TOWERS if hasattr(model, name)), "")
-    inside = f"{part}." if part else ""
-    missing = sorted(key.removeprefix(inside) for key in report["missing_keys"] if key.startswith(inside))
-    missing = [key for key in missing if not key.startswith(_UNUSED)]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} weights are missing, such as {missing[0]}",
-            place=str(folder),
-            remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
-        )
-    return getattr(model, part) if part else model
+    loaded = load_folder(AutoModel, folder, dtype=dtype, what="picture tower")
+    inside = loaded.part(_TOWERS)
+    loaded.check(inside=inside, needed=lambda name: not name.startswith(_UNUSED))
+    return getattr(loaded.model, inside[:-1]) if inside else loaded.model
 
 
 def _check_family(path: Path) -> None:

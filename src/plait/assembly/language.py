@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from plait.assembly.local import SMOLLM2, digest, find_decoder, fingerprint, quiet, unreported
+from plait.assembly.hf_folder import load_folder, reading
+from plait.assembly.local import SMOLLM2, digest, find_decoder, fingerprint, quiet
 from plait.assembly.smollm import LanguageModel, load_smollm, smollm_folder
 from plait.core.errors import CheckpointError
 from plait.core.events import Events
 from plait.models.composition import Decoder, NewDecoder
+from plait.models.output_head import changed_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,9 +21,6 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """ChatML as SmolLM2 was tuned on, without the system text that its own template adds: 18 tokens a sample less."""
-
-_SCORE_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# What Gemma 2, Cohere and Granite do to their scores beyond the head.
 
 
 def load_language(name: str, *, dtype: str, events: Events | None = None) -> LanguageModel:
@@ -81,7 +76,7 @@ def new_language(spec: NewDecoder, *, events: Events | None = None) -> LanguageM
     packaged = spec.tokenizer == SMOLLM2
     if packaged:
         folder = smollm_folder(events=events)
-    with _readable(folder), quiet():
+    with reading(folder, "tokenizer", "AutoTokenizer loads"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if packaged:
         tokenizer.chat_template = CHATML
@@ -136,7 +131,7 @@ def _load_folder(folder: Path, dtype: str) -> LanguageModel:
     from transformers import AutoTokenizer
 
     key = fingerprint(folder)
-    with _readable(folder), quiet():
+    with reading(folder, "tokenizer", "AutoTokenizer loads"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LanguageModel(model=_load_model(folder, dtype), tokenizer=tokenizer, folder=folder, key=key)
 
@@ -144,26 +139,16 @@ def _load_folder(folder: Path, dtype: str) -> LanguageModel:
 def _load_model(folder: Path, dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
-    how = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told here, not in a table on the screen
-    with _readable(folder), quiet(), unreported():
-        model, report = auto.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, **how)
-    # Both transformers would draw at random.
-    shapes = (f"{name} ({list(came)} for {list(due)})" for name, came, due in report["mismatched_keys"])
-    wrong = [*report["missing_keys"], *shapes]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} weights are missing or of another shape, such as {min(wrong)}",
-            place=str(folder),
-            remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
-        )
+    loaded = load_folder(AutoModelForCausalLM, folder, dtype=dtype, what="causal language model")
+    loaded.check()
+    model = loaded.model
     if not hasattr(model, "lm_head"):
         raise CheckpointError(
             f"{type(model).__name__} has no lm_head",
             place=str(folder),
             remedy="use a decoder of the Llama, Qwen or Mistral kind",
         )
-    scaled = [name for name in _SCORE_SETTINGS if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    scaled = changed_scores(model.config)
     if scaled:
         raise CheckpointError(
             f"{type(model).__name__} changes its scores after the head ({', '.join(scaled)}), which Plait does not do",
@@ -171,15 +156,3 @@ def _load_model(folder: Path, dtype: str) -> PreTrainedModel:
             remedy="use a decoder without these settings, such as Llama, Qwen or Mistral",
         )
     return model.eval()
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"no causal language model can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoModelForCausalLM and AutoTokenizer load",
-        ) from error

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from plait.assembly.local import fingerprint, quiet, unreported
+from plait.assembly.hf_folder import load_folder, reading
+from plait.assembly.local import fingerprint, quiet
 from plait.assembly.record import read_fields
 from plait.assembly.vlm_pictures import READERS, PictureReader
 from plait.core.errors import CheckpointError, ConfigError
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     from plait.core.tensors import Patches
     from plait.core.types import MediaRef
-
-_BROKEN = (ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,20 +145,13 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     config = read_fields(folder / "config.json")
-    try:
-        with quiet():
-            images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            base: Any = getattr(transformers, _PROCESSORS[config["model_type"]])
-            settings, _ = base.get_processor_dict(folder, local_files_only=True)
-            settings.pop("video_processor", None)
-            return without_videos(base).from_args_and_dict([images, tokenizer], settings)
-    except _BROKEN as error:
-        raise CheckpointError(
-            f"no processor can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoProcessor loads",
-        ) from error
+    with reading(folder, "processor", "AutoProcessor loads"):
+        images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        base: Any = getattr(transformers, _PROCESSORS[config["model_type"]])
+        settings, _ = base.get_processor_dict(folder, local_files_only=True)
+        settings.pop("video_processor", None)
+        return without_videos(base).from_args_and_dict([images, tokenizer], settings)
 
 
 _PROCESSORS = {
@@ -196,32 +186,9 @@ def load_whole(folder: Path, dtype: str) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
-    auto: Any = AutoModelForImageTextToText
-    try:
-        with quiet(), unreported():
-            model, report = auto.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed below
-            )
-    except _BROKEN as error:
-        raise CheckpointError(
-            f"no vision-language model can be read: {error}",
-            place=str(folder),
-            remedy="give a folder that transformers' AutoModelForImageTextToText loads from safetensors",
-        ) from error
-    wrong = {what: sorted(map(str, report[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
-    found = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in wrong.items() if keys]
-    if found:
-        raise CheckpointError(
-            f"weights that do not fit: {'; '.join(found)}",
-            place=str(folder),
-            remedy="use an undamaged copy of the folder: config.json and weights must come from one checkpoint",
-        )
-    return model
+    loaded = load_folder(AutoModelForImageTextToText, folder, dtype=dtype, what="vision-language model")
+    loaded.check(exact=True)
+    return loaded.model
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:

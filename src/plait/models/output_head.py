@@ -14,6 +14,15 @@ _WORDS = 2_048
 """Words of the vocabulary that are widened at once."""
 
 
+_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# What Gemma 2, Cohere and Granite do to their scores beyond the head.
+
+
+def changed_scores(config: Any) -> list[str]:
+    """Settings of a decoder's configuration that change scores after the head, which is not done here."""
+    return [name for name in _CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]
+
+
 def float32_scores(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
     """Scores of every word: a decoder's head, computed in float32 from its own weights.
 

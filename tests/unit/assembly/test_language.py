@@ -40,7 +40,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_never_drawn(
     rest = {key: value for key, value in weights.items() if key != name}
     for given, said in ((rest, name), (rest | {name: torch.zeros(3, 3)}, r"down_proj.weight \(\[3, 3\] for \[")):
         save_file(given, path, metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"1 weights are missing or of another shape, such as .*{said}"):
+        with pytest.raises(CheckpointError, match=f"1 (missing|of another shape): .*{said}"):
             load_language(str(folder), dtype="float32")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no causal language model can be read"):

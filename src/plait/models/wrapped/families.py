@@ -11,6 +11,7 @@ import torch
 from plait.core.errors import CheckpointError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.models.attention import positions
+from plait.models.output_head import changed_scores
 from plait.models.position.multimodal import multimodal_coordinates
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ class Blip2(Family):
                 place="config.json: text_config",
                 remedy="use a BLIP-2 with OPT or another causal decoder",
             )
-        scaled = [name for name in _SCORE_SETTINGS if getattr(self.text, name, None) not in (None, 1, 1.0)]
+        scaled = changed_scores(self.text)
         if scaled:
             raise CheckpointError(
                 f"the decoder changes its scores after the head ({', '.join(scaled)})",
@@ -356,8 +357,6 @@ class Blip2(Family):
             words = words.masked_scatter((ids == self.placeholder)[..., None], found.to(words.dtype))
         return model.language_model.base_model(inputs_embeds=words, **inputs)
 
-
-_SCORE_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
