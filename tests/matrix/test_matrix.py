@@ -40,7 +40,9 @@ def test_any_encoder_connector_and_decoder_compose(
     case: Case, towers: TinyTowers, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     name = folder_of(case.encoder)
-    walk(settings(case, tower=towers.folder(name) if name else None, decoder=tiny_folders["decoder"]), tmp_path / "model")
+    walk(
+        settings(case, tower=towers.folder(name) if name else None, decoder=tiny_folders["decoder"]), tmp_path / "model"
+    )
 
 
 def test_every_two_parts_meet_in_few_cases() -> None:

@@ -1,4 +1,4 @@
-"""What is the same for towers of pictures, sounds and videos: made of settings, known by their key, kept and found again.
+"""What is the same for towers of pictures, sounds and videos: made of settings, known by a key, kept, found again.
 
 A frozen tower is kept as its name and digest. One from scratch belongs to the model that uses it, which keeps its
 weights; a video tower from scratch may hold a frozen picture tower, of which again only name and digest are kept.

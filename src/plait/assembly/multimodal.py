@@ -27,7 +27,7 @@ from plait.assembly.audio_towers import AudioTower
 from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language, load_trained
 from plait.assembly.local import fingerprint, load_weights, quiet
-from plait.assembly.media_towers import Tower, media_contract, kept, read_tower, record_of, slot_counter, tower_key
+from plait.assembly.media_towers import Tower, kept, media_contract, read_tower, record_of, slot_counter, tower_key
 from plait.assembly.record import PLAIT, read_record, same_key, write_record
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower

@@ -57,7 +57,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: 256)")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): likeliest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling above temperature 0 (default: 0)")
-    parser.add_argument("--allow-root", type=Path, metavar="DIR", help="refuse pictures and other media outside this folder")
+    parser.add_argument(
+        "--allow-root", type=Path, metavar="DIR", help="refuse pictures and other media outside this folder"
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)"
     )
@@ -205,9 +207,7 @@ def _command(desk: Desk, line: str) -> bool:
     elif word == "/help":
         _say(_HELP)
     else:
-        raise UsageError(
-            f"cannot obey {line!r}", remedy="/image PATH, /sound PATH, /video PATH, /new, /help or /quit"
-        )
+        raise UsageError(f"cannot obey {line!r}", remedy="/image PATH, /sound PATH, /video PATH, /new, /help or /quit")
     return True
 
 

@@ -1,8 +1,8 @@
 """The only place that opens videos: bytes from anywhere in, chosen frames as RGB pictures or a ``MediaError`` out.
 
-FFmpeg's decoders through PyAV (extra ``video``), of three containers, named by their first bytes: nothing is guessed, and
-no file can name another one to read. What is missing at the end is found before a frame is decoded; damage inside that a
-decoder smooths over is not seen.
+FFmpeg's decoders through PyAV (extra ``video``), of three containers, named by their first bytes: nothing is guessed,
+and no file can name another one to read. What is missing at the end is found before a frame is decoded; damage inside
+that a decoder smooths over is not seen.
 """
 
 from __future__ import annotations

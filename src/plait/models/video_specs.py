@@ -11,7 +11,7 @@ Policy = Literal["uniform", "every"]
 
 
 class PretrainedVideo(Part):
-    """VideoMAE of Hugging Face from a folder, computed by our own tower; looks at its own number of frames, uniformly."""
+    """VideoMAE of Hugging Face from a folder, computed by our own tower; looks at as many frames as it has."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2203.12602"
     kind: Literal["pretrained"] = "pretrained"

@@ -171,9 +171,10 @@ def test_a_model_that_sees_hears_and_watches(
         part = "connectors" if modality != inside else "decoder"
         assert any(name.startswith(f"{part}.") for name in moved)
         assert any(name.startswith(f"encoders.{modality}.") for name in moved)
-        assert loaded.towers[modality].key == json.loads((tmp_path / "plait.json").read_text())["composition"][
-            "towers"
-        ][modality]["key"]
+        assert (
+            loaded.towers[modality].key
+            == json.loads((tmp_path / "plait.json").read_text())["composition"]["towers"][modality]["key"]
+        )
     assert loaded.video is not None
     assert built.video is not None
     assert loaded.video.sampling == built.video.sampling
@@ -227,7 +228,7 @@ def test_of_a_frozen_frame_tower_only_what_learns_is_kept(
     assert load_multimodal(tmp_path).towers["video"].key == loaded.towers["video"].key
     frames["key"] = "0" * 64
     (tmp_path / "plait.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="the image tower has digest .*trained with 0000"):
+    with pytest.raises(CheckpointError, match=r"the image tower has digest .*trained with 0000"):
         load_multimodal(tmp_path)
 
 
@@ -245,9 +246,7 @@ def test_a_video_takes_the_tokens_of_the_frames_that_are_looked_at(tiny_folders:
     assert always.template.turns(asked(unknown), prompt=True).slots == (3,)
 
 
-def test_videos_are_kept_in_shards_and_their_features_in_a_cache(
-    tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_videos_are_kept_in_shards_and_their_features_in_a_cache(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     built = build(tiny_folders["decoder"], {"video": FRAMES}, {"video": {"kind": "linear"}})
     tower = built.video
     assert tower is not None
@@ -272,9 +271,9 @@ def test_videos_are_kept_in_shards_and_their_features_in_a_cache(
         with torch.no_grad():
             alone = tower.encoder(read_media(tower, data[name], place="a")).values
         assert torch.allclose(store([name]).values.float(), alone, atol=2e-3)  # cached in 16 bits
+    broken = BYTES["s0"]
+    ref = MediaRef(modality="video", sha256=hashlib.sha256(broken).hexdigest(), uri="")
     with pytest.raises(MediaError, match="not a video of a known container") as refused:
-        broken = BYTES["s0"]
-        ref = MediaRef(modality="video", sha256=hashlib.sha256(broken).hexdigest(), uri="")
         write_shards(tmp_path, "other", [(Sample(id="q7", turns=asked(ref)), {ref.sha256: broken})])
     assert "q7" in refused.value.place
 
@@ -335,7 +334,9 @@ def test_towers_are_told_apart_by_their_weights(tiny_folders: dict[str, Path], t
     for seed in (0, 1, 0):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        built = build(tiny_folders["decoder"], {"audio": WAV2VEC2, "video": SPACE_TIME}, {"audio": MLP, "video": MLP}, seed)
+        built = build(
+            tiny_folders["decoder"], {"audio": WAV2VEC2, "video": SPACE_TIME}, {"audio": MLP, "video": MLP}, seed
+        )
         save_multimodal(built, folder)
         for modality, tower in load_multimodal(folder).towers.items():
             keys[modality].add(tower.cache_key)
@@ -355,7 +356,12 @@ def test_an_output_layer_for_ctc_and_masked_frames_do_not_learn(tiny_folders: di
         (V0, BYTES["v0"][:-9], "cut off: 9 bytes", "copy"),
         (V0, sound_only(), "no video stream, only audio", "moving pictures"),
         (V0, BYTES["s0"], "not a video of a known container", "ffmpeg"),
-        (S0, encode_wav(np.zeros(4_000, np.float32), 8_000), "8,000 samples a second, the tower takes 16,000", "-ar 16000"),
+        (
+            S0,
+            encode_wav(np.zeros(4_000, np.float32), 8_000),
+            "8,000 samples a second, the tower takes 16,000",
+            "-ar 16000",
+        ),
         (S0, encode_wav(np.zeros(17_000, np.float32), RATE), "17000 samples, expected 1 to 16000", "cut it"),
         (S0, BYTES["v0"], "not a sound of a known format", "WAV"),
     ],
@@ -402,7 +408,7 @@ def test_settings_that_make_no_model_are_refused(
 
 
 def test_a_folder_that_is_none_is_said(tiny_folders: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="no folder with a config.json"):
+    with pytest.raises(ConfigError, match=r"no folder with a config\.json"):
         build(tiny_folders["decoder"], {"video": {"kind": "pretrained", "name": "none"}}, {"video": MLP})
 
 

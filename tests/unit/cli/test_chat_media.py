@@ -46,7 +46,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def model(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
     given = {
         "encoders": {"image": VIT, "audio": WHISPER, "video": FRAMES},
-        "connectors": dict.fromkeys(("image", "audio", "video"), {"kind": "linear"}),
+        "connectors": {name: {"kind": "linear"} for name in ("image", "audio", "video")},
         "decoder": {"kind": "new", "d": 32, "depth": 1, "heads": 4, "context": 256}
         | {"tokenizer": str(tiny_folders["decoder"])},
     }
@@ -106,9 +106,7 @@ def test_a_video_a_sound_and_a_picture_beside_a_video(run: Run, model: Path, fil
         ("/movie {a.mp4}", "/sound PATH, /video PATH", 2),
     ],
 )
-def test_media_that_cannot_be_read_are_named(
-    line: str, said: str, code: int, run: Run, files: dict[str, Path]
-) -> None:
+def test_media_that_cannot_be_read_are_named(line: str, said: str, code: int, run: Run, files: dict[str, Path]) -> None:
     for name, path in files.items():
         line = line.replace(f"{{{name}}}", str(path))
     found, _, err = run(lines=line + "\n")
