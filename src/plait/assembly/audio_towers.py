@@ -172,7 +172,7 @@ def scratch_audio_tower(spec: audio_specs.ScratchAudio, *, key: str = "") -> Aud
     if isinstance(encoder, Wav2Vec):
         for unused in (encoder.head, encoder.mask_token):
             if unused is not None:
-                unused.requires_grad_(requires_grad=False)
+                unused.requires_grad_(False)
     settings = {SCRATCH: spec.model_dump(mode="json")}
     made = AudioTower(encoder=encoder, rate=SAMPLE_RATE, settings=settings, key=key, own=settings)
     return made if key else replace(made, key=digest({"settings": settings} | made.preprocessing))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from plait.assembly.language import language_of
-from plait.assembly.media_towers import make_tower
+from plait.assembly.media_towers import Tower, make_tower
 from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.events import Events
+from plait.core.types import Modality
 from plait.models.composition import Composition, NewDecoder
 
 
@@ -29,7 +30,8 @@ def compose(spec: Composition, *, dtype: str = "float32", events: Events | None 
         >>> compose(load(Composition, Path("model.yaml")).spec).slots_per_picture  # doctest: +SKIP
         16
     """
-    towers = {modality: make_tower(part, events=events) for modality, part in spec.encoders.by_modality().items()}
+    parts = spec.encoders.by_modality()
+    towers: dict[Modality, Tower] = {modality: make_tower(part, events=events) for modality, part in parts.items()}
     language = language_of(spec.decoder, dtype=dtype, events=events)
     whole = isinstance(spec.decoder, NewDecoder)
     built = build_multimodal(towers, language, spec.connectors, decoder=spec.decoder, whole=whole)

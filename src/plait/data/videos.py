@@ -154,6 +154,7 @@ def _opened(data: bytes, kind: str, *, place: str, limits: VideoLimits) -> Itera
     """Container and stream; faults of FFmpeg inside the block are said as what they are."""
     try:
         import av
+        from av.stream import Disposition
     except ImportError as error:
         raise ConfigError(
             "reading videos needs the package av (PyAV)", place=place, remedy="pip install 'plait[video]'"
@@ -161,8 +162,8 @@ def _opened(data: bytes, kind: str, *, place: str, limits: VideoLimits) -> Itera
 
     try:
         with av.open(io.BytesIO(data), format=VIDEOS[kind].replace("mkv", "matroska")) as container:
-            cover = av.stream.Disposition.attached_pic
-            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            pictured = container.streams.video  # the cover of a song is one picture
+            streams = [stream for stream in pictured if not stream.disposition & Disposition.attached_pic]
             if not streams:
                 others = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                 raise MediaError(
