@@ -1,4 +1,4 @@
-"""Tiny picture towers of every family of transformers, as folders."""
+"""Tiny towers of every family of transformers, as folders: of pictures, and some of sounds and videos."""
 
 from __future__ import annotations
 
@@ -67,14 +67,36 @@ TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Class, configuration class and settings of tiny towers; pictures of 32 pixels, patches of 8."""
 
 
+_SPEECH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SPEECH |= {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+_WHISPER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 20}
+_WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 80}
+_WHISPER |= {"max_source_positions": 50, "max_target_positions": 6, "pad_token_id": 0, "bos_token_id": 1}
+_WHISPER |= {"eos_token_id": 2, "decoder_start_token_id": 3}
+
+HEARS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "whisper": ("WhisperModel", "WhisperConfig", _WHISPER),
+    "wav2vec2": ("Wav2Vec2Model", "Wav2Vec2Config", _SPEECH),
+    "hubert": ("HubertModel", "HubertConfig", _SPEECH),
+}
+"""Likewise of sounds; Whisper hears windows of 1 s."""
+
+WATCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "videomae": ("VideoMAEModel", "VideoMAEConfig", VIT | {"patch_size": 16, "num_frames": 4}),
+}
+"""Likewise of videos: clips of 4 frames of 32 pixels."""
+
+_ALL = TOWERS | HEARS | WATCHES
+
+
 class TinyTowers:
-    """Folders of tiny picture towers with random weights, made when they are first asked for."""
+    """Folders of tiny towers with random weights, made when they are first asked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def folder(self, name: str) -> Path:
-        """Weights, configuration and preprocessing of one of :data:`TOWERS`."""
+        """Weights, configuration and preprocessing of one of :data:`TOWERS`, :data:`HEARS` and :data:`WATCHES`."""
         path = self.root / name
         if not path.exists():
             self.write(self.make(name), path)
@@ -84,7 +106,7 @@ class TinyTowers:
         """A model, all its weights random, also those that start at 0 or 1; batch norms as after training."""
         import transformers
 
-        own, config, settings = TOWERS[name]
+        own, config, settings = _ALL[name]
         torch.manual_seed(0)
         # Some configurations change what they are given.
         given = json.loads(json.dumps(settings | changes))
@@ -100,6 +122,12 @@ class TinyTowers:
     def write(self, model: Any, path: Path) -> None:
         """A folder as it is published."""
         model.save_pretrained(path)
+        if path.name in HEARS:
+            from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+
+            hears = WhisperFeatureExtractor(chunk_length=1) if path.name == "whisper" else Wav2Vec2FeatureExtractor()
+            hears.save_pretrained(path)
+            return
         settings = {"image_mean": MEAN, "image_std": STD, "resample": 3, "size": {"height": 32, "width": 32}}
         (path / "preprocessor_config.json").write_text(json.dumps(settings))
 
@@ -107,10 +135,10 @@ class TinyTowers:
         """The family's own class, from the folder."""
         import transformers
 
-        return getattr(transformers, TOWERS[name][0]).from_pretrained(self.folder(name)).eval()
+        return getattr(transformers, _ALL[name][0]).from_pretrained(self.folder(name)).eval()
 
     def model_type(self, name: str) -> str:
         """As its configuration says it."""
         import transformers
 
-        return getattr(transformers, TOWERS[name][1]).model_type
+        return getattr(transformers, _ALL[name][1]).model_type

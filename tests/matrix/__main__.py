@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_decoder
-from tests.matrix.cases import SCRATCH, product, settings
+from tests.matrix.cases import folder_of, product, settings
 from tests.matrix.walk import walk
 from tests.tiny_towers import TinyTowers
 
@@ -28,11 +28,11 @@ def main() -> int:
         write_decoder(decoder)
         everything = product()
         for number, case in enumerate(everything):
-            name = case.encoder.removeprefix("hf-")
-            folders = {} if case.encoder in SCRATCH else {name: towers.folder(name)}
+            name = folder_of(case.encoder)
+            tower = towers.folder(name) if name else None
             start = time.perf_counter()
             try:
-                found = {"holds": True} | walk(settings(case, towers=folders, decoder=decoder), root / f"{number}")
+                found = {"holds": True} | walk(settings(case, tower=tower, decoder=decoder), root / f"{number}")
             except Exception as error:
                 found = {"holds": False, "error": f"{type(error).__name__}: {error}"}
             rows.append({"case": list(case), **found, "seconds": round(time.perf_counter() - start, 2)})

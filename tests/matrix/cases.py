@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.tiny_towers import TOWERS
+from plait.core.types import Modality
+from tests.tiny_towers import HEARS, TOWERS, WATCHES
 
 SIZE = 32
-"""Pixels a side of all pictures."""
+"""Pixels a side of all pictures and frames."""
 
 SCRATCH: dict[str, dict[str, Any]] = {
     "vit": {"kind": "vit", "patch": 8, "d": 16, "depth": 2, "heads": 2},
@@ -30,9 +31,31 @@ SCRATCH: dict[str, dict[str, Any]] = {
     "hybrid": {"kind": "hybrid", "widths": [8, 16], "d": 16, "depth": 1, "heads": 2},
     "coatnet": {"kind": "coatnet", "widths": [8, 8, 16], "depths": [1, 1, 1], "attention": 1, "d_head": 8},
 }
-"""Encoders that are drawn, and learn."""
+"""Encoders of pictures that are drawn, and learn."""
 
-FAMILIES = ("clip", "siglip", "siglip2", "vit", "vit_mae", "dinov2", "dinov3", "beit", "swin", "swinv2", "convnext")
+SOUNDS: dict[str, dict[str, Any]] = {
+    "whisper": {"kind": "whisper", "d": 16, "depth": 1, "heads": 2, "mels": 8, "tokens": 25},
+    "wav2vec2": {
+        "kind": "wav2vec2",
+        "d": 16,
+        "depth": 1,
+        "heads": 2,
+        "channels": 8,
+        "position_kernel": 4,
+        "position_groups": 2,
+    },
+}
+"""Encoders of sounds that are drawn, and learn."""
+
+_TIME = {"kind": "frames", "depth": 1, "heads": 2}
+VIDEOS: dict[str, dict[str, Any]] = {
+    "frames": _TIME | {"tower": SCRATCH["vit"] | {"size": SIZE}, "frames": 3},
+    "frames-of-clip": _TIME | {"tower": "clip", "frames": 4, "sampling": "every", "step": 2, "cells": "all"},
+    "space-time": {"kind": "space-time", "size": SIZE, "frames": 4, "patch": 16, "d": 16, "depth": 1, "heads": 2},
+}
+"""Encoders of videos that are drawn, and learn; the tower of frames in one of them is a frozen one of pictures."""
+
+FAMILIES = ("clip", "siglip2", "vit", "dinov2", "dinov3", "swinv2", "convnext")
 """Frozen encoders of the short form; the full one has all of :data:`tests.tiny_towers.TOWERS`."""
 
 _RESAMPLER = {"kind": "resampler", "queries": 3, "depth": 1, "heads": 2}
@@ -69,7 +92,23 @@ class Case(NamedTuple):
 
 def encoders(*, short: bool) -> tuple[str, ...]:
     """Names of encoders; those of Hugging Face begin with ``hf-``."""
-    return (*SCRATCH, *(f"hf-{name}" for name in (FAMILIES if short else TOWERS)))
+    frozen = (*(FAMILIES if short else TOWERS), *(HEARS if not short else list(HEARS)[:1]), *WATCHES)
+    return (*SCRATCH, *SOUNDS, *VIDEOS, *(f"hf-{name}" for name in frozen))
+
+
+def modality_of(encoder: str) -> Modality:
+    """What an encoder reads."""
+    name = encoder.removeprefix("hf-")
+    if encoder in SOUNDS or name in HEARS:
+        return "audio"
+    return "video" if encoder in VIDEOS or name in WATCHES else "image"
+
+
+def folder_of(encoder: str) -> str:
+    """Name of the tiny tower that an encoder is loaded from, or that is in it; empty where all of it is drawn."""
+    if encoder in VIDEOS and isinstance(VIDEOS[encoder].get("tower"), str):
+        return VIDEOS[encoder]["tower"]
+    return encoder.removeprefix("hf-") if encoder.startswith("hf-") else ""
 
 
 def product() -> list[Case]:
@@ -106,22 +145,26 @@ def _pairs(row: Sequence[str]) -> set[tuple[tuple[int, str], tuple[int, str]]]:
     return {((i, row[i]), (j, row[j])) for i, j in itertools.combinations(range(len(row)), 2)}
 
 
-def settings(case: Case, *, towers: Mapping[str, Path], decoder: Path) -> dict[str, Any]:
+def settings(case: Case, *, tower: Path | None, decoder: Path) -> dict[str, Any]:
     """A case as the settings of a composition.
 
     Args:
         case: Names.
-        towers: Folder of each Hugging Face tower.
+        tower: Folder of the Hugging Face tower that it has, if any (:func:`folder_of`).
         decoder: Folder of a tiny decoder: its weights for ``smollm2``, its tokenizer for all others.
     """
+    loaded = {"kind": "pretrained", "name": str(tower), "dtype": "float32"}
     if case.encoder in SCRATCH:
         encoder = SCRATCH[case.encoder] | {"size": SIZE}
+    elif case.encoder in VIDEOS:
+        encoder = VIDEOS[case.encoder] | ({"tower": loaded} if folder_of(case.encoder) else {})
     else:
-        encoder = {"kind": "pretrained", "name": str(towers[case.encoder.removeprefix("hf-")]), "dtype": "float32"}
+        encoder = SOUNDS.get(case.encoder, loaded)
+    modality = modality_of(case.encoder)
     language = DECODERS[case.decoder]
     language = language | ({"name": str(decoder)} if case.decoder == "smollm2" else {"tokenizer": str(decoder)})
     return {
-        "encoders": {"image": encoder},
-        "connectors": {"image": CONNECTORS[case.connector]},
+        "encoders": {modality: encoder},
+        "connectors": {modality: CONNECTORS[case.connector]},
         "decoder": language,
     }

@@ -5,13 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from plait.core.spec import Spec
-from plait.models import specs
-from tests.matrix.cases import CONNECTORS, DECODERS, SCRATCH, Case, cover, encoders, pairwise, product, settings
+from tests.matrix.cases import (
+    CONNECTORS,
+    DECODERS,
+    SCRATCH,
+    SOUNDS,
+    VIDEOS,
+    Case,
+    cover,
+    encoders,
+    folder_of,
+    pairwise,
+    product,
+    settings,
+)
 from tests.matrix.walk import walk
 from tests.tiny_towers import TinyTowers
 
@@ -29,9 +39,10 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> TinyTowers:
 def test_any_encoder_connector_and_decoder_compose(
     case: Case, towers: TinyTowers, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    name = case.encoder.removeprefix("hf-")
-    folders = {} if case.encoder in SCRATCH else {name: towers.folder(name)}
-    walk(settings(case, towers=folders, decoder=tiny_folders["decoder"]), tmp_path / "model")
+    name = folder_of(case.encoder)
+    walk(
+        settings(case, tower=towers.folder(name) if name else None, decoder=tiny_folders["decoder"]), tmp_path / "model"
+    )
 
 
 def test_every_two_parts_meet_in_few_cases() -> None:
@@ -46,10 +57,11 @@ def test_every_two_parts_meet_in_few_cases() -> None:
 def test_every_kind_is_in_the_matrix() -> None:
     from plait.cli.list import catalogue
 
-    kinds = {part["kind"] for part in (*SCRATCH.values(), *CONNECTORS.values(), *DECODERS.values())}
+    parts = (*SCRATCH.values(), *SOUNDS.values(), *VIDEOS.values(), *CONNECTORS.values(), *DECODERS.values())
+    kinds = {part["kind"] for part in parts}
     listed = catalogue()
     wanted = {part["name"] for part in (*listed["connectors"], *listed["decoders"])}
-    wanted |= _picture_kinds()
+    wanted |= {part["name"] for part in listed["encoders"] if part["modality"] != "text"}
     assert kinds | {"pretrained"} == wanted
 
 
@@ -58,8 +70,3 @@ def test_the_record_of_the_whole_product_is_of_these_parts_and_holds() -> None:
     walked = {Case(*row["case"]): row for row in record["cases"]}
     assert set(walked) == set(product()), "run `make matrix` again and commit docs/matrix.json"
     assert [str(case) for case, row in walked.items() if not row["holds"]] == []
-
-
-def _picture_kinds() -> set[str]:
-    parts: tuple[type[Spec], ...] = get_args(get_args(specs.ImageEncoder)[0])
-    return {part.model_fields["kind"].default for part in parts}

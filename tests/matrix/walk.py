@@ -7,18 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from plait.assembly.compose import compose
+from plait.assembly.media_towers import read_media
 from plait.assembly.multimodal import Multimodal, holds_media, load_multimodal, save_multimodal
 from plait.core.tensors import Batch, Patches
-from plait.core.types import MediaRef, Request, Sample, Text, Turn
+from plait.core.types import MediaRef, Modality, Request, Sample, Text, Turn
 from plait.data.collate import collate
+from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
 from plait.models.composition import Composition
 from plait.objectives.language import NextToken
 from tests.matrix.cases import SIZE
+from tests.tiny_videos import video
 
 COLORS = ("red", "green", "blue")
 
@@ -27,7 +31,7 @@ def walk(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Walk a composition; raises where it does not hold.
 
     Returns:
-        What it was like: weights, trained weights, tokens and places of a picture, losses of the steps.
+        What it was like: weights, trained weights, tokens and places of a medium, losses of the steps.
     """
     torch.manual_seed(0)
     built = compose(Composition.model_validate(given))
@@ -47,8 +51,7 @@ def walk(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "weights": sum(weight.numel() for weight in built.model.parameters()),
         "trained": sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad),
-        "tokens": built.tokens_per_picture,
-        "places": built.slots_per_picture,
+        **counts(built),
         "losses": [round(loss, 4) for loss in losses],
     }
 
@@ -83,6 +86,15 @@ PARTS: dict[str, Callable[[str], bool]] = {
 }
 
 
+def counts(built: Multimodal) -> dict[str, int]:
+    """What the connector makes of the first medium, and how many placeholders stand for it."""
+    (modality,) = built.towers
+    tower, connector = built.towers[modality], built.model.connectors[modality]
+    cells = tower.encoder.grid_out(prepared(built, "red").grid)
+    tokens = connector.grid_out(cells)  # pyright: ignore[reportCallIssue]
+    return {"tokens": int(tokens.prod()), "places": int(built.model.slots(modality, cells))}
+
+
 def picture(color: str) -> bytes:
     """A PNG, wider than high."""
     drawn = Image.effect_noise((SIZE + 8, SIZE), 60).convert("RGB")
@@ -91,47 +103,61 @@ def picture(color: str) -> bytes:
     return out.getvalue()
 
 
-PICTURES = {color: picture(color) for color in COLORS}
+def sound(samples: int) -> bytes:
+    """A WAV of noise."""
+    return encode_wav(np.random.default_rng(samples).normal(0, 0.1, samples).astype(np.float32), 16_000)
 
 
-def turns(*colors: str) -> tuple[Turn, ...]:
-    """A question about pictures."""
-    refs = (MediaRef(modality="image", sha256=color, uri=color, width=SIZE + 8, height=SIZE) for color in colors)
+SAMPLES = dict(zip(COLORS, (4_800, 3_200, 8_000), strict=True))
+FRAMES = dict(zip(COLORS, (7, 2, 12), strict=True))
+MEDIA: dict[Modality, dict[str, bytes]] = {
+    "image": {color: picture(color) for color in COLORS},
+    "audio": {color: sound(SAMPLES[color]) for color in COLORS},
+    "video": {color: video(FRAMES[color], seed=n, size=(SIZE + 8, SIZE)) for n, color in enumerate(COLORS)},
+}
+
+
+def turns(modality: Modality, *colors: str) -> tuple[Turn, ...]:
+    """A question about media."""
+    size = {"width": SIZE + 8, "height": SIZE}
+    about = {
+        "image": lambda _: size,
+        "audio": lambda color: {"length": SAMPLES[color]},
+        "video": lambda color: size | {"length": FRAMES[color]},
+    }[modality]
+    refs = (MediaRef(modality=modality, sha256=color, uri=color, **about(color)) for color in colors)
     return (Turn(role="user", parts=(*refs, Text(text="color?"))),)
 
 
+def prepared(built: Multimodal, color: str) -> Patches:
+    """A medium as its tower takes it, by the model's own contract."""
+    (modality,) = built.towers
+    return read_media(built.towers[modality], MEDIA[modality][color], place=color)
+
+
 def questions(built: Multimodal) -> Batch:
-    """Raw pixels: one picture, two, and none, packed into rows."""
-    template, prepare = built.template, encode_raw(built)
+    """Raw media: one, two, and none, packed into rows."""
+    (modality,) = built.towers
+    template = built.template
     samples = []
     for colors in (("red",), ("green", "blue"), ()):
         answer = Turn(role="assistant", parts=(Text(text=" ".join(colors) or "none"),), trained=True)
         name = "-".join(colors) or "text"
-        samples.append((name, template.sample(Sample(id=name, turns=(*turns(*colors), answer)))))
-    encoder = built.image.encoder
+        samples.append((name, template.sample(Sample(id=name, turns=(*turns(modality, *colors), answer)))))
     return collate(
         samples,
-        {color: prepare(color) for color in COLORS},
-        grid_out=lambda grid: built.slot_grid(encoder.grid_out(grid)),
+        {color: prepared(built, color) for color in COLORS},
+        grid_out=built.raw_accounts,
         encoded=False,
         row=max(len(rendered) for _, rendered in samples) + 20,
         pad=built.stop,
     )
 
 
-def encode_raw(built: Multimodal) -> Callable[[str], Patches]:
-    """A picture's pixels by the model's own contract."""
-
-    def prepare(color: str) -> Patches:
-        with Image.open(io.BytesIO(PICTURES[color])) as opened:
-            return built.image.prepare(opened.convert("RGB"))
-
-    return prepare
-
-
 def answers(built: Multimodal) -> list[tuple[int, ...]]:
-    """Ids of answers to a picture, two pictures and none; the end of an answer counts as one."""
-    engine = build_engine(built, encode_pictures(built, lambda ref: PICTURES[ref.uri]))
+    """Ids of answers to one medium, two and none; the end of an answer counts as one."""
+    (modality,) = built.towers
+    engine = build_engine(built, encode_pictures(built, lambda ref: MEDIA[modality][ref.uri]))
     asked = [("red",), ("green", "blue"), ()]
-    found = engine([Request(id=str(colors), turns=turns(*colors), max_new_tokens=4) for colors in asked])
+    found = engine([Request(id=str(c), turns=turns(modality, *c), max_new_tokens=4) for c in asked])
     return [(*one.token_ids, *([built.stop] if one.finish == "stop" else [])) for one in found]

@@ -67,7 +67,7 @@ def test_a_folder_says_what_transformers_says(folder, kind, mean):
     assert isinstance(tower.encoder, Encoder)
     whole = video(11)
     frames = [whole[i] for i in uniform(len(whole), tower.frames)]
-    media = tower.prepare(frames)
+    media = tower.clip(frames)
     found = tower.encoder(media)
     assert found.grid.tolist() == tower.encoder.grid_out(media.grid).tolist() == [[2, 4, 4]]
     pixels = torch.from_numpy(np.stack([np.array(f) for f in frames])).float() / 255
@@ -87,10 +87,10 @@ def test_what_is_left_out_is_said_and_settings_give_the_tower_again(folder):
     assert load_video_tower(**tower.settings).key == tower.key
     rounded = load_video_tower(str(path), dtype="bfloat16")
     assert rounded.key != tower.key
-    assert rounded.encoder(rounded.prepare(video(4))).values.dtype == torch.bfloat16
+    assert rounded.encoder(rounded.clip(video(4))).values.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in tower.encoder.parameters())
     with pytest.raises(DataError, match="3 frames came, this tower takes 4"):
-        tower.prepare(video(3))
+        tower.clip(video(3))
 
 
 def test_folders_that_do_not_fit_are_refused(folder, tmp_path):

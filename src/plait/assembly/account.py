@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from plait.assembly.audio_towers import load_audio_tower
+from plait.assembly.audio_towers import AudioTower
 from plait.assembly.language import language_of
-from plait.assembly.scratch import build_tower
-from plait.assembly.towers import load_image_tower
+from plait.assembly.media_towers import make_tower
+from plait.assembly.towers import ImageTower, load_image_tower
+from plait.assembly.video_towers import load_video_tower, scratch_video_tower
 from plait.core.events import Events
+from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
-from plait.models import specs
-from plait.models.audio_specs import PretrainedAudio
+from plait.models import audio_specs, specs, video_specs
 from plait.models.composition import Composition, NewDecoder
 from plait.models.connectors.measure import connector_account
 from plait.models.crossattend import layers_of
-from plait.models.measure import account
+from plait.models.measure import media_account
+from plait.models.towers.mel import SAMPLE_RATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartAccount:
-    """What one part costs for one item: a square picture of the tower's size, a sound, a prompt.
+    """What one part costs for one item: a square picture of the tower's size, a sound, a video, a prompt.
 
     Attributes:
         part: Such as ``image encoder``.
@@ -56,7 +58,7 @@ def composition_account(
     Args:
         spec: What the model is made of.
         prompt: Tokens of text beside the media.
-        seconds: Length of a sound.
+        seconds: Length of a sound; a video has as many frames as its tower looks at.
         events: Where a one-time conversion of a package is said.
 
     Raises:
@@ -69,14 +71,14 @@ def composition_account(
     layers = len(layers_of(decoder))
     found: list[PartAccount] = []
     chosen = spec.connectors.by_modality()
-    image, audio = spec.encoders.image, spec.encoders.audio
-    towers = [] if image is None else [("image", image.kind, *_image(image, events))]
-    towers += [] if audio is None else [("audio", audio.kind, *_audio(audio, seconds, events))]
     slots = 0
-    for modality, kind, of, cells, d_in in towers:
-        found.append(PartAccount(part=f"{modality} encoder", kind=kind, slots=0, **of))
-        connector = chosen[modality]  # pyright: ignore[reportArgumentType] (both are in one order)
-        cost = connector_account(connector, cells=cells, d_in=d_in, d_out=width, layers=layers)
+    for modality, encoder in spec.encoders.by_modality().items():
+        of = _encoder(encoder, seconds, events)
+        kind = str(getattr(encoder, "kind", ""))
+        counts = {"parameters": of.parameters, "trainable": of.trainable, "tokens": of.tokens, "flops": of.flops}
+        found.append(PartAccount(part=f"{modality} encoder", kind=kind, slots=0, **counts))
+        connector = chosen[modality]
+        cost = connector_account(connector, cells=of.cells, d_in=of.d_out, d_out=width, layers=layers)
         slots += cost.slots
         found.append(
             PartAccount(
@@ -106,34 +108,86 @@ def composition_account(
     return found
 
 
-def _image(spec: specs.Part, events: Events | None) -> tuple[dict[str, int], tuple[int, int], int]:
-    if isinstance(spec, specs.PretrainedImage):
-        tower = load_image_tower(spec.name, size=spec.size, dtype="float32", events=events)
-        assert isinstance(tower.encoder, nn.Module)
-        loaded = tower.encoder
-        # Already built: only its weights go to the meta device.
-        of, size, trainable = account(lambda: copy.deepcopy(loaded).to("meta"), tower.contract.size), 0, 0
+class _EncoderAccount(NamedTuple):
+    parameters: int
+    trainable: int
+    tokens: int
+    flops: int
+    cells: tuple[int, ...]
+    d_out: int
+
+
+def _encoder(spec: specs.Part, seconds: float, events: Events | None) -> _EncoderAccount:
+    """What an encoder costs: of a square picture of its size, a sound of so many seconds, a video of its frames."""
+    match spec:
+        case audio_specs.Whisper() | audio_specs.Wav2Vec2():
+            return _counted(lambda: _drawn(spec), (1, 1, round(seconds * SAMPLE_RATE)), channels=1)
+        case audio_specs.PretrainedAudio():
+            return _heard(spec, seconds, events)
+        case video_specs.PretrainedVideo():
+            watches = load_video_tower(spec.name, dtype="float32", events=events)
+            return _counted(lambda: _on_meta(watches.encoder), watches.shape)
+        case video_specs.FramesThenTime(tower=specs.PretrainedImage() as named):
+            tower = load_image_tower(named.name, size=named.size, layer=named.layer, dtype="float32", events=events)
+            side = tower.contract.size
+
+            def build() -> nn.Module:
+                return _drawn(spec, frame_tower=replace(tower, encoder=_on_meta(tower.encoder)))
+
+            return _counted(build, (spec.frames, side, side))
+        case video_specs.FramesThenTime() | video_specs.SpaceTime():
+            size = spec.size if isinstance(spec, video_specs.SpaceTime) else spec.tower.size
+            return _counted(lambda: _drawn(spec), (spec.frames, size, size))
+        case specs.PretrainedImage():
+            sees = load_image_tower(spec.name, size=spec.size, layer=spec.layer, dtype="float32", events=events)
+            return _counted(lambda: _on_meta(sees.encoder), (1, sees.contract.size, sees.contract.size))
+        case _:
+            size = int(getattr(spec, "size", 0))  # every spec of a picture encoder has it
+            return _counted(lambda: _drawn(spec), (1, size, size))
+
+
+def _drawn(spec: specs.Part, *, frame_tower: ImageTower | None = None) -> nn.Module:
+    """The very encoder that a model would have."""
+    if frame_tower is not None:
+        assert isinstance(spec, video_specs.FramesThenTime)
+        found = scratch_video_tower(spec, frame_tower=frame_tower).encoder
     else:
-        size: int = spec.size  # pyright: ignore[reportAttributeAccessIssue] (every spec of a picture encoder has it)
-        of = account(lambda: build_tower(spec), size)  # pyright: ignore[reportArgumentType]
-        trainable = of.trainable
-    side = math.isqrt(of.tokens)
-    cells = (side, side) if side * side == of.tokens else (1, of.tokens)
-    counts = {"parameters": of.parameters, "trainable": trainable, "tokens": of.tokens, "flops": of.flops}
-    return counts, cells, of.d_out
+        found = make_tower(spec).encoder
+    assert isinstance(found, nn.Module)
+    return found
 
 
-def _audio(spec: PretrainedAudio, seconds: float, events: Events | None) -> tuple[dict[str, int], tuple[int, int], int]:
-    tower = load_audio_tower(
-        spec.name, layer=spec.layer, keep=spec.keep, window_s=spec.window_s, dtype="float32", events=events
-    )
+def _on_meta(encoder: Encoder) -> nn.Module:
+    """Already built: only its weights go to the meta device."""
+    assert isinstance(encoder, nn.Module)
+    return copy.deepcopy(encoder).to("meta")
+
+
+def _counted(build: Callable[[], nn.Module], shape: tuple[int, int, int], *, channels: int = 3) -> _EncoderAccount:
+    """Counted on the meta device: no weight is drawn and no product computed."""
+    kept: list[Any] = []
+
+    def built() -> nn.Module:
+        kept.append(build())
+        return kept[0]
+
+    of = media_account(built, shape, channels=channels)
+    cells = tuple(kept[0].grid_out(torch.tensor([shape]))[0].tolist())
+    return _EncoderAccount(of.parameters, of.trainable, of.tokens, of.flops, cells, of.d_out)
+
+
+def _heard(spec: audio_specs.PretrainedAudio, seconds: float, events: Events | None) -> _EncoderAccount:
+    """Counted while it hears silence: feature extractors of transformers compute, whatever the device."""
+    tower = make_tower(spec.model_copy(update={"dtype": "float32"}), events=events)
+    assert isinstance(tower, AudioTower)
+    assert isinstance(tower.encoder, nn.Module)
     samples = round(seconds * tower.rate)
-    silence = Patches(values=torch.zeros(samples, 1), grid=torch.tensor([[1, 1, samples]]))
+    grid = torch.tensor([[1, 1, samples]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tokens = len(tower.encoder(silence).values)
+        tokens = len(tower.encoder(Patches(values=torch.zeros(samples, 1), grid=grid)).values)
     weights = sum(weight.numel() for weight in tower.encoder.parameters())
-    counts = {"parameters": weights, "trainable": 0, "tokens": tokens, "flops": counter.get_total_flops()}
-    return counts, (1, tokens), tower.encoder.d_out
+    cells = tuple(tower.encoder.grid_out(grid)[0].tolist())
+    return _EncoderAccount(weights, 0, tokens, counter.get_total_flops(), cells, tower.encoder.d_out)
 
 
 def _decoder_flops(decoder: Any, width: int, positions: int) -> int:

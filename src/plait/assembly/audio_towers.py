@@ -1,10 +1,10 @@
-"""Package or local Hugging Face folder to frozen audio tower, with the feature extractor it was trained with."""
+"""Package or local Hugging Face folder to frozen audio tower, with its feature extractor; specs to one that learns."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,21 @@ import torch
 
 from plait.assembly.hf_folder import load_folder, reading
 from plait.assembly.local import WHISPER, digest, fingerprint
+from plait.assembly.scratch import SCRATCH
 from plait.assembly.whisper_tiny import whisper_folder
 from plait.core.device import choose_dtype
 from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.events import Events
 from plait.core.files import read_json
+from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
 from plait.data.sounds import Sound
+from plait.models import audio_specs
+from plait.models.build_media import build_audio
+from plait.models.towers.mel import SAMPLE_RATE
 from plait.models.towers.pretrained_audio import FAMILIES, PARTS, PretrainedAudio, shortened
+from plait.models.towers.wav2vec import Wav2Vec
 
 _PREPROCESSING = 1
 """Raise when the code that makes features of towers changes what comes out."""
@@ -31,7 +37,7 @@ _ONLY_TRAINING = ("masked_spec_embed",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioTower:
-    """A frozen audio encoder.
+    """An audio encoder with what it asks of sounds.
 
     Attributes:
         encoder: Mono samples to features; an :class:`~plait.core.protocols.Encoder` and an ``nn.Module``.
@@ -39,12 +45,20 @@ class AudioTower:
         settings: Arguments of :func:`load_audio_tower` that give this tower again.
         key: Digest of weights, preprocessing, settings and the version of our code: heads trained on one key need it
             again.
+        own: Of a tower from scratch, what makes it again but for its weights, which the model that uses it keeps; None
+            where it is found by its name.
     """
 
-    encoder: PretrainedAudio
+    encoder: Encoder
     rate: int
     settings: Mapping[str, Any]
     key: str
+    own: Mapping[str, Any] | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What decides about prepared sounds."""
+        return {"rate": self.rate, "code": _PREPROCESSING}
 
     @property
     def cache_key(self) -> str:
@@ -56,19 +70,45 @@ class AudioTower:
         """Samples as the encoder takes them.
 
         Raises:
-            DataError: They are at another rate than the tower's.
+            DataError: They are at another rate than the tower's, or too few or too many for it; names the sound.
         """
         if sound.rate != self.rate:
             raise DataError(
                 f"the sound has {sound.rate:,} samples a second, the tower takes {self.rate:,}",
-                place=str(self.settings["name"]),
-                remedy=f"resample it to {self.rate:,}",
+                place=sound.place or str(self.settings.get("name", "audio tower")),
+                remedy=f"resample it to {self.rate:,}, such as by `ffmpeg -i IN -ac 1 -ar {self.rate} OUT.wav`",
             )
+        self._grid(len(sound.samples), place=sound.place)
         return Patches(values=torch.from_numpy(sound.samples)[:, None], grid=torch.tensor([[1, 1, len(sound.samples)]]))
 
+    def grid(self, ref: MediaRef) -> torch.Tensor:
+        """Grid of what the encoder makes of a sound, told by its length (``ref.length``, at the tower's rate).
+
+        Raises:
+            DataError: That is not known, or too little or too much for the tower.
+        """
+        place = f"sound {ref.sha256[:12]} ({ref.uri or 'no uri'})"
+        if ref.length < 1:
+            raise DataError(
+                "the length of the sound is not known, and how many tokens it becomes depends on it",
+                place=place,
+                remedy="let MediaRef say its length in samples, as the data stage does",
+            )
+        return self._grid(ref.length, place=place)
+
     def tokens(self, ref: MediaRef) -> int:
-        """How many tokens the encoder makes of a sound, told by its length (``ref.length``, at the tower's rate)."""
-        return int(self.encoder.grid_out(torch.tensor([[1, 1, ref.length]])).prod())
+        """How many tokens the encoder makes of a sound.
+
+        Raises:
+            DataError: As :meth:`grid`.
+        """
+        return int(self.grid(ref).prod())
+
+    def _grid(self, samples: int, *, place: str) -> torch.Tensor:
+        try:
+            return self.encoder.grid_out(torch.tensor([[1, 1, samples]]))
+        except DataError as error:
+            raise DataError(error.cause, place=place or error.place, remedy=error.remedy) from error
 
 
 def load_audio_tower(
@@ -116,6 +156,26 @@ def load_audio_tower(
     return AudioTower(
         encoder=encoder.eval().requires_grad_(False), rate=encoder.rate, settings=settings, key=digest(made)
     )
+
+
+def scratch_audio_tower(spec: audio_specs.ScratchAudio, *, key: str = "") -> AudioTower:
+    """An audio tower that belongs to a model, drawn from torch's generator; an output layer for CTC does not learn.
+
+    Args:
+        spec: Of the tower.
+        key: Of its weights, where they are known; else of its settings.
+
+    Raises:
+        ConfigError: Its sizes do not fit together.
+    """
+    encoder = build_audio(spec)
+    if isinstance(encoder, Wav2Vec):
+        for unused in (encoder.head, encoder.mask_token):
+            if unused is not None:
+                unused.requires_grad_(False)
+    settings = {SCRATCH: spec.model_dump(mode="json")}
+    made = AudioTower(encoder=encoder, rate=SAMPLE_RATE, settings=settings, key=key, own=settings)
+    return made if key else replace(made, key=digest({"settings": settings} | made.preprocessing))
 
 
 def _folder(name: str, events: Events) -> Path:

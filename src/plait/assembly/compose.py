@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from plait.assembly.audio_towers import load_audio_tower
 from plait.assembly.language import language_of
-from plait.assembly.multimodal import Multimodal, Tower, build_multimodal
-from plait.assembly.towers import load_image_tower, scratch_tower
+from plait.assembly.media_towers import Tower, make_tower
+from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.events import Events
 from plait.core.types import Modality
-from plait.models import specs
 from plait.models.composition import Composition, NewDecoder
 
 
@@ -32,26 +30,16 @@ def compose(spec: Composition, *, dtype: str = "float32", events: Events | None 
         >>> compose(load(Composition, Path("model.yaml")).spec).slots_per_picture  # doctest: +SKIP
         16
     """
-    towers: dict[Modality, Tower] = {}
-    image = spec.encoders.image
-    if isinstance(image, specs.PretrainedImage):
-        towers["image"] = load_image_tower(
-            image.name, size=image.size, fit=image.fit, layer=image.layer, dtype=image.dtype, events=events
-        )
-    elif image is not None:
-        towers["image"] = scratch_tower(image)
-    audio = spec.encoders.audio
-    if audio is not None:
-        towers["audio"] = load_audio_tower(
-            audio.name, layer=audio.layer, keep=audio.keep, window_s=audio.window_s, dtype=audio.dtype, events=events
-        )
+    parts = spec.encoders.by_modality()
+    towers: dict[Modality, Tower] = {modality: make_tower(part, events=events) for modality, part in parts.items()}
     language = language_of(spec.decoder, dtype=dtype, events=events)
     whole = isinstance(spec.decoder, NewDecoder)
     built = build_multimodal(towers, language, spec.connectors, decoder=spec.decoder, whole=whole)
     if whole:
         language.model.requires_grad_(requires_grad=True)
     built.model.train()
-    for tower in built.model.encoders.values():
-        if not any(weight.requires_grad for weight in tower.parameters()):
-            tower.eval()
+    for module in built.model.encoders.modules():  # a frozen tower may lie inside one that learns
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
     return built

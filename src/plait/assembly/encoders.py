@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from plait.assembly.audio_towers import load_audio_tower
-from plait.assembly.towers import load_image_tower, load_text_tower
-from plait.assembly.video_towers import load_video_tower
+from plait.assembly.media_towers import make_tower
+from plait.assembly.towers import load_text_tower
 from plait.core.events import Events
 from plait.models import audio_specs, specs, text_specs, video_specs
 from plait.models.build import build_encoder
@@ -29,23 +28,10 @@ def load_encoder(spec: specs.Part, *, events: Events | None = None) -> nn.Module
         CheckpointError: A folder holds no usable weights.
     """
     match spec:
-        case specs.PretrainedImage():
-            found = load_image_tower(
-                spec.name, size=spec.size, fit=spec.fit, layer=spec.layer, dtype=spec.dtype, events=events
-            ).encoder
+        case specs.PretrainedImage() | audio_specs.PretrainedAudio() | video_specs.PretrainedVideo():
+            found = make_tower(spec, events=events).encoder
             assert isinstance(found, nn.Module)
             return found
-        case audio_specs.PretrainedAudio():
-            return load_audio_tower(
-                spec.name,
-                layer=spec.layer,
-                keep=spec.keep,
-                window_s=spec.window_s,
-                dtype=spec.dtype,
-                events=events,
-            ).encoder
-        case video_specs.PretrainedVideo():
-            return load_video_tower(spec.name, dtype=spec.dtype, events=events).encoder
         case text_specs.PretrainedText():
             return load_text_tower(spec.name, max_tokens=spec.max_tokens, dtype=spec.dtype).encoder
         case video_specs.FramesThenTime():

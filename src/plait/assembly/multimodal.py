@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.adapters.lora import Lora, load_adapter, save_adapter
-from plait.assembly.audio_towers import AudioTower, load_audio_tower
+from plait.assembly.audio_towers import AudioTower
 from plait.assembly.compressed import load_decoder, save_decoder
 from plait.assembly.language import load_language, load_trained
 from plait.assembly.local import fingerprint, load_weights, quiet
-from plait.assembly.record import PLAIT, read_record, write_record
-from plait.assembly.resolution import slots_of
-from plait.assembly.scratch import SCRATCH, read_spec
+from plait.assembly.media_towers import Tower, kept, media_contract, read_tower, record_of, slot_counter, tower_key
+from plait.assembly.record import PLAIT, read_record, same_key, write_record
 from plait.assembly.smollm import LanguageModel
-from plait.assembly.towers import ImageTower, load_image_tower, scratch_tower, tower_key
+from plait.assembly.towers import ImageTower
+from plait.assembly.video_towers import VideoTower
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
-from plait.core.types import MediaRef, Modality
+from plait.core.types import Modality
 from plait.data.template import Template
 from plait.models import specs
 from plait.models.build import build_connector, build_reading
@@ -50,9 +50,6 @@ DECODER = "decoder"
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
-
-Tower = ImageTower | AudioTower
-"""What comes before a connector: an encoder with what prepares its media."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +113,12 @@ class Multimodal:
         found = self.towers.get("audio")
         return found if isinstance(found, AudioTower) else None
 
+    @property
+    def video(self) -> VideoTower | None:
+        """The video tower, if the model sees videos."""
+        found = self.towers.get("video")
+        return found if isinstance(found, VideoTower) else None
+
     def slot_grid(self, grid: Tensor) -> Tensor:
         """The token account of pictures, from their features on: grids in, grids of placeholders out."""
         return self.model.slot_grid("image", grid)
@@ -126,15 +129,19 @@ class Multimodal:
         return {modality: partial(self.model.slot_grid, modality) for modality in self.towers}
 
     @property
+    def raw_accounts(self) -> Mapping[Modality, Callable[[Tensor], Tensor]]:
+        """The token account of each modality, from raw media on: pixels, samples, frames."""
+
+        def account(modality: Modality, grid: Tensor) -> Tensor:
+            return self.model.slot_grid(modality, self.towers[modality].encoder.grid_out(grid))
+
+        return {modality: partial(account, modality) for modality in self.towers}
+
+    @property
     def template(self) -> Template:
         """Turns to ids, for training and for serving."""
-        count: dict[Modality, Callable[[MediaRef], int]] = {}
         accounts = self.accounts
-        for modality, tower in self.towers.items():
-            if isinstance(tower, ImageTower):
-                count[modality] = cache(slots_of(tower.contract, tower.encoder.grid_out, accounts[modality]))
-            else:
-                count[modality] = partial(_sound_slots, tower, accounts[modality])
+        count = {modality: slot_counter(tower, accounts[modality]) for modality, tower in self.towers.items()}
         return Template(
             self.language.tokenizer,
             placeholder=self.model.placeholders,
@@ -159,20 +166,14 @@ class Multimodal:
 
     def own_state(self) -> dict[str, Tensor]:
         """Tensors that ``model.safetensors`` keeps: all but those of frozen towers, and of the decoder proper."""
-        learning = tuple(
-            f"encoders.{modality}." for modality, tower in self.towers.items() if getattr(tower, "own", None)
-        )
+        own = {f"encoders.{modality}.{name}" for modality, tower in self.towers.items() for name in kept(tower)}
         return {
             name: value
             for name, value in self.model.state_dict().items()
-            if name.startswith(learning)
+            if name in own
             or not name.startswith(("encoders.", "decoder."))
             or (name.startswith("decoder.") and ".reads." in name)
         }
-
-
-def _sound_slots(tower: AudioTower, account: Callable[[Tensor], Tensor], ref: MediaRef) -> int:
-    return int(account(tower.encoder.grid_out(torch.tensor([[1, 1, ref.length]]))).prod())
 
 
 def holds_media(name: str) -> bool:
@@ -266,10 +267,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
                 built.language.model.save_pretrained(str(folder / DECODER))
             decoder |= {"folder": DECODER, "key": fingerprint(folder / DECODER)}
     composition = {
-        "towers": {
-            modality: {**(getattr(tower, "own", None) or tower.settings), "key": tower_key(tower)}
-            for modality, tower in built.towers.items()
-        },
+        "towers": {modality: record_of(tower) for modality, tower in built.towers.items()},
         "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
         "placeholders": built.model.placeholders,
@@ -278,13 +276,13 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
 
 
 def _media(built: Multimodal) -> dict[str, Any]:
-    """The media contract: what pictures and sounds become."""
-    found: dict[str, Any] = {}
-    for modality, tower in built.towers.items():
-        if isinstance(tower, ImageTower):
-            found[modality] = {**tower.contract.as_dict(), "tokens": built.slots_per_picture}
-        else:
-            found[modality] = {"rate": tower.rate}
+    """The media contract: what pictures, sounds and videos must be, and become."""
+    found: dict[str, Any] = {modality: media_contract(tower) for modality, tower in built.towers.items()}
+    if "image" in found:
+        found["image"]["tokens"] = built.slots_per_picture
+    if built.video is not None:
+        longest = built.video.encoder.grid_out(torch.tensor([built.video.shape]))
+        found["video"]["tokens"] = int(built.model.slots("video", longest))
     return json.loads(json.dumps(found))
 
 
@@ -318,7 +316,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
     """
     record = _read(folder)
     towers: dict[Modality, Tower] = {
-        modality: _load_tower(modality, settings, folder=folder, events=events)
+        modality: read_tower(modality, settings, folder=folder, events=events)
         for modality, settings in record.towers.items()
     }
     language, whole = _load_language(record, folder, adapter=adapter, events=events)
@@ -335,7 +333,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
         )
     load_weights(built.model, folder / _WEIGHTS, names=built.own_state())
     for modality, tower in towers.items():
-        _same(f"{modality} tower", tower_key(tower), tower.key, folder=folder)
+        same_key(f"{modality} tower", tower_key(tower), tower.key, folder=folder)
     if _media(built) != record.media:
         raise CheckpointError(
             f"the media contract is {json.dumps(record.media)}, towers and connectors make it "
@@ -378,25 +376,6 @@ def _read(folder: Path) -> _Record:
         ) from error
 
 
-def _load_tower(modality: Modality, settings: dict[str, Any], *, folder: Path, events: Events | None) -> Tower:
-    key = str(settings.pop("key", ""))
-    if SCRATCH in settings:
-        return scratch_tower(read_spec(settings[SCRATCH], folder=folder), dtype=str(settings.get("dtype", "")), key=key)
-    try:
-        if modality == "audio":
-            found: Tower = load_audio_tower(settings.pop("name"), **settings, events=events)
-        else:
-            found = load_image_tower(settings.pop("name"), **settings, events=events)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the {modality} tower's settings cannot be read: {error}",
-            place=str(folder / PLAIT),
-            remedy="use an undamaged copy of the folder",
-        ) from error
-    _same(f"{modality} tower", found.key, key, folder=folder)
-    return found
-
-
 def _load_language(
     record: _Record, folder: Path, *, adapter: bool, events: Events | None
 ) -> tuple[LanguageModel, bool]:
@@ -414,25 +393,16 @@ def _load_language(
     if "folder" in decoder:
         language = load_trained(folder / DECODER, tokenizer=tokenizer, dtype=dtype)
         found = fingerprint(folder / DECODER)
-        _same("decoder", found, decoder["key"], folder=folder)
+        same_key("decoder", found, decoder["key"], folder=folder)
         return replace(language, key=found), True
     language = load_language(_name(record.spec), dtype=dtype, events=events)
-    _same("decoder", language.key, decoder["key"], folder=folder)
+    same_key("decoder", language.key, decoder["key"], folder=folder)
     return replace(language, tokenizer=tokenizer), False
 
 
 def _name(decoder: Decoder) -> str:
     """Of a pretrained decoder; what a new one is called in an adapter's file."""
     return decoder.name if isinstance(decoder, PretrainedDecoder) else decoder.model_type
-
-
-def _same(what: str, found: str, wanted: object, *, folder: Path) -> None:
-    if found != wanted:
-        raise CheckpointError(
-            f"the {what} has digest {found[:12]}, this model was trained with {str(wanted)[:12]}",
-            place=str(folder / PLAIT),
-            remedy=f"fetch the version of the {what} that was used, or train again",
-        )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -46,6 +46,26 @@ def read_record(folder: Path, *, kind: str) -> dict[str, Any]:
     return record
 
 
+def same_key(what: str, found: str, wanted: object, *, folder: Path) -> None:
+    """See that a part is the one that a folder was made with.
+
+    Args:
+        what: Such as ``image tower``.
+        found: Digest of what is there.
+        wanted: Digest that the record has.
+        folder: Of the record.
+
+    Raises:
+        CheckpointError: It is another.
+    """
+    if found != wanted:
+        raise CheckpointError(
+            f"the {what} has digest {found[:12]}, this model was trained with {str(wanted)[:12]}",
+            place=str(folder / PLAIT),
+            remedy=f"fetch the version of the {what} that was used, or train again",
+        )
+
+
 def read_fields(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 

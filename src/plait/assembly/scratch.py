@@ -1,4 +1,4 @@
-"""Spec ⇄ picture tower from scratch with the preprocessing its own size asks for; and such a tower out of a checkpoint.
+"""Spec ⇄ tower from scratch with the preprocessing its own size asks for; and such a picture tower out of a checkpoint.
 
 A frozen tower is a name and a digest. One that learned has its weights in the checkpoint's ``model.safetensors``, under
 ``tower.``, and its spec in ``plait.json``.
@@ -18,7 +18,7 @@ from plait.assembly.local import digest, load_weights
 from plait.assembly.record import PLAIT, read_fields, read_record
 from plait.core.errors import CheckpointError
 from plait.core.files import sha256_file
-from plait.models import specs
+from plait.models import specs, video_specs
 from plait.models.build import build_encoder
 from plait.models.towers.pixels import HALF
 
@@ -45,8 +45,8 @@ def build_tower(spec: specs.ScratchImage) -> nn.Module:
     return tower
 
 
-def contract_of(spec: specs.ScratchImage, tower: nn.Module) -> ImageContract:
-    """How pictures become this tower's pixels: squares of its own size; it normalizes them itself.
+def contract_of(spec: specs.ScratchImage | video_specs.SpaceTime, tower: nn.Module) -> ImageContract:
+    """How pictures or frames become this tower's pixels: squares of its own size; it normalizes them itself.
 
     Args:
         spec: Of the tower.
@@ -65,12 +65,27 @@ def read_spec(settings: Mapping[str, Any], *, folder: Path) -> specs.ScratchImag
     Raises:
         CheckpointError: It describes no tower from scratch.
     """
+    return read_part(specs.ScratchImage, settings, folder=folder, what="picture")
+
+
+def read_part(kind: Any, settings: Mapping[str, Any], *, folder: Path, what: str) -> Any:
+    """The spec of a tower that learned, of any modality.
+
+    Args:
+        kind: Union of the specs that it may be.
+        settings: As ``plait.json`` has them.
+        folder: Where that is.
+        what: The tower reads, for errors.
+
+    Raises:
+        CheckpointError: They describe no such tower.
+    """
     try:
-        return TypeAdapter[specs.ScratchImage](specs.ScratchImage).validate_python(settings)
+        return TypeAdapter[Any](kind).validate_python(settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(
-            f"the picture tower's spec, {'.'.join(map(str, first['loc'])) or 'kind'}: {first['msg']}",
+            f"the {what} tower's spec, {'.'.join(map(str, first['loc'])) or 'kind'}: {first['msg']}",
             place=str(folder / PLAIT),
             remedy="use an undamaged copy of the folder, or the version of plait that wrote it",
         ) from error

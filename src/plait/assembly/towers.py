@@ -7,7 +7,6 @@ they would come out the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plait.assembly.backbone import load_backbone
@@ -69,6 +68,11 @@ class ImageTower:
         """The key with the libraries whose versions change the last bits: features are shared only under this one."""
         versions = {name: metadata.version(name).split(".")[:2] for name in ("torch", "pillow")}
         return digest({"tower": self.key, **versions})
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What decides about prepared pictures."""
+        return _preprocessing(self.contract)
 
     def prepare(self, picture: Image.Image) -> Patches:
         """RGB picture to raw pixels, by the contract."""
@@ -185,20 +189,6 @@ def scratch_tower(spec: specs.ScratchImage, *, dtype: str = "", key: str = "") -
         key=key or digest({"settings": settings} | _preprocessing(contract)),
         own=settings,
     )
-
-
-def tower_key(tower: Any) -> str:
-    """What tells a tower from all others: of one that belongs to a model, settings and weights as they are now.
-
-    Args:
-        tower: Of pictures or sounds.
-    """
-    own = getattr(tower, "own", None)
-    if own is None:
-        return tower.key
-    state = {name: value.detach().cpu().contiguous() for name, value in tower.encoder.state_dict().items()}
-    weights = hashlib.sha256(save(state)).hexdigest()
-    return digest({"settings": dict(own), "weights": weights} | _preprocessing(tower.contract))
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:

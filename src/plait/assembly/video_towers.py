@@ -1,9 +1,9 @@
-"""Local Hugging Face folder of VideoMAE to frozen video tower of ours, with the preprocessing it was trained with."""
+"""Local Hugging Face folder of VideoMAE, or a spec, to a video tower of ours with its preprocessing and its frames."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,52 +12,107 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from plait.assembly.contract import ImageContract, read_contract
 from plait.assembly.local import digest, fingerprint, put_weights
+from plait.assembly.scratch import SCRATCH, build_tower, contract_of
+from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import choose_dtype
 from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.events import Events
 from plait.core.files import read_json
+from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
+from plait.core.types import MediaRef
+from plait.data.frames import Sampling
+from plait.data.videos import Video
+from plait.models import specs, video_specs
+from plait.models.build_media import build_video
 from plait.models.hub import videomae
 from plait.models.towers.video import SpaceTimeTransformer, VideoSizes
 
+FRAMES = "frames"
+"""Under which name ``plait.json`` keeps the loaded picture tower of a video tower that learned."""
 _PREPROCESSING = 1
 """Raise when the code that makes pixels or features of towers changes what comes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoTower:
-    """A frozen video encoder with its preprocessing.
+    """A video encoder with its preprocessing.
 
     Attributes:
         encoder: Clips of raw pixels to features; an :class:`~plait.core.protocols.Encoder` and an ``nn.Module``.
         contract: How each frame becomes those pixels.
-        frames: Frames of a clip; :mod:`plait.data.frames` chooses them.
+        sampling: Which frames of a video are looked at.
         settings: Arguments of :func:`load_video_tower` that give this tower again.
         key: Digest of weights, contract, settings and the version of our code: heads trained on one key need it again.
+        own: Of a tower from scratch, what makes it again but for its weights, which the model that uses it keeps; None
+            where it is found by its name.
+        frame_tower: Of a tower from scratch, the loaded picture tower in it, if there is one.
     """
 
-    encoder: SpaceTimeTransformer
+    encoder: Encoder
     contract: ImageContract
-    frames: int
+    sampling: Sampling
     settings: Mapping[str, Any]
     key: str
+    own: Mapping[str, Any] | None = None
+    frame_tower: ImageTower | None = None
+
+    @property
+    def frames(self) -> int:
+        """How many are looked at, at most."""
+        return self.sampling.frames
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a video that has as many frames as are looked at."""
+        return self.frames, self.contract.size, self.contract.size
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What decides about prepared videos."""
+        return {"contract": self.contract.as_dict(), "sampling": asdict(self.sampling), "code": _PREPROCESSING}
 
     @property
     def cache_key(self) -> str:
         """The key with the libraries whose versions change the last bits: features are shared only under this one."""
         versions = {name: metadata.version(name).split(".")[:2] for name in ("torch", "pillow")}
-        return digest({"tower": self.key, **versions})
+        return digest({"tower": self.key, "sampling": asdict(self.sampling), **versions})
 
-    def prepare(self, frames: Sequence[Image.Image]) -> Patches:
+    def prepare(self, video: Video) -> Patches:
+        """The frames of a video that the tower looks at, as one clip of raw pixels.
+
+        Raises:
+            MediaError: One of them cannot be decoded.
+        """
+        return self.clip(video.frames(self.sampling.indices(video.total)))
+
+    def grid(self, ref: MediaRef) -> torch.Tensor:
+        """Grid of what the encoder makes of a video, told by its frames (``ref.length``) where they matter.
+
+        Raises:
+            DataError: They matter and are not known.
+        """
+        if self.sampling.policy != "uniform" and ref.length < 1:
+            raise DataError(
+                "the length of the video is not known, and how many frames are looked at depends on it",
+                place=f"video {ref.sha256[:12]} ({ref.uri or 'no uri'})",
+                remedy="let MediaRef say its length in frames (plait.data.videos.open_video counts them)",
+            )
+        _, rows, columns = self.shape
+        return self.encoder.grid_out(torch.tensor([[self.sampling.count(ref.length), rows, columns]]))
+
+    def clip(self, frames: Sequence[Image.Image]) -> Patches:
         """RGB frames to one clip of raw pixels, each frame by the contract.
 
         Raises:
             DataError: They are not as many as the tower takes.
         """
-        if len(frames) != self.frames:
+        fewer = self.sampling.policy != "uniform" and 0 < len(frames) < self.frames
+        if len(frames) != self.frames and not fewer:
             raise DataError(
                 f"{len(frames)} frames came, this tower takes {self.frames}",
                 place="video frames",
@@ -104,10 +159,58 @@ def load_video_tower(name: str, *, dtype: str = "auto", events: Events | None = 
     return VideoTower(
         encoder=encoder.to(getattr(torch, kind)).eval().requires_grad_(False),
         contract=contract,
-        frames=sizes.grid[0] * sizes.tubelet,
+        sampling=Sampling(frames=sizes.grid[0] * sizes.tubelet),
         settings={"name": name, "dtype": kind},
         key=digest(made),
     )
+
+
+def scratch_video_tower(
+    spec: video_specs.ScratchVideo,
+    *,
+    frame_tower: ImageTower | None = None,
+    key: str = "",
+    events: Events | None = None,
+) -> VideoTower:
+    """A video tower that belongs to a model, drawn from torch's generator but for a pretrained tower of its frames.
+
+    Args:
+        spec: Of the tower.
+        frame_tower: The loaded tower of its frames; None loads it where the spec names one.
+        key: Of its weights, where they are known; else of its settings.
+        events: Where the one-time conversion of weights is said.
+
+    Raises:
+        ConfigError: Its sizes do not fit together, or the tower of frames is not there.
+        ResourceError: The package of that tower is not fetched, or damaged.
+        CheckpointError: The folder of that tower holds no usable weights.
+    """
+    if isinstance(spec, video_specs.FramesThenTime):
+        named = spec.tower
+        if frame_tower is None and isinstance(named, specs.PretrainedImage):
+            frame_tower = load_image_tower(
+                named.name, size=named.size, layer=named.layer, dtype=named.dtype, events=events
+            )
+        inner: Any = build_tower(named) if frame_tower is None else frame_tower.encoder  # pyright: ignore[reportArgumentType]
+        contract = contract_of(named, inner) if frame_tower is None else frame_tower.contract  # pyright: ignore[reportArgumentType]
+        encoder: nn.Module = build_video(spec, tower=inner)
+    else:
+        encoder = build_video(spec)
+        contract = contract_of(spec, encoder)
+    assert isinstance(encoder, Encoder)
+    settings: dict[str, Any] = {SCRATCH: spec.model_dump(mode="json")}
+    if frame_tower is not None:
+        settings[FRAMES] = {**(frame_tower.own or frame_tower.settings), "key": frame_tower.key}
+    made = VideoTower(
+        encoder=encoder,
+        contract=contract,
+        sampling=Sampling(policy=spec.sampling, frames=spec.frames, step=spec.step),
+        settings=settings,
+        key=key,
+        own=settings,
+        frame_tower=frame_tower,
+    )
+    return made if key else replace(made, key=digest({"settings": settings} | made.preprocessing))
 
 
 def _sizes(folder: Path) -> VideoSizes:

@@ -1,4 +1,4 @@
-"""``plait chat MODEL``: ask a model about pictures, in the terminal.
+"""``plait chat MODEL``: ask a model about pictures, sounds and videos, in the terminal.
 
 The answer alone goes to stdout; everything about it goes to stderr.
 """
@@ -19,14 +19,22 @@ from plait.cli.output import Out
 from plait.core.errors import DataError, PlaitError, Stopped, UsageError
 
 if TYPE_CHECKING:
-    from plait.core.types import MediaRef
+    from plait.core.types import MediaRef, Modality
     from plait.inference.converse import Conversation, Pictures
 
 _HELP = """\
 /image PATH  the picture of your next question
+/sound PATH  the sound of your next question (WAV, at the model's own rate)
+/video PATH  the video of your next question
 /new         forget the conversation, keep the picture
 /help        this
 /quit        end (or Ctrl-D); Ctrl-C stops an answer, and at the prompt ends"""
+
+_SHOW: dict[str, tuple[Modality, str]] = {
+    "/image": ("image", "picture"),
+    "/sound": ("audio", "sound"),
+    "/video": ("video", "video"),
+}
 
 # What a terminal would obey and not show: all control characters but tab and newline.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
@@ -43,11 +51,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="picture of the first question; may be repeated"
     )
+    parser.add_argument("--sound", action="append", default=[], metavar="PATH", help="sound of the first question")
+    parser.add_argument("--video", action="append", default=[], metavar="PATH", help="video of the first question")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this once and end; else ask, or read lines of stdin")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="most tokens of an answer (default: 256)")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): likeliest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling above temperature 0 (default: 0)")
-    parser.add_argument("--allow-root", type=Path, metavar="DIR", help="refuse pictures outside this folder")
+    parser.add_argument(
+        "--allow-root", type=Path, metavar="DIR", help="refuse pictures and other media outside this folder"
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)"
     )
@@ -74,7 +86,7 @@ class Desk:
     Attributes:
         conversation: With the model.
         pictures: Bytes of what was shown.
-        root: Folder that pictures must be in; None allows every readable file.
+        root: Folder that media must be in; None allows every readable file.
         told: Whether it was said that a question goes without a picture.
     """
 
@@ -83,13 +95,20 @@ class Desk:
     root: Path | None
     told: bool = False
 
-    def show(self, path: str) -> None:
-        """Make a picture the one of the next question.
+    def show(self, path: str, modality: Modality = "image") -> None:
+        """Make a picture, sound or video the one of the next question; what there is of other kinds stays.
 
         Raises:
             MediaError: It is refused.
+            DataError: The model does not read such media.
         """
-        self.conversation.pictures = [_open(path, self.root, self.pictures)]
+        from plait.inference.converse import user_turn
+
+        shown = _open(path, self.root, self.pictures, modality=modality)
+        if modality != "image":  # or every question from now on would be refused
+            self.conversation.engine.render([user_turn([shown])])
+        others = [ref for ref in self.conversation.pictures if ref.modality != modality]
+        self.conversation.pictures = [*others, shown]
 
     def answer(self, question: str, *, show: bool) -> dict[str, Any]:
         """Answer a question, on stdout as it comes if ``show``.
@@ -178,16 +197,17 @@ def _command(desk: Desk, line: str) -> bool:
         return False
     word, _, rest = line.partition(" ")
     rest = rest.strip()
-    if word == "/image" and rest:
-        desk.show(rest)
-        _say(f"picture: {rest}")
+    if word in _SHOW and rest:
+        modality, what = _SHOW[word]
+        desk.show(rest, modality)
+        _say(f"{what}: {rest}")
     elif word == "/new":
         desk.conversation.forget()
         _say("a new conversation" + (", with the same picture" if desk.conversation.pictures else ""))
     elif word == "/help":
         _say(_HELP)
     else:
-        raise UsageError(f"cannot obey {line!r}", remedy="/image PATH, /new, /help or /quit")
+        raise UsageError(f"cannot obey {line!r}", remedy="/image PATH, /sound PATH, /video PATH, /new, /help or /quit")
     return True
 
 
@@ -231,7 +251,7 @@ def _check_question(question: str) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> Desk:
-    """Find the model, look at the pictures, and only then load what takes seconds."""
+    """Find the model, look at the media, and only then load what takes seconds."""
     from plait.inference.load import find_model_folder, load
 
     folder = find_model_folder(args.model, args.runs)
@@ -239,7 +259,8 @@ def _prepare(args: argparse.Namespace) -> Desk:
     from plait.inference.converse import Conversation, Decoding, Pictures
 
     pictures = Pictures()
-    shown = [_open(path, args.allow_root, pictures) for path in args.image]
+    given: list[tuple[Modality, list[str]]] = [("image", args.image), ("audio", args.sound), ("video", args.video)]
+    shown = [_open(path, args.allow_root, pictures, modality=kind) for kind, paths in given for path in paths]
     begun = time.monotonic()
     from plait.inference.wrapped import engine_for
 
@@ -250,17 +271,23 @@ def _prepare(args: argparse.Namespace) -> Desk:
     return Desk(conversation=conversation, pictures=pictures, root=args.allow_root)
 
 
-def _open(path: str, root: Path | None, pictures: Pictures) -> MediaRef:
-    """Read and check a picture, saying what decoding changed.
+def _open(path: str, root: Path | None, pictures: Pictures, *, modality: Modality) -> MediaRef:
+    """Read and check a picture, sound or video, saying what decoding changed.
 
     Raises:
-        MediaError: It is not there, outside the allowed folder, or no usable picture.
+        MediaError: It is not there, outside the allowed folder, or not usable.
     """
-    from plait.data.media import read_media
+    from plait.data.media import Limits, read_media
+    from plait.inference.converse import MAX_BYTES
 
     # Relative to where the person stands, even where an allowed folder is named.
     full = Path.cwd() / Path(path).expanduser()
-    data = read_media(full, allowed_root=root if root is not None else Path(full.anchor))
+    limits = Limits(max_bytes=MAX_BYTES[modality])
+    data = read_media(full, allowed_root=root if root is not None else Path(full.anchor), limits=limits)
+    if modality == "audio":
+        return pictures.add_sound(data, place=path)
+    if modality == "video":
+        return pictures.add_video(data, place=path)
     ref, changes = pictures.add(data, place=path)
     for change in changes:
         _say(f"{path}: {change}")

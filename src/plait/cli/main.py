@@ -20,7 +20,7 @@ VERBS: dict[str, str] = {
     "run": "run a recipe: every stage in order, into one run folder",
     "plan": "say what a recipe needs: weights, tokens, FLOPs, memory, disk, time; no side effects",
     "resume": "continue an interrupted run from its last complete state",
-    "chat": "ask a model about pictures, in the terminal",
+    "chat": "ask a model about pictures, sounds and videos, in the terminal",
     "serve": "serve a model over HTTP as OpenAI's chat completions, on this machine only",
     "embed": "pictures and texts as vectors of one space, and how near they are",
     "export": "write a model in a layout that other tools load: LLaVA's of Hugging Face transformers",

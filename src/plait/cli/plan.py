@@ -94,7 +94,10 @@ def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:
     rows.append(["total", "", f"{sums[0]:,}", f"{sums[1]:,}", "", "", si(sums[2])])
     for line in _aligned(rows, rule_before_last=True):
         out.line(line)
-    out.line(f"for one square picture of the tower's size, a sound of {_SECONDS:.0f} s, and {_PROMPT} tokens of text")
+    items = {"image": "one square picture of the tower's size", "audio": f"a sound of {_SECONDS:.0f} s"}
+    items |= {"video": "a video of as many frames as are looked at"}
+    there = [items[modality] for modality in spec.encoders.by_modality()]
+    out.line(f"for {', '.join(there)}, and {_PROMPT} tokens of text")
     out.result({"parts": [asdict(part) for part in parts], "prompt": _PROMPT, "seconds": _SECONDS})
     return 0
 

@@ -32,7 +32,8 @@ class MediaRef:
         uri: A path, or ``shard.tar#member`` relative to the shard folder.
         width: Pixels (0 for audio).
         height: Pixels (0 for audio).
-        length: Samples (0 for pictures): with it a sound's tokens can be counted before it is opened.
+        length: Samples of a sound, frames of a video (0 for pictures): with it their tokens can be counted before they
+            are opened.
     """
 
     modality: Modality

@@ -17,7 +17,7 @@ from plait.data.template import Rendered
 Account = Callable[[Tensor], Tensor] | Mapping[Modality, Callable[[Tensor], Tensor]]
 """Grids in, grids of media tokens out: for pictures, or for each modality that there is."""
 
-_KINDS: Mapping[Modality, str] = {"image": "picture", "audio": "sound"}
+_KINDS: Mapping[Modality, str] = {"image": "picture", "audio": "sound", "video": "video"}
 
 
 def collate(

@@ -29,6 +29,7 @@ from plait.core.tensors import Patches
 from plait.core.types import MediaRef
 from plait.data.media import STORED, decode_image
 from plait.data.sounds import Sound, decode_sound
+from plait.data.videos import Video, open_video
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -170,10 +171,10 @@ def cached_features(
     then takes over what that one computed.
 
     Args:
-        media: Pictures, or sounds; equal bytes are encoded once.
+        media: Pictures, sounds or videos; equal bytes are encoded once.
         read: Gives the encoded bytes of one.
-        prepare: RGB picture to raw pixels, or :class:`~plait.data.sounds.Sound` to raw samples, as the encoder wants
-            them; one item or several.
+        prepare: RGB picture to raw pixels, :class:`~plait.data.sounds.Sound` to raw samples, or
+            :class:`~plait.data.videos.Video` to frames of raw pixels, as the encoder wants them; one item or several.
         encoder: These to features.
         key: Digest of the encoder's weights, preprocessing and number format.
         folder: Where caches lie; this one becomes a folder in it.
@@ -277,9 +278,11 @@ def _encode(
     return torch.cat(values), grids
 
 
-def _decoded(ref: MediaRef, data: bytes) -> Image.Image | Sound:
+def _decoded(ref: MediaRef, data: bytes) -> Image.Image | Sound | Video:
     if ref.modality == "audio":
         return decode_sound(data, place=ref.uri)
+    if ref.modality == "video":
+        return open_video(data, place=ref.uri)
     return decode_image(data, place=ref.uri, limits=STORED)
 
 

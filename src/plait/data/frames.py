@@ -8,9 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from plait.core.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Which frames a model looks at: part of its media contract, so that serving looks at what training did.
+
+    Attributes:
+        policy: ``uniform``: always as many, over the whole video; ``every``: with a fixed step from the first one on,
+            as many as there are.
+        frames: How many; of ``every``, how many at most.
+        step: Of ``every``, from one to the next.
+
+    Example:
+        >>> Sampling(frames=4).indices(100), Sampling(policy="every", frames=4, step=30).indices(100)
+        ([12, 37, 62, 87], [0, 30, 60, 90])
+    """
+
+    policy: Literal["uniform", "every"] = "uniform"
+    frames: int = 16
+    step: int = 1
+
+    def indices(self, total: int) -> list[int]:
+        """Frames of a video that has so many.
+
+        Raises:
+            DataError: The video has no frame.
+            ConfigError: No frame is wanted.
+        """
+        if self.policy == "uniform":
+            return uniform(total, self.frames)
+        return every(total, self.step, most=self.frames)
+
+    def count(self, total: int) -> int:
+        """How many those are; of ``uniform``, ``total`` need not be known and may be 0.
+
+        Raises:
+            DataError: It is 0 where it must be known.
+        """
+        return self.frames if self.policy == "uniform" else len(self.indices(total))
 
 
 def uniform(total: int, count: int) -> list[int]:

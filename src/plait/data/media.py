@@ -163,7 +163,7 @@ def read_media(path: Path, *, allowed_root: Path, limits: Limits = LIMITS) -> by
     """
     resolved = resolve_inside(path, allowed_root)
     if not resolved.is_file():  # opening a named pipe would wait for ever
-        raise MediaError("no-file", "not a regular file", place=str(path), remedy="name a picture file")
+        raise MediaError("no-file", "not a regular file", place=str(path), remedy="name a file")
     try:
         _check_bytes(resolved.stat().st_size, str(path), limits)
         return resolved.read_bytes()

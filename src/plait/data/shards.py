@@ -1,7 +1,7 @@
 """Shards: plain tar files that any WebDataset reader streams, each with an index for verified random access.
 
-``train-000.tar`` holds, sample after sample, ``<key>.json`` (:meth:`plait.core.types.Sample.to_json`) and the pictures
-and sounds that belong to it (``<key>.png``, ``<key>.wav``; ``<key>.0.png``, ``<key>.1.wav`` if several).
+``train-000.tar`` holds, sample after sample, ``<key>.json`` (:meth:`plait.core.types.Sample.to_json`) and the pictures,
+sounds and videos that belong to it (``<key>.png``, ``<key>.wav``; ``<key>.0.png``, ``<key>.1.wav`` if several).
 ``train-000.tar.idx`` is JSON Lines: a header with the size and sha256 of the whole shard and with the number of shards
 and samples in the whole split, then name, offset, size and sha256 of each member. A picture or sound of several samples
 is stored once; ``uri`` in each says where. The same samples give the same bytes: no times, no owners, samples in the
@@ -30,6 +30,7 @@ from plait.core.files import write_atomic
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.media import FORMATS, sniff
 from plait.data.sounds import SOUNDS, sniff_sound
+from plait.data.videos import VIDEOS, sniff_video
 
 MAX_SHARD_BYTES = 128 * 2**20
 """A new shard is begun beyond this; a shard is made in memory."""
@@ -194,12 +195,14 @@ class _Shard:
 
 
 def _a(ref: MediaRef) -> str:
-    return "a sound" if ref.modality == "audio" else "a picture"
+    return {"audio": "a sound", "video": "a video"}.get(ref.modality, "a picture")
 
 
 def _ending(ref: MediaRef, data: bytes, *, place: str) -> str:
     """The ending of a file's name, by what its bytes are."""
-    return SOUNDS[sniff_sound(data, place=place)] if ref.modality == "audio" else FORMATS[sniff(data, place=place)]
+    if ref.modality == "audio":
+        return SOUNDS[sniff_sound(data, place=place)]
+    return VIDEOS[sniff_video(data, place=place)] if ref.modality == "video" else FORMATS[sniff(data, place=place)]
 
 
 def _place(sample: Sample, stored: Mapping[str, str]) -> Sample:

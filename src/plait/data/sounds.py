@@ -52,11 +52,13 @@ class Sound:
         samples: Mono, float32, from -1 to 1.
         rate: Samples a second.
         channels: Of the file; more than one were averaged.
+        place: Where it comes from, for errors.
     """
 
     samples: NDArray[np.float32]
     rate: int
     channels: int
+    place: str = ""
 
     @property
     def seconds(self) -> float:
@@ -117,7 +119,7 @@ def decode_sound(data: bytes, *, place: str, limits: SoundLimits = SOUND_LIMITS)
         cause = f"the WAV sound is cut off: {count * channels * width - len(frames):,} bytes of samples are missing"
         raise MediaError("unreadable", cause, place=place, remedy="copy or download the file again")
     samples = _numbers(frames, width).reshape(-1, channels).mean(1, dtype=np.float64).astype(np.float32)
-    return Sound(samples=samples, rate=rate, channels=channels)
+    return Sound(samples=samples, rate=rate, channels=channels, place=place)
 
 
 def _check(channels: int, rate: int, count: int, *, place: str, limits: SoundLimits) -> None:

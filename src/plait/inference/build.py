@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from plait.assembly.media_towers import read_media
 from plait.assembly.multimodal import Multimodal
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef, Turn
 from plait.data.collate import joined
-from plait.data.media import decode_image
-from plait.data.sounds import decode_sound
 from plait.inference.engine import Engine, Prompt
 
 
@@ -51,20 +50,17 @@ def build_engine(
 
 
 def encode_pictures(built: Multimodal, read: Callable[[MediaRef], bytes]) -> Callable[[Sequence[MediaRef]], Patches]:
-    """Features of pictures and sounds from their bytes, by the media contract the model was trained with.
+    """Features of pictures, sounds and videos from their bytes, by the media contract the model was trained with.
 
     Args:
         built: Whose towers and contracts.
-        read: Bytes of a picture or sound.
+        read: Bytes of one of them.
     """
 
     def media(refs: Sequence[MediaRef]) -> Patches:
-        if refs and refs[0].modality == "audio" and built.audio is not None:
-            heard = [built.audio.prepare(decode_sound(read(ref), place=ref.uri or ref.sha256[:12])) for ref in refs]
-            with torch.inference_mode():
-                return built.audio.encoder(joined(heard))
-        raw = [built.image.prepare(decode_image(read(ref), place=ref.uri or ref.sha256[:12])) for ref in refs]
+        tower = built.towers[refs[0].modality]
+        raw = [read_media(tower, read(ref), place=ref.uri or ref.sha256[:12]) for ref in refs]
         with torch.inference_mode():
-            return built.image.encoder(joined(raw))
+            return tower.encoder(joined(raw))
 
     return media

@@ -1,4 +1,4 @@
-"""A conversation with a model: pictures checked as they come, turns kept, answers piece by piece.
+"""A conversation with a model: media checked as they come, turns kept, answers piece by piece.
 
 The terminal and the server both ask through this, so that the same question gets the same answer.
 """
@@ -6,12 +6,14 @@ The terminal and the server both ask through this, so that the same question get
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from plait.core.types import Completion, MediaRef, Request, Text, Turn
-from plait.data.media import CHANGES, open_image
+from plait.core.types import Completion, MediaRef, Modality, Request, Text, Turn
+from plait.data.media import CHANGES, LIMITS, open_image
+from plait.data.sounds import SOUND_LIMITS, decode_sound
+from plait.data.videos import VIDEO_LIMITS, open_video
 
 if TYPE_CHECKING:
     from plait.inference.engine import Engine
@@ -35,8 +37,16 @@ class Decoding:
     seed: int = 0
 
 
+MAX_BYTES: Mapping[Modality, int] = {
+    "image": LIMITS.max_bytes,
+    "audio": SOUND_LIMITS.max_bytes,
+    "video": VIDEO_LIMITS.max_bytes,
+}
+"""Largest file of each modality."""
+
+
 class Pictures:
-    """Bytes of the pictures of a conversation, checked when they come in."""
+    """Bytes of the pictures, sounds and videos of a conversation, checked when they come in."""
 
     def __init__(self) -> None:
         self._data: dict[str, bytes] = {}
@@ -53,14 +63,37 @@ class Pictures:
         """
         decoded = open_image(data, place=place)
         width, height = decoded.image.size
-        digest = hashlib.sha256(data).hexdigest()
-        self._data[digest] = data
-        ref = MediaRef(modality="image", sha256=digest, uri=place, width=width, height=height)
+        ref = self._kept(data, MediaRef(modality="image", sha256="", uri=place, width=width, height=height))
         return ref, tuple(CHANGES[name] for name in decoded.changes)
 
+    def add_sound(self, data: bytes, *, place: str) -> MediaRef:
+        """Take a sound; whether it has the rate that the model hears is said when it is asked about.
+
+        Raises:
+            MediaError: It is refused: see :func:`plait.data.sounds.decode_sound`.
+        """
+        length = len(decode_sound(data, place=place).samples)
+        return self._kept(data, MediaRef(modality="audio", sha256="", uri=place, length=length))
+
+    def add_video(self, data: bytes, *, place: str) -> MediaRef:
+        """Take a video.
+
+        Raises:
+            MediaError: It is refused: see :func:`plait.data.videos.open_video`.
+            ConfigError: PyAV is not installed.
+        """
+        opened = open_video(data, place=place)
+        size = {"width": opened.width, "height": opened.height}
+        return self._kept(data, MediaRef(modality="video", sha256="", uri=place, length=opened.total, **size))
+
     def read(self, ref: MediaRef) -> bytes:
-        """Bytes of a picture that was added."""
+        """Bytes of what was added."""
         return self._data[ref.sha256]
+
+    def _kept(self, data: bytes, ref: MediaRef) -> MediaRef:
+        digest = hashlib.sha256(data).hexdigest()
+        self._data[digest] = data
+        return replace(ref, sha256=digest)
 
 
 def build_request(engine: Engine, turns: Sequence[Turn], decoding: Decoding, *, name: str) -> Request:
@@ -108,7 +141,7 @@ class Conversation:
         engine: That answers; reads pictures by :meth:`Pictures.read`.
         decoding: How; each question of a conversation gets the next seed.
         turns: Questions and answers.
-        pictures: For the next question.
+        pictures: For the next question; sounds and videos too.
         asked: Questions so far, of forgotten conversations too.
     """
 

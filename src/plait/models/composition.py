@@ -9,17 +9,19 @@ Example, as YAML::
     decoder: {kind: new, model_type: qwen2, d: 128, depth: 4, heads: 4}
 """
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from plait.core.spec import Spec
 from plait.core.types import Modality
-from plait.models.audio_specs import PretrainedAudio
+from plait.models.audio_specs import AudioEncoder
 from plait.models.specs import Connector, GatedCrossAttention, ImageEncoder, Part, Positive, QFormer
+from plait.models.video_specs import VideoEncoder
 
-MODALITIES: tuple[Modality, ...] = ("image", "audio")
-"""What encoders and connectors there are for, in the order in which their placeholders are numbered."""
+MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
+"""What encoders and connectors there are for, in the order in which their placeholders are numbered: add at the end."""
 
 
 class PretrainedDecoder(Part):
@@ -82,8 +84,21 @@ class Encoders(Spec):
 
     image: ImageEncoder | None = None
     """Of pictures."""
-    audio: PretrainedAudio | None = None
-    """Of sounds; a frozen one."""
+    audio: AudioEncoder | None = None
+    """Of sounds."""
+    video: VideoEncoder | None = None
+    """Of videos."""
+
+    def by_modality(self) -> dict[Modality, Part]:
+        """Those that there are, in the order of :data:`MODALITIES`."""
+        found: dict[Modality, Part | None] = {"image": self.image, "audio": self.audio, "video": self.video}
+        return {modality: spec for modality, spec in found.items() if spec is not None}
+
+    @field_validator("audio", mode="before")
+    @classmethod
+    def _pretrained(cls, given: Any) -> Any:
+        """Sounds had one kind of encoder, which was not said: such settings hold."""
+        return {"kind": "pretrained", **given} if isinstance(given, Mapping) and "kind" not in given else given
 
 
 class Connectors(Spec):
@@ -93,10 +108,12 @@ class Connectors(Spec):
     """Of pictures."""
     audio: Connector | None = None
     """Of sounds."""
+    video: Connector | None = None
+    """Of videos."""
 
     def by_modality(self) -> dict[Modality, Connector]:
         """Those that there are, in the order of :data:`MODALITIES`."""
-        found: dict[Modality, Connector | None] = {"image": self.image, "audio": self.audio}
+        found: dict[Modality, Connector | None] = {"image": self.image, "audio": self.audio, "video": self.video}
         return {modality: spec for modality, spec in found.items() if spec is not None}
 
 
@@ -113,7 +130,7 @@ class Composition(Spec):
     @model_validator(mode="after")
     def _together(self) -> "Composition":
         chosen = self.connectors.by_modality()
-        there, joined = [m for m in MODALITIES if getattr(self.encoders, m) is not None], list(chosen)
+        there, joined = list(self.encoders.by_modality()), list(chosen)
         if there != joined or not there:
             raise ValueError(
                 f"there are encoders for {', '.join(there) or 'nothing'} and connectors for "

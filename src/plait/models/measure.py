@@ -1,5 +1,6 @@
 """What an encoder of pictures costs, counted on torch's meta device: no weight is drawn and no product computed."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ from plait.core.tensors import Patches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What one picture costs.
+    """What one picture, sound or video costs.
 
     Attributes:
         parameters: Weights of the encoder.
         trainable: Those of them that learn.
         d_out: Width of a token.
-        tokens: That come out of a picture.
+        tokens: That come out of one.
         flops: Operations of one forward pass: two for each multiply-add of convolutions, products and attention, which
             are all that is counted. Published "FLOPs" of picture models are multiply-adds, half of these.
-        kept_bytes: Float32 that autograd keeps of a picture for the backward pass.
+        kept_bytes: Float32 that autograd keeps of one for the backward pass.
     """
 
     parameters: int
@@ -55,12 +56,33 @@ def account(build: Callable[[], nn.Module], size: int) -> Account:
         >>> f"{found.parameters:,} weights, {found.flops / 2e9:.2f} GMAC, {found.tokens} tokens"
         '23,508,032 weights, 4.09 GMAC, 49 tokens'
     """
+    return media_account(build, (1, size, size))
+
+
+def media_account(build: Callable[[], nn.Module], shape: tuple[int, int, int], *, channels: int = 3) -> Account:
+    """Count what media of one shape cost that go through an encoder in training mode.
+
+    Args:
+        build: Makes the encoder; called on the meta device.
+        shape: Frames, rows and columns of each.
+        channels: 3 of pixels, 1 of samples.
+
+    Raises:
+        ConfigError: What it makes is no encoder.
+
+    Example:
+        >>> from plait.models.audio_specs import Whisper
+        >>> from plait.models.build_media import build_audio
+        >>> found = media_account(lambda: build_audio(Whisper()), (1, 1, 3 * 16_000), channels=1)
+        >>> f"{found.parameters:,} weights, {found.tokens} tokens of 3 s"
+        '7,632,384 weights, 150 tokens of 3 s'
+    """
     with torch.device("meta"):
         encoder = build()
         if not isinstance(encoder, Encoder):
             raise ConfigError(f"{type(encoder).__name__} is no encoder", remedy="give it forward, grid_out and d_out")
         # What does not grow with the batch (tables of positions) falls out; batch norm wants more than one picture.
-        two, three = (_pass(encoder, size, pictures) for pictures in (2, 3))
+        two, three = (_pass(encoder, _media(shape, count, channels=channels)) for count in (2, 3))
     return Account(
         parameters=sum(weight.numel() for weight in encoder.parameters()),
         trainable=sum(weight.numel() for weight in encoder.parameters() if weight.requires_grad),
@@ -90,7 +112,7 @@ def peak_bytes(build: Callable[[], nn.Module], size: int, *, pictures: int = 1) 
     """
     with torch.device("meta"):
         encoder = build().eval()
-        media = _pictures(size, pictures)
+        media = _media((1, size, size), pictures, channels=3)
         with torch.no_grad(), _Alive((*encoder.parameters(), *encoder.buffers())) as alive:
             alive.add(media.values)
             encoder(media)
@@ -129,12 +151,12 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-def _pictures(size: int, count: int) -> Patches:
-    grid = torch.tensor([[1, size, size]] * count, device="cpu")
-    return Patches(values=torch.zeros(count * size * size, 3), grid=grid)
+def _media(shape: tuple[int, int, int], count: int, *, channels: int) -> Patches:
+    grid = torch.tensor([shape] * count, device="cpu")
+    return Patches(values=torch.zeros(count * math.prod(shape), channels), grid=grid)
 
 
-def _pass(encoder: Any, size: int, pictures: int) -> tuple[int, int, int]:
+def _pass(encoder: Any, media: Patches) -> tuple[int, int, int]:
     """Tokens, operations and kept bytes of a batch."""
     kept: set[torch.UntypedStorage] = set()  # several tensors may be views of one
     own = {tensor.untyped_storage() for tensor in (*encoder.parameters(), *encoder.buffers())}
@@ -143,7 +165,6 @@ def _pass(encoder: Any, size: int, pictures: int) -> tuple[int, int, int]:
         kept.add(tensor.untyped_storage())
         return tensor
 
-    media = _pictures(size, pictures)
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),

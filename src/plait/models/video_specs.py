@@ -2,13 +2,16 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from plait.models.specs import ImageEncoder, Part, Positive, Share, ViT
+from plait.models.specs import ImageEncoder, Part, Positive, PretrainedImage, Share, Square, ViT
+
+Policy = Literal["uniform", "every"]
+"""How frames are chosen: :class:`plait.data.frames.Sampling`."""
 
 
 class PretrainedVideo(Part):
-    """VideoMAE of Hugging Face from a folder, computed by our own tower."""
+    """VideoMAE of Hugging Face from a folder, computed by our own tower; looks at as many frames as it has."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2203.12602"
     kind: Literal["pretrained"] = "pretrained"
@@ -33,14 +36,24 @@ class FramesThenTime(Part):
     """What joins frames: blocks in which a cell looks at the same cell of all frames, their mean, or nothing."""
     position: Literal["learned", "sincos", "rope", "none"] = "sincos"
     """Code of a frame's number; without one the order of frames cannot be told."""
-    frames: int = Field(default=0, ge=0)
-    """Longest video where that code is learned."""
+    frames: Positive = 16
+    """Frames that are looked at; learned positions are made for so many."""
+    sampling: Policy = "uniform"
+    """Which: as many over the whole video, or every `step`-th from the first on, `frames` at most."""
+    step: Positive = 1
+    """Of `every`: from one frame to the next."""
     depth: Positive = 4
     """Blocks over time."""
     heads: Positive = 6
     """Their heads of attention."""
     dropout: Share = 0.0
     """Share of what each part adds that is dropped while training."""
+
+    @model_validator(mode="after")
+    def _squares(self) -> "FramesThenTime":
+        if isinstance(self.tower, PretrainedImage) and not isinstance(self.tower.fit, Square):
+            raise ValueError(f"tower.fit is {self.tower.fit.kind}: frames are fitted into squares; leave it out")
+        return self
 
 
 class SpaceTime(Part):
@@ -52,7 +65,11 @@ class SpaceTime(Part):
     size: Positive = 224
     """Pixels a side that frames are fitted into; learned positions are made for it."""
     frames: Positive = 16
-    """Frames of a clip; learned positions are made for it."""
+    """Frames that are looked at; learned positions are made for so many."""
+    sampling: Policy = "uniform"
+    """Which: as many over the whole video, or every `step`-th from the first on, `frames` at most."""
+    step: Positive = 1
+    """Of `every`: from one frame to the next."""
     tubelet: Positive = 2
     """Frames of a patch."""
     patch: Positive = 16
@@ -69,6 +86,15 @@ class SpaceTime(Part):
     """Share of what each part adds that is dropped while training."""
     drop_path: Share = 0.0
     """Share of clips for which the last block is skipped while training; earlier ones less."""
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> "SpaceTime":
+        if self.position == "sequence" and self.sampling != "uniform":
+            raise ValueError(
+                f"position is sequence, made for {self.frames} frames; sampling {self.sampling} gives short videos "
+                "fewer: choose uniform, or another position"
+            )
+        return self
 
 
 ScratchVideo = Annotated[FramesThenTime | SpaceTime, Field(discriminator="kind")]

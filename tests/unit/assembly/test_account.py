@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.matrix.cases import CONNECTORS, Case, settings
+from tests.matrix.cases import CONNECTORS, SOUNDS, VIDEOS, Case, folder_of, modality_of, settings
+from tests.tiny_towers import TinyTowers
 
 from plait.assembly.account import composition_account
 from plait.assembly.compose import compose
 from plait.cli.main import main
+from plait.core.types import MediaRef, Turn
 from plait.models.composition import Composition
 from plait.models.crossattend import plain
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> TinyTowers:
+    """Folders of tiny towers."""
+    return TinyTowers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.mark.row("S2-09")
@@ -23,7 +31,7 @@ from plait.models.crossattend import plain
 def test_weights_and_tokens_are_those_of_the_built_model(
     connector: str, decoder: str, tiny_folders: dict[str, Path]
 ) -> None:
-    given = settings(Case("vit", connector, decoder), towers={}, decoder=tiny_folders["decoder"])
+    given = settings(Case("vit", connector, decoder), tower=None, decoder=tiny_folders["decoder"])
     spec = Composition.model_validate(given)
     encoder, between, language = composition_account(spec, prompt=9)
     built = compose(spec)
@@ -37,8 +45,35 @@ def test_weights_and_tokens_are_those_of_the_built_model(
     assert min(encoder.flops, language.flops) > 0
 
 
+@pytest.mark.row("S2-09")
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("encoder", [*SOUNDS, *VIDEOS, "hf-whisper", "hf-wav2vec2", "hf-videomae"])
+def test_sounds_and_videos_cost_what_the_built_model_has(
+    encoder: str, connector: str, tiny_folders: dict[str, Path], towers: TinyTowers
+) -> None:
+    name = folder_of(encoder)
+    tower = towers.folder(name) if name else None
+    given = settings(Case(encoder, connector, "llama"), tower=tower, decoder=tiny_folders["decoder"])
+    spec = Composition.model_validate(given)
+    seconds = 0.4
+    of, between, language = composition_account(spec, prompt=9, seconds=seconds)
+    built = compose(spec)
+    modality = modality_of(encoder)
+    assert [part.part for part in (of, between)] == [f"{modality} encoder", f"{modality} connector"]
+    mark = built.model.mark.numel() if built.model.inside else 0
+    weights = list(built.model.parameters())
+    assert of.parameters + between.parameters + language.parameters == sum(w.numel() for w in weights) - mark
+    learn = sum(weight.numel() for weight in weights if weight.requires_grad)
+    assert of.trainable + between.trainable + language.trainable == learn - mark
+    # A video of many frames: so many as are looked at.
+    ref = MediaRef(modality=modality, sha256="0", uri="", length=round(seconds * 16_000))
+    (slots,) = built.template.turns((Turn(role="user", parts=(ref,)),), prompt=True).slots
+    assert (between.slots, language.tokens) == (slots, 9 + slots)
+    assert min(of.flops, language.flops, of.tokens) > 0
+
+
 def test_a_decoder_costs_two_operations_a_weight_and_token(tiny_folders: dict[str, Path]) -> None:
-    given = settings(Case("vit", "linear", "llama"), towers={}, decoder=tiny_folders["decoder"])
+    given = settings(Case("vit", "linear", "llama"), tower=None, decoder=tiny_folders["decoder"])
     spec = Composition.model_validate(given)
     short, long = (composition_account(spec, prompt=n)[-1] for n in (1, 2))
     built = compose(spec)
@@ -51,7 +86,7 @@ def test_a_decoder_costs_two_operations_a_weight_and_token(tiny_folders: dict[st
 
 
 def test_the_plan_of_a_file(tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = settings(Case("swin", "qformer", "qwen2"), towers={}, decoder=tiny_folders["decoder"])
+    given = settings(Case("swin", "qformer", "qwen2"), tower=None, decoder=tiny_folders["decoder"])
     path = tmp_path / "model.yaml"
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
     assert main(["plan", str(path)]) == 0

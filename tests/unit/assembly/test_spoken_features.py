@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,29 @@ def test_a_sound_at_another_rate_is_refused(whisper: Path) -> None:
     tower = load_audio_tower(str(whisper))
     with pytest.raises(DataError, match="8,000 samples a second, the tower takes 16,000"):
         tower.prepare(decode_sound(encode_wav(np.zeros(10), 8_000), place="x"))
+
+
+def test_a_sound_of_prepared_data_at_another_rate_is_named(
+    whisper: Path, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (sample, media), slow = asked(3), encode_wav(np.random.default_rng(3).normal(0, 0.1, 5_500), 8_000)
+    picture, sound = sample.media()
+    other = replace(sound, sha256=hashlib.sha256(slow).hexdigest())
+    sample = replace(sample, turns=(Turn(role="user", parts=(picture, other)),))
+    write_shards(tmp_path, "instruct-train", [(sample, media | {other.sha256: slow})])
+    image = load_image_tower(str(tiny_folders["image"]), dtype="float32")
+    audio = load_audio_tower(str(whisper), dtype="float32")
+    with pytest.raises(DataError, match="8,000 samples a second, the tower takes 16,000") as refused:
+        read_questions(
+            tmp_path,
+            ["train"],
+            image,
+            audio=audio,
+            choose=lambda _, samples: samples,
+            cache=tmp_path / "cache",
+            events=Events(),
+        )
+    assert refused.value.place == "instruct-train-000.tar#q3.1.wav"
 
 
 def test_a_file_of_ctranslate2_that_ends_early_or_is_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import ConfigError, DataError
-from plait.data.frames import every, in_segments, uniform
+from plait.data.frames import Sampling, every, in_segments, uniform
 
 pytestmark = pytest.mark.light
 
@@ -80,3 +80,14 @@ def test_no_frame_wanted(ask) -> None:
 def test_faults_of_every() -> None:
     with pytest.raises(ConfigError, match="step is 0, first 0, most 0"):
         every(9, 0)
+
+
+@given(total=TOTALS, count=COUNTS, step=st.integers(1, 20))
+def test_a_contract_says_how_many_frames_before_they_are_chosen(total: int, count: int, step: int) -> None:
+    always, some = Sampling(frames=count), Sampling(policy="every", frames=count, step=step)
+    assert always.indices(total) == uniform(total, count)
+    assert always.count(0) == always.count(total) == count
+    assert some.indices(total) == list(range(0, total, step))[:count]
+    assert some.count(total) == len(some.indices(total)) <= count
+    with pytest.raises(DataError, match="the video has 0 frames"):
+        some.count(0)

@@ -162,7 +162,6 @@ def test_settings_are_kept() -> None:
         (build_video, video_specs.PretrainedVideo(), "PretrainedVideo is not built"),
         (build_text, specs.ViT(), "ViT is not built"),
         (build_audio, Wav2Vec2(d=20, heads=2, position_groups=16), "16 groups do not divide a width of 20"),
-        (build_video, FramesThenTime(tower=TOWER, heads=2, position="learned"), "learned for 0 frames"),
         (build_video, FramesThenTime(tower=specs.PretrainedImage()), "the tower of frames is pretrained"),
         (build_text, Bert(d=10, heads=4), "heads"),
     ],

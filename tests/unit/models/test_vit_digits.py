@@ -23,21 +23,19 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return cells[:, None].expand(-1, 3, -1, -1), labels
 
 
-def accuracy(seed: int, *, positions: bool = True) -> float:
-    """Share of 360 held-out digits that are read right after 12 passes over the other 1,437."""
+def accuracy(seed: int) -> float:
+    """Share of 360 held-out digits that are read right after 10 passes over the other 1,437."""
     torch.manual_seed(seed)
     pixels, labels = digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the same split for every seed
     test, train = order[:360], order[360:]
-    spec = specs.ViT(size=8, patch=2, d=48, depth=3, heads=4, position="learned" if positions else "none")
-    tower = build_encoder(spec)
+    tower = build_encoder(specs.ViT(size=8, patch=2, d=64, depth=2, heads=4))
     assert isinstance(tower, VisionTransformer)
-    head = torch.nn.Linear(48, 10)
+    head = torch.nn.Linear(64, 10)
     weights = [*tower.parameters(), *head.parameters()]
-    epochs, batch = 12, 64
-    steps = epochs * len(train) // batch
+    epochs, batch = 10, 32
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + epochs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs=epochs, steps_per_epoch=-(-len(train) // batch))
     for _ in range(epochs):
         for rows in train[torch.randperm(len(train))].split(batch):
             loss = functional.cross_entropy(head(tower.pooled(pixels[rows])), labels[rows])

@@ -1,5 +1,6 @@
 """What a connector costs, counted on torch's meta device: no weight is drawn and no product computed."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from plait.models.build import build_connector, build_reading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectorAccount:
-    """What one picture costs in a connector.
+    """What one picture, sound or video costs in a connector.
 
     Attributes:
         parameters: Weights, of layers that read inside the decoder too.
-        tokens: That the connector makes of a picture.
+        tokens: That the connector makes of one.
         slots: Places that these take in the text: one for all of them where they are read inside the decoder.
         flops: Operations of one forward pass; without the layers inside the decoder.
         inside: Weights of the layers inside the decoder, which every text token passes.
@@ -31,13 +32,13 @@ class ConnectorAccount:
 
 
 def connector_account(
-    spec: specs.Connector, *, cells: tuple[int, int], d_in: int, d_out: int, layers: int
+    spec: specs.Connector, *, cells: tuple[int, ...], d_in: int, d_out: int, layers: int
 ) -> ConnectorAccount:
     """Count what a picture of so many cells costs.
 
     Args:
         spec: Of the connector.
-        cells: Rows and columns of the tower's features.
+        cells: Rows and columns of the tower's features; of a video, frames before them.
         d_in: Their width.
         d_out: Width of the decoder.
         layers: Of the decoder.
@@ -56,8 +57,8 @@ def connector_account(
         reading: list[Any] = []
         if isinstance(spec, specs.GatedCrossAttention):
             reading = build_reading(spec, d_in=d_in, d=d_out, layers=layers)
-        grid = torch.tensor([[1, *cells]], device="cpu")
-        features = Patches(values=torch.zeros(cells[0] * cells[1], d_in), grid=grid)
+        grid = torch.tensor([[1, *cells][-3:]], device="cpu")
+        features = Patches(values=torch.zeros(math.prod(cells), d_in), grid=grid)
         connector.requires_grad_(
             requires_grad=False
         )  # the counter wants all inputs of modules to have a gradient, or none

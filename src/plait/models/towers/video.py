@@ -50,8 +50,14 @@ class FrameEncoder(nn.Module):
     def forward(self, media: Patches) -> Patches:
         """Encode."""
         for module in self._chain():
-            media = module(media)
+            media = module(self._as_wide(media, module) if module is not self.tower else media)
         return media
+
+    def _as_wide(self, media: Patches, module: Encoder) -> Patches:
+        """Features in the number format of what reads them: a frozen tower may well be narrower."""
+        assert isinstance(module, nn.Module)
+        wide = next((weight.dtype for weight in module.parameters()), media.values.dtype)
+        return Patches(values=media.values.to(wide), grid=media.grid)
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
         """What the modules leave, one after the other."""
@@ -149,7 +155,7 @@ class TemporalTransformer(nn.Module):
         frames, rows, columns = clips.shape[1:4]
         x = clips.permute(0, 2, 3, 1, 4).flatten(0, 2)  # cells of all clips, then frames
         if self.position is not None:
-            x = x + self.position(frames).to(x.dtype)
+            x = x + self.position(frames).to(x)
         turn = None
         if self.rotary is not None:
             turn = self.rotary(torch.arange(frames, device=x.device)[:, None])
@@ -323,9 +329,9 @@ class SpaceTimeTransformer(nn.Module):
         grid = clips.shape[1] // t, clips.shape[3] // p, clips.shape[4] // p
         x = self.embed(clips)
         if self.sizes.position == "sequence":
-            x = x + self._numbered(grid).to(x.dtype)
+            x = x + self._numbered(grid).to(x)
         elif self.position is not None:
-            x = x + self.position(*grid).to(x.dtype)
+            x = x + self.position(*grid).to(x)
         return self.transformer(x, weights=weights, hidden=hidden)
 
     def pooled(self, clips: Float[Tensor, "b f 3 h w"]) -> Float[Tensor, "b d"]:

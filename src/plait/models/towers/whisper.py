@@ -127,11 +127,12 @@ class WhisperEncoder(nn.Module):
             DataError: Rows and grid disagree, or a sound is empty or too long.
         """
         check_sounds(media, name="WhisperEncoder")
-        windows = torch.tensor(
-            [[1, 1, length] for item in media.grid[:, 2].tolist() for length in self._windows(item)], dtype=torch.long
-        ).view(-1, 3)
+        lengths = [length for item in media.grid[:, 2].tolist() for length in self._windows(item)]
+        # As the grid: beside the media, also where those are counted on the meta device.
+        windows = media.grid.new_ones(len(lengths), 3)
+        windows[:, 2] = media.grid.new_tensor(lengths)
         kept = windows.clone()
-        kept[:, 2] = torch.tensor([self._kept(length) for length in windows[:, 2].tolist()], dtype=torch.long)
+        kept[:, 2] = media.grid.new_tensor([self._kept(length) for length in lengths])
         found = by_shape(
             Patches(values=media.values, grid=windows),
             lambda sounds: self.features(sounds.flatten(1)),
