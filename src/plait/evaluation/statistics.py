@@ -172,14 +172,28 @@ def seeds_score(values: Sequence[float], *, name: str, rule: str, n: int) -> Sco
         >>> [round(x, 3) for x in (found.value, found.low, found.high)]
         [0.6, 0.352, 0.848]
     """
-    if len(values) < 2:
-        raise DataError(f"{len(values)} seeds have no spread", remedy="run two seeds or more")
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = _T95[min(len(values) - 1, len(_T95)) - 1] * spread / math.sqrt(len(values))
+    mean, half = _student(values)
     least, most = wilson(round(mean * n), n)
     low, high = max(0.0, min(least, mean - half)), min(1.0, max(most, mean + half))
     return Score(name=name, value=mean, low=low, high=high, n=n, rule=f"{rule}; ci=student-{len(values)}-seeds+wilson")
+
+
+def seeds_mean(values: Sequence[float], *, name: str, rule: str) -> Score:
+    """Mean of any number over independent seeds with Student's 95 % interval, which may leave the number's range.
+
+    For a difference of two that share seeds give the differences, seed by seed.
+
+    Raises:
+        DataError: Fewer than two seeds.
+
+    Example:
+        >>> found = seeds_mean([0.2, 0.2, 0.3], name="gain", rule="difference of accuracies")
+        >>> [round(x, 3) for x in (found.value, found.low, found.high)]
+        [0.233, 0.09, 0.377]
+    """
+    mean, half = _student(values)
+    rule = f"{rule}; ci=student-{len(values)}-seeds"
+    return Score(name=name, value=mean, low=mean - half, high=mean + half, n=len(values), rule=rule)
 
 
 def block_jackknife(
@@ -261,6 +275,15 @@ def to_score(interval: Interval, *, name: str, rule: str, n: int, failures: int 
         rule=f"{rule}; {interval.rule}",
         failures=failures,
     )
+
+
+def _student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of Student's interval."""
+    if len(values) < 2:
+        raise DataError(f"{len(values)} seeds have no spread", remedy="run two seeds or more")
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, _T95[min(len(values) - 1, len(_T95)) - 1] * spread / math.sqrt(len(values))
 
 
 def _mean(sums: Float[np.ndarray, "row column"]) -> Float[np.ndarray, " row"]:

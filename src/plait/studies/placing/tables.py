@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plait.studies.text import percent, table
+
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Three tables: sequences, grids, topology.
@@ -30,12 +32,12 @@ def _scores(results: Mapping[str, Any], family: str) -> str:
         head.append(f"{question}, {'x'.join(map(str, one['sides']))}")
         chance.append(f"{100 * one['chance']:.0f}")
     rows = [
-        [code, *(_percent(cells[code, question, times]) for question, times in columns)]
+        [code, *(percent(cells[code, question, times]) for question, times in columns)]
         for code in dict.fromkeys(s["code"] for s in scores)
     ]
     seeds = len(scores[0]["seeds"])
     about = f"{family}: % right, mean of {seeds} seeds (95 % interval); sizes above the first were never seen"
-    return f"{about}\n\n{_table([head, chance, *rows])}"
+    return f"{about}\n\n{table([head, chance, *rows])}"
 
 
 def _topology(found: Sequence[Mapping[str, Any]]) -> str:
@@ -43,16 +45,4 @@ def _topology(found: Sequence[Mapping[str, Any]]) -> str:
     for one in found:
         numbers = (f"{one[key]:.2f}" for key in ("spearman", "row", "column"))
         rows.append([one["table"], f"{one['side']}x{one['side']}", *numbers, f"{100 * one['direction']:.0f}"])
-    return f"topology: distances of vectors against distances in the grid, and linear probes\n\n{_table(rows)}"
-
-
-def _percent(score: Mapping[str, Any]) -> str:
-    value, low, high = (100 * score[key] for key in ("value", "low", "high"))
-    return f"{value:.0f} ({low:.0f}-{high:.0f})"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    return f"topology: distances of vectors against distances in the grid, and linear probes\n\n{table(rows)}"

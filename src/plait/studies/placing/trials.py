@@ -1,17 +1,14 @@
 """Every code with every seed, in processes of one thread each, and the scores of all of them."""
 
 import math
-import multiprocessing
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from plait.core.device import usable_cores
 from plait.core.events import Events
 from plait.evaluation.statistics import seeds_score
 from plait.models.position.absolute import LearnedGrid, LearnedRowColumn, SinCosGrid, SinCosSequence
@@ -21,6 +18,7 @@ from plait.studies.placing.reader import Reader, Training, answers, train
 from plait.studies.placing.tasks import Task, grid_task, sequence_task
 from plait.studies.placing.topology import Topology, topology
 from plait.studies.positions import Positions
+from plait.studies.workers import finished
 
 Family = Literal["sequence", "grid"]
 
@@ -51,8 +49,14 @@ class Trial:
     topology: Topology | None
 
 
-def trial(study: Positions, family: Family, code: str, *, seed: int) -> Trial:
-    """Train one reader and ask it at all sizes."""
+def trial(study: Positions, work: tuple[Family, str, int]) -> Trial:
+    """Train one reader and ask it at all sizes.
+
+    Args:
+        study: The settings.
+        work: Family, code and seed.
+    """
+    family, code, seed = work
     begun, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -108,20 +112,7 @@ def _trials(study: Positions, events: Events) -> Iterator[Trial]:
     work: list[tuple[Family, str, int]] = [
         (family, code, seed) for seed in range(study.seeds) for family, code in codes
     ]
-    workers = min(study.workers or usable_cores(), len(work))
-    if workers == 1:
-        for number, (family, code, seed) in enumerate(work, 1):
-            yield trial(study, family, code, seed=seed)
-            events.progress("trainings", number, len(work))
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
-    try:
-        waiting = [pool.submit(trial, study, family, code, seed=seed) for family, code, seed in work]
-        for number, finished in enumerate(as_completed(waiting), 1):
-            yield finished.result()
-            events.progress("trainings", number, len(work))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return finished(partial(trial, study), work, workers=study.workers, events=events)
 
 
 def _topology_of(reader: Reader, sides: Sides) -> Topology | None:
@@ -129,10 +120,6 @@ def _topology_of(reader: Reader, sides: Sides) -> Topology | None:
     if len(sides) == 2 and isinstance(table, torch.Tensor) and table.requires_grad:
         return topology(table, rows=sides[0], columns=sides[1])
     return None
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent alone answers it
 
 
 def _codes(study: Positions) -> list[tuple[Family, str]]:
