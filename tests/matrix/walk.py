@@ -75,7 +75,9 @@ def train(built: Multimodal, batch: Batch) -> list[float]:
         names = [name for name in before if mine(name)]
         moved = [name for name in names if not torch.equal(before[name], model.get_parameter(name))]
         wanted = [name for name in names if model.get_parameter(name).requires_grad]
-        assert bool(moved) == bool(wanted), f"{part}: {len(moved)} of {len(wanted)} learning weights moved"
+        assert set(moved) <= set(wanted), f"{part}: frozen weights moved, such as {moved[0]}"
+        # Not all: poolers and classifiers are not asked, and behind a gate that starts at 0 one step moves nothing.
+        assert len(moved) >= len(wanted) / 2, f"{part}: {len(moved)} of {len(wanted)} learning weights moved"
     return losses
 
 

@@ -76,6 +76,21 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.row("S4-47")
+def test_the_shape_of_the_space_is_measured_before_and_after_or_said_to_be_unknown(
+    data_stage: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    said = pretrain(data_stage, tmp_path / "run", settings, image_tower=next(iter(TOWERS.values())))
+    scores = {score["name"]: score for score in read_json(tmp_path / "run" / "scores.json")}
+    for split in {name.split("/")[1] for name in scores if name.startswith("retrieval/")}:
+        unknown = any(text.startswith(f"{split}: ") and "too few to measure" in text for text in said)
+        for measure in ("alignment", "uniformity-image", "uniformity-text", "modality-gap", "cka"):
+            for end in ("", "/untrained"):
+                assert (f"space/{split}/{measure}{end}" in scores) != unknown
+    gap = [score for name, score in scores.items() if "/modality-gap" in name]
+    assert all(score["low"] <= score["value"] <= score["high"] for score in gap)
+
+
 @pytest.mark.row("S2-05")
 @pytest.mark.parametrize("kind", TOWERS)
 def test_a_killed_run_goes_on_to_the_same_bits(
