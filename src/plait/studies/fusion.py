@@ -17,7 +17,16 @@ from plait.core.events import Events
 from plait.core.spec import Spec
 
 FusionName = Literal[
-    "concat-linear", "concat-mlp", "features", "attention", "gated", "low-rank", "bilinear", "average", "product"
+    "concat-linear",
+    "concat-flags",
+    "concat-mlp",
+    "features",
+    "attention",
+    "gated",
+    "low-rank",
+    "bilinear",
+    "average",
+    "product",
 ]
 Norm = Literal["none", "rms"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -80,6 +89,7 @@ class FusionStudy(Spec):
 
     fusions: tuple[FusionName, ...] = (
         "concat-linear",
+        "concat-flags",
         "concat-mlp",
         "features",
         "attention",
@@ -100,7 +110,7 @@ class FusionStudy(Spec):
     weights: int = Field(default=700, ge=1)
     """At most so many weights, head and all; every fusion is as wide as that allows."""
 
-    steps: int = Field(default=250, ge=1)
+    steps: int = Field(default=200, ge=1)
     """Updates, each on samples never seen before."""
 
     batch: int = Field(default=64, ge=1)

@@ -12,7 +12,7 @@ from plait.studies.fusing.variance import by_chance, fusion_share, shares, with_
 Scores = Sequence[Mapping[str, Any]]
 Key = dict[str, Any]
 
-_BASELINES = ("concat-linear", "concat-mlp")
+_BASELINES = ("concat-linear", "concat-flags", "concat-mlp")
 
 
 def differences(scores: Scores) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ CLASSES, HEADS = 2, 2
 
 _SPECS: Mapping[FusionName, Callable[[int], Part]] = {
     "concat-linear": lambda k: specs.Concat(d_out=k, normalize="none"),
+    "concat-flags": lambda k: specs.Concat(d_out=k, normalize="none", flags=True),
     "concat-mlp": lambda k: specs.Concat(d_out=k, normalize="none"),
     "features": lambda k: specs.Late(d=k, depth=0, fusion=specs.Concat(d_out=0, normalize="none")),
     "attention": lambda k: specs.ModalityAttention(d_out=k, heads=HEADS),
@@ -63,12 +64,7 @@ def student(name: FusionName, d: int, *, size: int, norm: Norm = "none") -> Stud
         d: Width of each modality.
         size: Free size of the fusion: its width, or that of its hidden layer.
         norm: Of each modality on its own, before anything else.
-
-    Raises:
-        ConfigError: No fusion has this name.
     """
-    if name not in _SPECS:
-        raise ConfigError(f"no fusion {name!r}", place="fusions", remedy=f"choose among {', '.join(_SPECS)}")
     spec, widths = _SPECS[name](size), dict.fromkeys(MODALITIES, d)
     if isinstance(spec, specs.Concat):
         fusion = build_fusion(spec.model_copy(update={"normalize": norm}), widths)
