@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.errors import DataError
-from plait.evaluation.statistics import bootstrap, mean_score, paired_difference, seeds_score, spearman, wilson
+from plait.evaluation.statistics import (
+    bootstrap,
+    mean_score,
+    paired_difference,
+    seeds_mean,
+    seeds_score,
+    spearman,
+    wilson,
+)
 
 pytestmark = pytest.mark.light
 
@@ -137,6 +145,17 @@ def test_interval_over_seeds_is_students(n: int):
     low, high = scipy.stats.t.interval(0.95, n - 1, loc=values.mean(), scale=error)
     assert score.low == pytest.approx(max(0.0, low), abs=1e-4)
     assert score.high == pytest.approx(min(1.0, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 5, 11])
+def test_mean_over_seeds_is_students_and_may_be_negative(n: int):
+    values = np.random.default_rng(n).normal(-0.2, 0.1, size=n)
+    score = seeds_mean(list(values), name="gain", rule="difference")
+    error = values.std(ddof=1) / math.sqrt(n)
+    low, high = scipy.stats.t.interval(0.95, n - 1, loc=values.mean(), scale=error)
+    assert (score.low, score.value, score.high) == pytest.approx((low, values.mean(), high), abs=1e-3 * error * n)
+    with pytest.raises(DataError, match="1 seeds"):
+        seeds_mean([0.1], name="gain", rule="difference")
 
 
 def test_interval_over_many_seeds_is_no_narrower_than_students():

@@ -25,7 +25,7 @@ from plait.studies.fusing.tasks import Batch, Signals, TaskName, Truth, draw_tru
 from plait.studies.fusing.training import Training, dropped_at, gradient_shares, right, train, with_noise
 from plait.studies.fusing.trials import Job, Setting, trial
 from plait.studies.fusing.variance import by_chance, fusion_share, shares, with_conditions
-from plait.studies.fusion import FusionName, FusionStudy, Interaction, Missing, Norm, Rates, Scale
+from plait.studies.fusion import FusionName, FusionStudy, Interaction, Missing, Norm, Rates
 
 ROOT = Path(__file__).parents[3]
 D = 8
@@ -109,9 +109,9 @@ def test_what_is_lost_at_a_rate_is_lost_at_every_higher_one(rate: float, seed: i
 BEST_HALF_PLANE = 5 / 8
 """Accuracy of the best of all half-planes on XOR of the signs of two independent Gaussians.
 
-With s and d the rotated Gaussians, the label is |s| > |d|, and s > t is right in it for s above t. Against t = 0, which is
-right half the time, t wins P(|d| > s) - P(|d| < s) for s in 0..t, which pays until P(|d| < t) = 1/2. With u = P(|d| < s),
-whose half is the distribution of s, that is the integral of (1 - 2 u) / 2 over u in 0..1/2, which is 1/8.
+With s and d the rotated Gaussians, the label is |s| > |d| and the half-plane s > t. For t = 0 it is right half the
+time; a larger t wins P(|d| > s) - P(|d| < s) at each s in 0..t, which pays until P(|d| < t) = 1/2. With u = P(|d| < s),
+of which ds has the density du / 2, that is the integral of (1 - 2 u) / 2 over u in 0..1/2, which is 1/8.
 """
 
 
@@ -294,9 +294,11 @@ def test_shares_of_variance_are_those_of_scipys_f(fusions: int, seeds: int, seed
 
 def test_shares_of_variance_where_one_thing_decides() -> None:
     by_fusion = np.array([[0.5] * 3, [0.7] * 3, [0.9] * 3])
-    assert shares(by_fusion) is not None
-    assert fusion_share(by_fusion).value == pytest.approx(1)  # type: ignore[union-attr]  # None would fail here
-    assert shares(by_fusion.T).seed == pytest.approx(1)  # type: ignore[union-attr]  # as above
+    sure, turned = fusion_share(by_fusion), shares(by_fusion.T)
+    assert sure is not None
+    assert turned is not None
+    assert sure.value == sure.low == sure.high == 1
+    assert (turned.fusion, turned.seed, turned.rest) == (0, 1, 0)
     assert shares(np.full((3, 3), 0.9)) is None
     assert fusion_share(np.array([[0.5, 0.5, 0.5], [0.5, 0.5, 0.6]])) is None  # without the last seed all are equal
     crossed = np.stack([by_fusion, by_fusion[::-1]])
