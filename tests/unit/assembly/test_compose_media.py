@@ -393,6 +393,7 @@ def test_a_sound_that_is_too_long_by_its_reference_is_named(tiny_folders: dict[s
         ({"video": FRAMES}, {"image": MLP}, "encoders for video and connectors for image"),
         ({"audio": WHISPER, "video": FRAMES}, {"audio": GATED, "video": GATED}, "audio and video are both read inside"),
         ({"video": SPACE_TIME | {"position": "sequence", "sampling": "every"}}, {"video": MLP}, "made for 4 frames"),
+        ({"video": SPACE_TIME | {"position": "learned", "sampling": "every"}}, {"video": MLP}, "position is learned"),
         (
             {"video": FRAMES | {"tower": {"kind": "pretrained", "fit": {"kind": "native"}}}},
             {"video": MLP},
