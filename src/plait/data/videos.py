@@ -32,7 +32,7 @@ _TOP = frozenset(
 )
 """Boxes that an MP4 or MOV file is made of; other bytes behind the last of them are none of the video's business."""
 _HOLDERS = frozenset(b"moov trak mdia minf stbl edts dinf udta ilst tref wave mvex moof traf".split())
-_TABLES = frozenset(b"stsz stz2 trun stts hdlr".split())
+_TABLES = frozenset(b"stsz stz2 trun stts hdlr elst".split())
 """Boxes in which FFmpeg looks for tables of samples, and those that say how many it will keep."""
 _TOP_BOXES, _BOXES = 100_000, 500_000
 """A file has at most so many, on top and in all; FFmpeg takes its time over each. Two hours have 7,200 fragments."""
@@ -330,13 +330,17 @@ def _tables(data: bytes, place: str) -> list[dict[bytes, list[int]]]:
 
 
 def _samples(data: bytes, track: Mapping[bytes, Sequence[int]]) -> int:
-    """How many FFmpeg will keep of a track; sounds of one tick a sample (PCM) it joins into runs of 1,024."""
+    """How many FFmpeg may keep of a track.
+
+    Sounds of one tick a sample (PCM) it joins into runs of 1,024, and each entry of an edit list may repeat them all.
+    """
     listed = sum(_number(data, at + 8) for table in (b"stsz", b"stz2") for at in track.get(table, ()))
     kinds = {data[at + 8 : at + 12] for at in track.get(b"hdlr", ())}
     ticks = {(_number(data, at + 4), _number(data, at + 12)) for at in track.get(b"stts", ())}
     if b"soun" in kinds and b"vide" not in kinds and ticks == {(1, 1)}:
         listed //= 1_024
-    return listed + sum(_number(data, at + 4) for at in track.get(b"trun", ()))
+    edits = sum(_number(data, at + 4) for at in track.get(b"elst", ()))
+    return listed * max(1, edits) + sum(_number(data, at + 4) for at in track.get(b"trun", ()))
 
 
 def _number(data: bytes, at: int) -> int:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tests.tiny_videos import sound_only, video
 from transformers import VideoMAEConfig, VideoMAEModel
 
+from plait.assembly import video_towers
 from plait.assembly.compose import compose
 from plait.assembly.language import language_of
 from plait.assembly.media_towers import kept, read_media
@@ -35,7 +36,7 @@ from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
 from plait.models.composition import Composition, Connectors, NewDecoder
 from plait.models.specs import Linear, ViT
-from plait.models.video_specs import FramesThenTime
+from plait.models.video_specs import FramesThenTime, SpaceTime
 from plait.objectives.language import NextToken
 
 RATE = 16_000
@@ -341,6 +342,24 @@ def test_towers_are_told_apart_by_their_weights(tiny_folders: dict[str, Path], t
         for modality, tower in load_multimodal(folder).towers.items():
             keys[modality].add(tower.cache_key)
     assert {modality: len(found) for modality, found in keys.items()} == {"audio": 2, "video": 2}
+
+
+def test_video_features_are_kept_apart_by_the_versions_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = scratch_video_tower(SpaceTime.model_validate(SPACE_TIME))
+    versions = {"torch": "2.13.0", "pillow": "12.1.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise video_towers.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(video_towers.metadata, "version", version)
+    keys: list[str] = []
+    for changed in ({}, {"av": "18.0.0"}, {"av": "18.0.1"}, {"av": "18.1.0"}, {"pillow": "12.2.0"}):
+        versions |= changed
+        keys.append(tower.cache_key)
+    assert keys[1] == keys[2], "a patch release changes no bits"
+    assert len(set(keys)) == 4
 
 
 def test_an_output_layer_for_ctc_and_masked_frames_do_not_learn(tiny_folders: dict[str, Path]) -> None:

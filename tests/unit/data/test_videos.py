@@ -170,6 +170,13 @@ def test_tables_of_what_is_not_there_never_reach_ffmpeg(table: bytes, monkeypatc
         assert refused.value.reason == "too-large"
 
 
+def test_edits_that_repeat_everything_are_counted() -> None:
+    data = video(6)
+    at = data.index(b"elst") + 8
+    with pytest.raises(MediaError, match="6,000,000 samples by its own account"):
+        open_video(data[:at] + (1_000_000).to_bytes(4, "big") + data[at + 4 :], place="a")
+
+
 def test_hours_of_plain_sound_beside_it_are_no_reason() -> None:
     out = io.BytesIO()
     with av.open(out, "w", format="mov") as file:
