@@ -26,6 +26,9 @@ from plait.models.crossattend import layers_of
 from plait.models.measure import media_account
 from plait.models.towers.mel import SAMPLE_RATE
 
+_TOKEN_S = 0.02
+# Whisper's: a token of two frames of 10 ms.
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartAccount:
@@ -58,7 +61,8 @@ def composition_account(
     Args:
         spec: What the model is made of.
         prompt: Tokens of text beside the media.
-        seconds: Length of a sound; a video has as many frames as its tower looks at.
+        seconds: Length of a sound, or what its encoder hears at once if that is less; a video has as many frames as its
+            tower looks at.
         events: Where a one-time conversion of a package is said.
 
     Raises:
@@ -73,7 +77,7 @@ def composition_account(
     chosen = spec.connectors.by_modality()
     slots = 0
     for modality, encoder in spec.encoders.by_modality().items():
-        of = _encoder(encoder, seconds, events)
+        of = _encoder(encoder, heard(encoder, seconds), events)
         kind = str(getattr(encoder, "kind", ""))
         counts = {"parameters": of.parameters, "trainable": of.trainable, "tokens": of.tokens, "flops": of.flops}
         found.append(PartAccount(part=f"{modality} encoder", kind=kind, slots=0, **counts))
@@ -106,6 +110,17 @@ def composition_account(
         )
     )
     return found
+
+
+def heard(spec: specs.Part, seconds: float) -> float:
+    """How much of a sound of so many seconds an encoder takes at once."""
+    match spec:
+        case audio_specs.Whisper():
+            return min(seconds, spec.tokens * _TOKEN_S)
+        case audio_specs.PretrainedAudio(window_s=window) if window:
+            return min(seconds, window)
+        case _:
+            return seconds
 
 
 class _EncoderAccount(NamedTuple):
@@ -142,7 +157,7 @@ def _encoder(spec: specs.Part, seconds: float, events: Events | None) -> _Encode
             sees = load_image_tower(spec.name, size=spec.size, layer=spec.layer, dtype="float32", events=events)
             return _counted(lambda: _on_meta(sees.encoder), (1, sees.contract.size, sees.contract.size))
         case _:
-            size = int(getattr(spec, "size", 0))  # every spec of a picture encoder has it
+            size = spec.size  # pyright: ignore[reportAttributeAccessIssue]  every spec of a picture encoder has it
             return _counted(lambda: _drawn(spec), (1, size, size))
 
 

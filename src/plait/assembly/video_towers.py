@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -80,6 +81,8 @@ class VideoTower:
     def cache_key(self) -> str:
         """The key with the libraries whose versions change the last bits: features are shared only under this one."""
         versions = {name: metadata.version(name).split(".")[:2] for name in ("torch", "pillow")}
+        with contextlib.suppress(metadata.PackageNotFoundError):  # without it there are no videos, only ready frames
+            versions["av"] = metadata.version("av").split(".")[:2]
         return digest({"tower": self.key, "sampling": asdict(self.sampling), **versions})
 
     def prepare(self, video: Video) -> Patches:

@@ -102,13 +102,23 @@ class Desk:
             MediaError: It is refused.
             DataError: The model does not read such media.
         """
-        from plait.inference.converse import user_turn
-
         shown = _open(path, self.root, self.pictures, modality=modality)
-        if modality != "image":  # or every question from now on would be refused
-            self.conversation.engine.render([user_turn([shown])])
+        self.check(shown)
         others = [ref for ref in self.conversation.pictures if ref.modality != modality]
         self.conversation.pictures = [*others, shown]
+
+    def check(self, shown: MediaRef) -> None:
+        """See that the model takes it, or every question from now on would be refused.
+
+        Raises:
+            DataError: It reads no such media, or not at this rate or length.
+        """
+        from plait.inference.converse import user_turn
+
+        engine = self.conversation.engine
+        engine.render([user_turn([shown])])
+        if shown.modality != "image":  # of pictures the size is all that could be wrong
+            engine.media([shown])
 
     def answer(self, question: str, *, show: bool) -> dict[str, Any]:
         """Answer a question, on stdout as it comes if ``show``.
@@ -203,7 +213,7 @@ def _command(desk: Desk, line: str) -> bool:
         _say(f"{what}: {rest}")
     elif word == "/new":
         desk.conversation.forget()
-        _say("a new conversation" + (", with the same picture" if desk.conversation.pictures else ""))
+        _say("a new conversation" + (", with what was shown last" if desk.conversation.pictures else ""))
     elif word == "/help":
         _say(_HELP)
     else:
@@ -268,7 +278,10 @@ def _prepare(args: argparse.Namespace) -> Desk:
     decoding = Decoding(max_new_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     _say(f"ready in {time.monotonic() - begun:.1f} s")
     conversation = Conversation(engine=engine, decoding=decoding, pictures=shown)
-    return Desk(conversation=conversation, pictures=pictures, root=args.allow_root)
+    desk = Desk(conversation=conversation, pictures=pictures, root=args.allow_root)
+    for ref in shown:
+        desk.check(ref)
+    return desk
 
 
 def _open(path: str, root: Path | None, pictures: Pictures, *, modality: Modality) -> MediaRef:

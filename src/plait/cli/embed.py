@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.cli.output import Out
-from plait.core.errors import DataError, UsageError
+from plait.core.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +40,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
         raise UsageError("there is nothing to embed", place="plait embed", remedy="give --image PATH or --text TEXT")
     if args.top < 1:
         raise UsageError(f"--top is {args.top}, expected 1 or more", place="--top", remedy="give --top N")
+    if args.out is not None and args.out.is_dir():
+        raise UsageError("--out is a folder", place=str(args.out), remedy="give --out FILE")
     from plait.inference.load import find_dual_folder, load_dual
 
     folder = find_dual_folder(args.model, args.runs)
@@ -107,9 +109,17 @@ def _pictures(paths: Sequence[str]) -> tuple[list[str], list[Image.Image], list[
 def _write(path: Path, vectors: dict[str, Tensor], names: dict[str, list[str]], *, model: Path) -> None:
     import json
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save
+
+    from plait.core.files import write_atomic
 
     metadata = {side: json.dumps(listed, ensure_ascii=False) for side, listed in names.items()}
     metadata |= {"format": "pt", "model": str(model)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({side: rows.contiguous() for side, rows in vectors.items()}, path, metadata=metadata)
+    data = save({side: rows.contiguous() for side, rows in vectors.items()}, metadata=metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot be written: {error.strerror}", place=str(path), remedy="name a file in a folder of yours"
+        ) from error

@@ -78,7 +78,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:
-    from plait.assembly.account import composition_account
+    from plait.assembly.account import composition_account, heard
     from plait.core.events import Events
     from plait.core.spec import load
     from plait.models.composition import Composition
@@ -94,11 +94,12 @@ def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:
     rows.append(["total", "", f"{sums[0]:,}", f"{sums[1]:,}", "", "", si(sums[2])])
     for line in _aligned(rows, rule_before_last=True):
         out.line(line)
-    items = {"image": "one square picture of the tower's size", "audio": f"a sound of {_SECONDS:.0f} s"}
+    seconds = _SECONDS if spec.encoders.audio is None else heard(spec.encoders.audio, _SECONDS)
+    items = {"image": "one square picture of the tower's size", "audio": f"a sound of {seconds:g} s"}
     items |= {"video": "a video of as many frames as are looked at"}
     there = [items[modality] for modality in spec.encoders.by_modality()]
     out.line(f"for {', '.join(there)}, and {_PROMPT} tokens of text")
-    out.result({"parts": [asdict(part) for part in parts], "prompt": _PROMPT, "seconds": _SECONDS})
+    out.result({"parts": [asdict(part) for part in parts], "prompt": _PROMPT, "seconds": seconds})
     return 0
 
 

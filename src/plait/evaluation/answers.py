@@ -175,7 +175,8 @@ def tell(scores: Sequence[Score], passed: Sequence[Gate], *, retrieval: Mapping[
     if failed:
         lines.append(f"gates: {len(failed)} of {len(passed)} FAILED: {'; '.join(failed)}")
     elif passed:
-        lines.append(f"gates: all {len(passed)} passed: names beyond what answers without looking, yes/no")
+        beyond = "a constant answer, a blank picture and the untuned model"
+        lines.append(f"gates: all {len(passed)} passed: names beyond {beyond}, yes/no")
     else:
         lines.append("gates: none could be measured; they need English names or yes/no questions of a test split")
     return lines

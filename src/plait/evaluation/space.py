@@ -69,7 +69,8 @@ def linear_cka(first: Vectors, second: Float[np.ndarray, "other e"]) -> float:
         raise DataError(f"CKA needs pairs; came {len(first)} and {len(second)}", remedy="give as many of both")
     x, y = (vectors - vectors.mean(0) for vectors in (first, second))
     below = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    if below == 0:
+    # What is left of equal rows after centering is rounding.
+    if any(np.abs(c).max() <= 1e-6 * np.abs(raw).max() for c, raw in ((x, first), (y, second))):
         raise DataError("all vectors of one side are equal: CKA has no value", remedy="give vectors that differ")
     return float(np.linalg.norm(y.T @ x) ** 2 / below)
 
@@ -93,8 +94,9 @@ def space_scores(
         raise DataError(f"{number} groups, the shape of a space needs {LEAST}", remedy="give more pairs")
     measures: dict[str, tuple[str, Callable[[Vectors, Vectors], float]]] = {
         "alignment": ("mean squared distance of pairs", alignment),
-        "uniformity-image": ("log mean exp(-2 distance²)", lambda x, _: uniformity(x)),
-        "uniformity-text": ("log mean exp(-2 distance²)", lambda _, y: uniformity(y)),
+        # Of different rows only: a name that many pictures share would count as crowding.
+        "uniformity-image": ("log mean exp(-2 distance²), each once", lambda x, _: uniformity(np.unique(x, axis=0))),
+        "uniformity-text": ("log mean exp(-2 distance²), each once", lambda _, y: uniformity(np.unique(y, axis=0))),
         "modality-gap": ("distance of means", modality_gap),
         "cka": ("linear CKA", linear_cka),
     }

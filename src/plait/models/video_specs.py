@@ -89,10 +89,11 @@ class SpaceTime(Part):
 
     @model_validator(mode="after")
     def _one_grid(self) -> "SpaceTime":
-        if self.position == "sequence" and self.sampling != "uniform":
+        # A learned table would be stretched: a short video's second frame would get the code of a later one.
+        if self.position in ("sequence", "learned") and self.sampling != "uniform":
             raise ValueError(
-                f"position is sequence, made for {self.frames} frames; sampling {self.sampling} gives short videos "
-                "fewer: choose uniform, or another position"
+                f"position is {self.position}, made for {self.frames} frames; sampling {self.sampling} gives short "
+                "videos fewer: choose uniform, or another position"
             )
         return self
 

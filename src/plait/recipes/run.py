@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from plait import __version__
 from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
@@ -180,7 +182,7 @@ def _check_sealed(stage: Stage, previous: Path | None, folder: Path) -> None:
         ConfigError: Says what differs.
     """
     remedy = f"put it back, or remove {folder.name} and what follows it, so that `plait resume` makes it again"
-    made, wanted = read_json(folder / "spec.json"), stage.model_dump(mode="json")
+    made, wanted = _with_defaults(read_json(folder / "spec.json"), stage), stage.model_dump(mode="json")
     changed = [f"{k}: {made.get(k)} → {wanted.get(k)}" for k in sorted(made | wanted) if made.get(k) != wanted.get(k)]
     if changed:
         raise ConfigError(
@@ -190,6 +192,14 @@ def _check_sealed(stage: Stage, previous: Path | None, folder: Path) -> None:
         )
     if previous is not None and (read_done(folder) or {}).get("made_from") != seal(previous):
         raise ConfigError(f"{folder.name} was made from another {previous.name}", place=str(folder), remedy=remedy)
+
+
+def _with_defaults(made: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Settings of a finished stage; those that there were not yet when it was made are at their defaults."""
+    try:
+        return type(stage).model_validate(made).model_dump(mode="json")
+    except ValidationError:  # a setting was taken away since, or means something else
+        return made
 
 
 def _report(run: Path, events: Events) -> None:

@@ -11,10 +11,11 @@ import yaml
 from tests.matrix.cases import CONNECTORS, SOUNDS, VIDEOS, Case, folder_of, modality_of, settings
 from tests.tiny_towers import TinyTowers
 
-from plait.assembly.account import composition_account
+from plait.assembly.account import composition_account, heard
 from plait.assembly.compose import compose
 from plait.cli.main import main
 from plait.core.types import MediaRef, Turn
+from plait.models import audio_specs
 from plait.models.composition import Composition
 from plait.models.crossattend import plain
 
@@ -70,6 +71,13 @@ def test_sounds_and_videos_cost_what_the_built_model_has(
     (slots,) = built.template.turns((Turn(role="user", parts=(ref,)),), prompt=True).slots
     assert (between.slots, language.tokens) == (slots, 9 + slots)
     assert min(of.flops, language.flops, of.tokens) > 0
+
+
+def test_no_more_of_a_sound_is_counted_than_is_heard_at_once() -> None:
+    assert heard(audio_specs.Whisper(tokens=50), 3.0) == 1.0
+    assert heard(audio_specs.Whisper(), 3.0) == 3.0
+    assert heard(audio_specs.PretrainedAudio(window_s=2.0), 3.0) == 2.0
+    assert heard(audio_specs.PretrainedAudio(), 40.0) == 40.0
 
 
 def test_a_decoder_costs_two_operations_a_weight_and_token(tiny_folders: dict[str, Path]) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tests.tiny_videos import sound_only, video
 from transformers import VideoMAEConfig, VideoMAEModel
 
+from plait.assembly import video_towers
 from plait.assembly.compose import compose
 from plait.assembly.language import language_of
 from plait.assembly.media_towers import kept, read_media
@@ -35,7 +36,7 @@ from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
 from plait.models.composition import Composition, Connectors, NewDecoder
 from plait.models.specs import Linear, ViT
-from plait.models.video_specs import FramesThenTime
+from plait.models.video_specs import FramesThenTime, SpaceTime
 from plait.objectives.language import NextToken
 
 RATE = 16_000
@@ -343,6 +344,24 @@ def test_towers_are_told_apart_by_their_weights(tiny_folders: dict[str, Path], t
     assert {modality: len(found) for modality, found in keys.items()} == {"audio": 2, "video": 2}
 
 
+def test_video_features_are_kept_apart_by_the_versions_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = scratch_video_tower(SpaceTime.model_validate(SPACE_TIME))
+    versions = {"torch": "2.13.0", "pillow": "12.1.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise video_towers.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(video_towers.metadata, "version", version)
+    keys: list[str] = []
+    for changed in ({}, {"av": "18.0.0"}, {"av": "18.0.1"}, {"av": "18.1.0"}, {"pillow": "12.2.0"}):
+        versions |= changed
+        keys.append(tower.cache_key)
+    assert keys[1] == keys[2], "a patch release changes no bits"
+    assert len(set(keys)) == 4
+
+
 def test_an_output_layer_for_ctc_and_masked_frames_do_not_learn(tiny_folders: dict[str, Path]) -> None:
     built = build(tiny_folders["decoder"], {"audio": WAV2VEC2}, {"audio": MLP})
     still = {name for name, weight in built.towers["audio"].encoder.named_parameters() if not weight.requires_grad}
@@ -393,6 +412,7 @@ def test_a_sound_that_is_too_long_by_its_reference_is_named(tiny_folders: dict[s
         ({"video": FRAMES}, {"image": MLP}, "encoders for video and connectors for image"),
         ({"audio": WHISPER, "video": FRAMES}, {"audio": GATED, "video": GATED}, "audio and video are both read inside"),
         ({"video": SPACE_TIME | {"position": "sequence", "sampling": "every"}}, {"video": MLP}, "made for 4 frames"),
+        ({"video": SPACE_TIME | {"position": "learned", "sampling": "every"}}, {"video": MLP}, "position is learned"),
         (
             {"video": FRAMES | {"tower": {"kind": "pretrained", "fit": {"kind": "native"}}}},
             {"video": MLP},

@@ -17,10 +17,13 @@ from tests.tiny_videos import video
 
 from plait.assembly.compose import compose
 from plait.assembly.multimodal import Multimodal, load_multimodal, save_multimodal
+from plait.cli.chat import Desk
 from plait.cli.main import main as plait
+from plait.core.errors import DataError
 from plait.core.types import MediaRef, Request, Text, Turn
 from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
+from plait.inference.converse import Conversation, Decoding, Pictures
 from plait.models.composition import Composition
 
 VIT: dict[str, Any] = {"kind": "vit", "size": 16, "patch": 8, "d": 16, "depth": 1, "heads": 2}
@@ -127,3 +130,26 @@ def test_a_model_that_does_not_watch_says_so_at_once(
     code, out, _ = run("--video", files["a.mp4"], "--prompt", "what?", "--json", name=tmp_path / "blind")
     assert code == 4
     assert "this model reads image" in json.loads(out)["error"]["cause"]
+
+
+def test_what_the_model_refuses_is_not_kept_for_the_questions_after_it(
+    model: Path, files: dict[str, Path], tiny_model: Multimodal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def desk(built: Multimodal) -> Desk:
+        shown = Pictures()
+        engine = build_engine(built, encode_pictures(built, shown.read))
+        talk = Conversation(engine=engine, decoding=Decoding(max_new_tokens=2))
+        return Desk(conversation=talk, pictures=shown, root=None)
+
+    hearing, seeing = desk(load_multimodal(model)), desk(tiny_model)
+    hearing.show(str(files["a.wav"]), "audio")
+    with pytest.raises(DataError, match="8,000 samples a second") as caught:
+        hearing.show(str(files["slow.wav"]), "audio")
+    assert "slow.wav" in caught.value.place
+    with pytest.raises(DataError, match="this model reads image"):
+        seeing.show(str(files["a.wav"]), "audio")
+    assert [ref.uri for ref in hearing.conversation.pictures] == [str(files["a.wav"])]
+    assert seeing.conversation.pictures == []
+    for one in (hearing, seeing):
+        assert one.answer("what?", show=False)["finish"] in ("stop", "length")
+    capsys.readouterr()

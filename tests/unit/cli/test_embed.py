@@ -86,6 +86,9 @@ def test_other_models_and_nothing_to_do_are_refused(
 ) -> None:
     assert plait(["embed", str(model)]) == 2
     assert plait(["embed", str(model), "--text", "a", "--top", "0"]) == 2
+    assert plait(["embed", str(model), "--text", "a", "--out", str(tmp_path)]) == 2
+    assert plait(["embed", str(model), "--text", "a", "--out", str(model / "plait.json" / "x")]) == 5
+    assert "cannot be written" in capsys.readouterr().err
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text("name: x\n")

@@ -47,8 +47,9 @@ def test_a_gap_is_the_distance_of_cones_and_one_point_is_not_even() -> None:
     assert uniformity(x) == pytest.approx(-4 + 8 / 64, abs=0.01)
     with pytest.raises(DataError, match="came 1"):
         uniformity(x[:1])
-    with pytest.raises(DataError, match="are equal"):
-        linear_cka(np.ones((4, 3)), x[:4])
+    for equal in (np.ones((4, 3)), np.full((4, 3), 0.1)):  # of which the second does not center to 0 exactly
+        with pytest.raises(DataError, match="are equal"):
+            linear_cka(equal, x[:4])
     with pytest.raises(DataError, match="came 4 and 3"):
         linear_cka(x[:4], x[:3])
 
@@ -74,6 +75,14 @@ def test_the_jackknife_covers_the_truth_about_as_often_as_it_says() -> None:
         )
         covered += found.low <= 0 <= found.high
     assert 0.91 <= covered / 400 <= 0.99  # seeded; 95 % is said
+
+
+def test_a_name_that_many_pictures_share_is_no_crowding() -> None:
+    rng = np.random.default_rng(6)
+    texts, pictures = unit(rng, 50, 64), unit(rng, 400, 64)
+    groups = [str(i // 8) for i in range(400)]
+    scores = {s.name: s for s in space_scores(pictures, texts.repeat(8, axis=0), name="space/test", groups=groups)}
+    assert scores["space/test/uniformity-text"].value == pytest.approx(uniformity(texts))
 
 
 def test_scores_have_intervals_and_few_groups_are_refused() -> None:

@@ -83,6 +83,16 @@ def test_a_finished_stage_is_not_built_upon_with_other_settings(pairs: Path, tmp
     assert "remove 01-data" in caught.value.remedy
 
 
+def test_a_stage_made_before_there_was_a_setting_had_its_default(pairs: Path, tmp_path: Path) -> None:
+    run = start(str(pairs), root=tmp_path / "runs")
+    path = run / "01-data" / "spec.json"
+    made = json.loads(path.read_text())
+    del made["questions"]["yes_no_easy"]
+    path.write_text(json.dumps(made))
+    resume(run)
+    assert summary(run)["stages"][0]["state"] == "done"
+
+
 def test_ctrl_c_says_how_to_go_on(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

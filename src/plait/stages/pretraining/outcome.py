@@ -77,14 +77,17 @@ def show(
 
 
 def shapes(tasks: Sequence[RetrievalTask], model: DualEncoder, *, events: Events) -> list[Score]:
-    """The shape of the space on each split, as far as splits are large enough; an event names those that are not."""
+    """The shape of the space on each split, as far as it has one; an event says of which it has none, and why."""
     scores: list[Score] = []
     for task in tasks:
         number = len(set(task.pairs.concepts))
         if number < LEAST:
             events.note(f"{task.name}: {number} concepts are too few to measure the shape of the space ({LEAST})")
-        else:
+            continue
+        try:
             scores += task.space(model)
+        except DataError as error:
+            events.warning(f"{task.name}: the shape of the space has no value: {error.cause}")
     return scores
 
 

@@ -418,7 +418,8 @@ class _Tuning:
         )
 
     def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
-        context = self.spec.model_dump(mode="json", exclude={"save_every", "device"})
+        unset = set() if self.spec.lr_gates else {"lr_gates"}  # phases begun before there was this setting go on
+        context = self.spec.model_dump(mode="json", exclude={"save_every", "device"} | unset)
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         return Settings(
             steps=steps,
