@@ -236,13 +236,14 @@ def build_multimodal(
 
 
 def save_multimodal(built: Multimodal, folder: Path) -> None:
-    """Write a folder that exists; what did not train is named, not copied, unless it has 8-bit layers.
+    """Write a folder, made if need be; what did not train is named, not copied, unless it has 8-bit layers.
 
     Raises:
         OSError: The disk is full or not writable.
         safetensors.SafetensorError: Likewise.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in built.own_state().items()}
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     config = {
         "architectures": ["MultimodalLM"],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from plait.cli.output import Out
@@ -41,5 +44,13 @@ def closing(run: Path, out: Out) -> int:
             out.line(line)
     out.line(f"run folder  {result['run']}")
     out.line(f"report      {result['run']}/report.html")
+    if any((stage["kind"], stage["state"]) == ("tune", "done") for stage in result["stages"]):
+        out.line(f"ask it      {_command()} chat {result['run']} --image PICTURE")
     out.result(result)
     return 0
+
+
+def _command() -> str:
+    """How this very program is called from here: a virtual environment need not be on the path."""
+    own = Path(sys.argv[0])
+    return "plait" if own.name != "plait" or shutil.which("plait") else os.path.relpath(own)

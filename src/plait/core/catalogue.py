@@ -264,7 +264,7 @@ def nearest(typed: str, paths: Iterable[str], limit: int = 3) -> tuple[str, ...]
     """
     scored: list[tuple[float, str]] = []
     last = typed.rpartition(".")[2]
-    for path in paths:
+    for path in dict.fromkeys(paths):
         if path.endswith(f".{typed}"):
             scored.append((3.0 - 0.01 * path.count("."), path))
             continue

@@ -55,6 +55,7 @@ class Estimate:
         seconds: Shortest and longest expected time.
         d_image: Width of the features of a picture tower that it trains; 0 where it trains none.
         cells: Features that such a tower makes of a picture.
+        slots: Places that a picture takes in the text of the model that it makes; 0 where it makes none.
         notes: What the estimate rests on, and warnings.
     """
 
@@ -72,3 +73,9 @@ class Estimate:
     notes: tuple[str, ...] = ()
     d_image: int = 0
     cells: int = 0
+    slots: int = 0
+
+
+def picture_slots(before: Mapping[str, Estimate], usual: int) -> int:
+    """Places of a picture in the model that the last stage before made, or as many as usual where none is planned."""
+    return next((one.slots for one in reversed(list(before.values())) if one.slots), usual)

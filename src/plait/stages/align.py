@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from plait.core.errors import DataError
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.stages.stage import Stage, Task, named_setting
@@ -148,8 +148,10 @@ class Align(Stage):
 
         shape = cost.SMOLLM2_135M
         lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
-        length = self.row or 64
-        rows = math.ceil(2 * self.batch_size * _ANSWER_TOKENS / (_FILLED * length))
+        slots = picture_slots(before, _PICTURE_TOKENS)
+        answer = _ANSWER_TOKENS - _PICTURE_TOKENS + slots
+        length = max(self.row or 64, answer)
+        rows = math.ceil(2 * self.batch_size * answer / (_FILLED * length))
         trained = 2 * self.batch_size * _TRAINED_TOKENS
         passes = math.ceil(self._pairs() / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
@@ -175,7 +177,7 @@ class Align(Stage):
             params_trainable=weights,
             params_frozen=shape.params,
             tokens=tokens,
-            image_tokens=int(tokens * _FILLED * _PICTURE_TOKENS / _ANSWER_TOKENS),
+            image_tokens=int(tokens * _FILLED * slots / answer),
             flops=flops,
             memory=memory,
             disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2),

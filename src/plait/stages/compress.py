@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.stages.stage import Stage, Task
@@ -115,11 +115,13 @@ class Compress(Stage):
 
         shape = cost.SMOLLM2_135M
         answers = 2 * self.questions * len(self.tasks)
-        flops = cost.generate_flops(shape, rows=answers, prompt=_PROMPT_TOKENS, new=self.max_new_tokens)
+        slots = picture_slots(before, _PICTURE_TOKENS)
+        prompt = _PROMPT_TOKENS - _PICTURE_TOKENS + slots
+        flops = cost.generate_flops(shape, rows=answers, prompt=prompt, new=self.max_new_tokens)
         # A step that makes one token a row reads all weights for little work.
         slow, fast = cost.EFFICIENCY[machine.dtype]
         low, high = cost.time_range(flops, machine, efficiency=(slow / 2, fast))
-        length = _PROMPT_TOKENS + self.max_new_tokens
+        length = prompt + self.max_new_tokens
         kept = cost.decoder_activations(
             shape, rows=self.rows, length=length, dtype=machine.dtype, gradients="none", attention="eager"
         )
@@ -137,7 +139,7 @@ class Compress(Stage):
             stage=self.kind,
             params_frozen=shape.params,
             tokens=answers * length,
-            image_tokens=answers * _PICTURE_TOKENS,
+            image_tokens=answers * slots,
             flops=flops,
             memory=memory,
             disk_bytes=written + answers * 200,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from plait.core.errors import DataError, PlaitError
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.stages.stage import Stage, Task
@@ -156,6 +156,7 @@ class Evaluate(Stage):
                 place=f"stages.{self.kind}",
                 remedy=f"set data.source.test_fraction above 0, or do without the stage: stages.{self.kind}=null",
             )
+        slots = picture_slots(before, _PICTURE_TOKENS)
         canvases = sum(self._expected("count", number) for number in samples.values()) // 2
         pictures, answers = sum(samples.values()) + canvases, 0
         flops, tokens, longest = 0.0, 0, 0
@@ -164,7 +165,7 @@ class Evaluate(Stage):
             beside = [b for b in self.baselines if task in self.baseline_tasks and (b, task) != ("blank", "name.en")]
             systems = 1 + len(beside)
             questions = systems * sum(self._expected(task, number) for number in samples.values())
-            prompt = _PICTURE_TOKENS + _TEMPLATE_TOKENS + _QUESTION_TOKENS[task]
+            prompt = slots + _TEMPLATE_TOKENS + _QUESTION_TOKENS[task]
             new = self._limit()[task]
             flops += cost.generate_flops(decoder, rows=questions, prompt=prompt, new=new)
             tokens += questions * (prompt + new)
@@ -181,7 +182,7 @@ class Evaluate(Stage):
             samples=samples,
             params_frozen=decoder.params + _TOWER_WEIGHTS,
             tokens=tokens,
-            image_tokens=answers * _PICTURE_TOKENS,
+            image_tokens=answers * slots,
             flops=flops,
             memory=cost.peak_memory(
                 machine,
@@ -196,7 +197,7 @@ class Evaluate(Stage):
             seconds=(low + seconds[0], high + seconds[1]),
             notes=(
                 f"{answers:,} answers of {models} models, one after the other, counted with emoji questions, one round "
-                f"of yes/no and {_PICTURE_TOKENS} tokens a picture; the time is that of answers at full length",
+                f"of yes/no and {slots} tokens a picture; the time is that of answers at full length",
             ),
         )
 

@@ -120,6 +120,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         home_bytes=2 * picture.side**2 * picture.width * pictures,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
+        slots=of.slots,
     )
 
 
