@@ -247,7 +247,7 @@ class Pretrain(Stage):
         scores = [
             s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
         ]
-        scores += [*shapes(tasks, dual.model, events=Events()), *shape]
+        scores += [*shapes(tasks, dual.model, events=events), *shape]
         write_json(folder / "scores.json", [asdict(score) for score in scores])
         write_jsonl(
             folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]

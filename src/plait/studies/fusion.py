@@ -9,7 +9,7 @@ claims is published like what supports them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -87,18 +87,7 @@ class FusionStudy(Spec):
     name: Literal["fusion"] = "fusion"
     """Which study."""
 
-    fusions: tuple[FusionName, ...] = (
-        "concat-linear",
-        "concat-flags",
-        "concat-mlp",
-        "features",
-        "attention",
-        "gated",
-        "low-rank",
-        "bilinear",
-        "average",
-        "product",
-    )
+    fusions: tuple[FusionName, ...] = get_args(FusionName)
     """Fusions to try."""
 
     seeds: int = Field(default=5, ge=3)
