@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plait.cli.output import Out
 
 if TYPE_CHECKING:
-    from plait.studies.fusion import FusionStudy
-    from plait.studies.positions import Positions
+    from plait.studies.study import Study
 
-STUDIES = ("positions", "fusion")
+STUDIES = {
+    "positions": "plait.studies.positions:Positions",
+    "fusion": "plait.studies.fusion:FusionStudy",
+}
 """``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
 two modalities where they interact, differ in scale, or one is missing."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("study", choices=STUDIES, help="which claims to try")
+    parser.add_argument("study", choices=tuple(STUDIES), help="which claims to try")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as seeds=3")
     parser.add_argument(
         "--runs",
@@ -44,28 +46,21 @@ def main(args: argparse.Namespace, out: Out) -> int:
         from plait.core.yamltext import Node, Source
         from plait.recipes.run import environment
 
-        study, markdown = _study(args.study)
-        resolved = resolve(study, Node({}, Source("default")), args.overrides)
+        resolved = resolve(_study(args.study), Node({}, Source("default")), args.overrides)
         contents = {"study.yaml": resolved.to_yaml(), "env.json": json.dumps(environment(), indent=2) + "\n"}
         folder = new_run(args.study, args.runs, contents=contents)
         with lock(folder):
             events = Events(folder / "events.jsonl", listeners=(listener,))
             results = resolved.spec.run(folder, events=events)
     out.line()
-    out.line(markdown(results))
+    out.line(resolved.spec.markdown(results))
     out.line(f"{results['trained']} trainings in {results['seconds']:.0f} s; folder {folder}")
     out.result({"folder": str(folder), **results})
     return 0
 
 
-def _study(name: str) -> tuple[type[Positions] | type[FusionStudy], Callable[[Mapping[str, Any]], str]]:
-    """Settings that run, and tables of what comes out."""
-    if name == "fusion":
-        from plait.studies.fusing.tables import markdown as fusions
-        from plait.studies.fusion import FusionStudy
-
-        return FusionStudy, fusions
-    from plait.studies.placing.tables import markdown as positions
-    from plait.studies.positions import Positions
-
-    return Positions, positions
+def _study(name: str) -> type[Study]:
+    """Settings that run; imported only now, as torch comes with them."""
+    module, _, kind = STUDIES[name].partition(":")
+    found: type[Study] = getattr(import_module(module), kind)
+    return found

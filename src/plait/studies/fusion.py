@@ -8,13 +8,13 @@ claims is published like what supports them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from plait.core.events import Events
 from plait.core.spec import Spec
+from plait.studies.study import Study
 
 FusionName = Literal[
     "concat-linear",
@@ -81,7 +81,7 @@ class Rates(Spec):
     """Peak learning rates."""
 
 
-class FusionStudy(Spec):
+class FusionStudy(Study):
     """The study of fusions: all settings of it."""
 
     name: Literal["fusion"] = "fusion"
@@ -114,9 +114,6 @@ class FusionStudy(Spec):
     wide: tuple[int, int] = (512, 256)
     """Widths of a modality and of the fused vector, for a table of costs at the size of real towers."""
 
-    workers: int = Field(default=0, ge=0)
-    """Processes, of one thread each; 0: one for each core. The results do not depend on it."""
-
     interaction: Interaction = Interaction()
     """What needs both modalities."""
 
@@ -138,20 +135,15 @@ class FusionStudy(Spec):
             )
         return self
 
-    def run(self, folder: Path, *, events: Events) -> dict[str, Any]:
-        """Train, ask, and write ``results.json`` and ``results.md`` into ``folder``, which exists.
-
-        Returns:
-            What ``results.json`` holds: the settings, scores with 95 % intervals over seeds, shares of gradients,
-            differences, shares of variance, and costs.
-        """
-        from plait.core.files import mark_done, write_atomic, write_json
-        from plait.studies.fusing.tables import markdown
+    def collect(self, *, events: Events) -> dict[str, Any]:
+        """Train and ask: see :meth:`Study.collect`."""
         from plait.studies.fusing.trials import collect
 
-        results = collect(self, events=events)
-        write_json(folder / "results.json", results)
-        write_atomic(folder / "results.md", markdown(results))
-        summary = {"study": self.name, "trained": results["trained"], "seconds": results["seconds"]}
-        mark_done(folder, kind="study", previous=None, summary=summary)
-        return results
+        return collect(self, events=events)
+
+    @staticmethod
+    def markdown(results: dict[str, Any]) -> str:
+        """Tables of what ``collect`` returned."""
+        from plait.studies.fusing.tables import markdown
+
+        return markdown(results)

@@ -7,13 +7,13 @@ contradicts the claims is published like what supports them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from plait.core.events import Events
 from plait.core.spec import Spec
+from plait.studies.study import Study
 
 SequenceCode = Literal["none", "sincos", "learned", "rope", "alibi", "t5", "shaw", "sincos+t5"]
 GridCode = Literal["none", "learned-1d", "sincos-2d", "learned-2d", "bias", "rope-2d", "rope-unit", "sincos-2d+bias"]
@@ -73,7 +73,7 @@ class Grids(Spec):
     """Updates."""
 
 
-class Positions(Spec):
+class Positions(Study):
     """The study of position codes: all settings of it."""
 
     name: Literal["positions"] = "positions"
@@ -100,9 +100,6 @@ class Positions(Spec):
     rows: int = Field(default=256, ge=1)
     """Test sequences, and grids a question, for each seed."""
 
-    workers: int = Field(default=0, ge=0)
-    """Processes, of one thread each; 0: one for each core. The results do not depend on it."""
-
     sequence: Sequences = Sequences()
     """The sequences."""
 
@@ -115,20 +112,15 @@ class Positions(Spec):
             raise ValueError(f"a width of {self.d} in {self.heads} heads is no multiple of 4 each")
         return self
 
-    def run(self, folder: Path, *, events: Events) -> dict[str, Any]:
-        """Train, ask, and write ``results.json`` and ``results.md`` into ``folder``, which exists.
-
-        Returns:
-            What ``results.json`` holds: the settings, a score with its 95 % interval over seeds for every code,
-            question and size, and figures of topology.
-        """
-        from plait.core.files import mark_done, write_atomic, write_json
-        from plait.studies.placing.tables import markdown
+    def collect(self, *, events: Events) -> dict[str, Any]:
+        """Train and ask: see :meth:`Study.collect`."""
         from plait.studies.placing.trials import collect
 
-        results = collect(self, events=events)
-        write_json(folder / "results.json", results)
-        write_atomic(folder / "results.md", markdown(results))
-        summary = {"study": self.name, "trained": results["trained"], "seconds": results["seconds"]}
-        mark_done(folder, kind="study", previous=None, summary=summary)
-        return results
+        return collect(self, events=events)
+
+    @staticmethod
+    def markdown(results: dict[str, Any]) -> str:
+        """Tables of what ``collect`` returned."""
+        from plait.studies.placing.tables import markdown
+
+        return markdown(results)
