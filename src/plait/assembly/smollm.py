@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from plait.assembly.local import converted, fingerprint, quiet
-from plait.core.errors import CheckpointError, NumericsError, ResourceError
+from plait.core.errors import CheckpointError, NumericsError, ResourceError, pip_install
 from plait.core.events import Events
 
 _CONVERTER = 1
@@ -104,7 +104,7 @@ def _convert(source: Path, target: Path) -> None:
         from gguf import GGUFReader, dequantize
     except ImportError as error:
         raise ResourceError(
-            "reading GGUF files needs the package gguf", place=str(source), remedy="pip install 'plait[gguf]'"
+            "reading GGUF files needs the package gguf", place=str(source), remedy=pip_install("plait[gguf]")
         ) from error
     reader = GGUFReader(source / _GGUF)
     fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -213,6 +213,8 @@ def _legend(found: Sequence[Judged], need: Need) -> list[str]:
     shown = (
         f"{'-'.join(map(str, sorted({min(rounds), max(rounds)})))} rounds{few}" if rounds else "nothing was measured"
     )
+    if left := sum(one.timing is None and one.status == "fits" for one in found):
+        shown += f"; {left} not measured: the time was over, give more --seconds"
     sources: dict[str, list[str]] = {}
     for one in found:
         if one.candidate.source:

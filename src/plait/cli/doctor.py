@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from plait.cli.output import Out
-from plait.core.errors import ResourceError
+from plait.core.errors import ResourceError, pip_install
 
 CORE = (
     "torch",
@@ -31,7 +31,7 @@ CORE = (
     "rich",
     "jaxtyping",
 )
-EXTRAS = ("emoji", "gguf", "serve", "report", "stats")
+EXTRAS = ("emoji", "gguf", "serve", "report", "stats", "speech", "video")
 REASONS = {
     "torch": "older ones carry CVE-2026-24747, a crafted checkpoint runs code even with weights_only=True",
     "pillow": "older ones carry known faults in image decoders",
@@ -100,7 +100,7 @@ def software() -> Iterator[Check]:
     yield Check("python", "ok", ".".join(map(str, sys.version_info[:3])))  # an older one could not install Plait
     needs = requirements()
     for name in ("plait", *CORE):
-        yield judge(name, minimum=needs.get(name, ("", ""))[1], found=installed(name))
+        yield judge(name, minimum=needs.get(name, ""), found=installed(name))
     for name in UNWANTED:
         if version := installed(name):
             why = "not used, and a build that does not match torch breaks importing transformers and peft"
@@ -116,23 +116,23 @@ def software() -> Iterator[Check]:
 
 def judge(name: str, *, minimum: str, found: str) -> Check:
     """Judge one library: missing (``found`` is empty) or older than ``minimum`` fails."""
-    wanted = f"'{name}>={minimum}'" if minimum else name
+    wanted = f"{name}>={minimum}" if minimum else name
     if not found:
-        return Check(name, "fail", "not installed", f"pip install {wanted}")
+        return Check(name, "fail", "not installed", pip_install(wanted))
     if _release(found) < _release(minimum):
         reason = REASONS.get(name, "Plait needs the newer one")
-        return Check(name, "fail", f"{found} is below {minimum}: {reason}", f"pip install --upgrade {wanted}")
+        return Check(name, "fail", f"{found} is below {minimum}: {reason}", pip_install(wanted))
     return Check(name, "ok", found)
 
 
-def requirements() -> dict[str, tuple[str, str]]:
-    """Distribution → (extra it belongs to or ``""``, minimum version), from Plait's installed metadata."""
-    found: dict[str, tuple[str, str]] = {}
+def requirements(extra: str = "") -> dict[str, str]:
+    """Distribution → minimum version, of Plait itself or of an extra, from its installed metadata."""
+    found: dict[str, str] = {}
     for line in (metadata.requires("plait") or []) if installed("plait") else []:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:[>=]=\s*([0-9.]+))?", line)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        if match and (extra is None or extra[1] in EXTRAS):
-            found[match[1].lower()] = (extra[1] if extra else "", match[2] or "")
+        of = re.search(r"extra == ['\"](\w+)['\"]", line)
+        if match and (of[1] if of else "") == extra:
+            found[match[1].lower()] = match[2] or ""
     return found
 
 
@@ -282,13 +282,10 @@ def packages() -> Iterator[Check]:
 
 def extras() -> Iterator[Check]:
     """Optional libraries, by the extra that brings them."""
-    members: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
-    for name, (extra, _) in requirements().items():
-        if extra:
-            members[extra].append(name)
-    for extra, names in members.items():
+    for extra in EXTRAS:
+        names = list(requirements(extra))
         missing = [name for name in names if not installed(name)]
         if missing:
-            yield Check(extra, "warn", f"missing {', '.join(missing)}", f"pip install 'plait[{extra}]'")
+            yield Check(extra, "warn", f"missing {', '.join(missing)}", pip_install(f"plait[{extra}]"))
         else:
             yield Check(extra, "ok", ", ".join(f"{name} {installed(name)}" for name in names))

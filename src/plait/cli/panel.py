@@ -99,11 +99,11 @@ def describe(event: Event) -> str:
 
 
 def figures(event: Event) -> str:
-    """Loss, rate and the like, those that the event carries."""
+    """Time to go, loss, rate and the like, those that the event carries: what is last is cut first."""
     shown = [f"{name} {event.fields[name]:.4g}" for name in _SHOWN if isinstance(event.fields.get(name), int | float)]
     eta = event.fields.get("eta_s")
     if isinstance(eta, int | float):
-        shown.append(f"eta {int(eta) // 60}:{int(eta) % 60:02d}")
+        shown.insert(0, f"eta {int(eta) // 60}:{int(eta) % 60:02d}")
     return "  ".join(shown)
 
 
@@ -119,17 +119,19 @@ def _live(stream: TextIO) -> Generator[Callable[[Event], None]]:
         TextColumn,
         TimeElapsedColumn,
     )
+    from rich.table import Column
 
     console = Console(file=stream)
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description:<14}"),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
+        # Alone takes what width is left, so that a narrow screen cuts figures, not the bar.
+        TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         tasks: dict[str, TaskID] = {}
 
         def listener(event: Event) -> None:

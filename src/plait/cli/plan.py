@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, out: Out) -> int:
     """Print the plan; exit 3 or 5 if a stage could not run or would not fit the disk."""
-    from plait.core.errors import PlaitError
+    from plait.core.errors import ConfigError, PlaitError
     from plait.recipes.recipe import load_recipe
     from plait.training import plan
 
@@ -47,13 +47,20 @@ def main(args: argparse.Namespace, out: Out) -> int:
     out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
     machine = plan.survey(args.runs, probe=not args.no_probe)
     stages = [("data", recipe.data), *recipe.stages.items()]
-    sums = plan.total(plan.estimate_all(stages, machine), machine)
-    for line in describe(sums, machine):
-        out.line(line)
     refused: PlaitError | None = None
     try:
         for _, stage in stages:
             stage.check(machine)
+    except PlaitError as error:
+        refused = error
+        if isinstance(error, ConfigError) and not out.json:
+            raise  # a table of other parts than those that are meant would mislead
+    sums = plan.total(plan.estimate_all(stages, machine), machine)
+    for line in describe(sums, machine):
+        out.line(line)
+    try:
+        if refused is not None:
+            raise refused
         plan.require(sums, machine, place=args.runs.absolute())
     except PlaitError as error:
         if not out.json:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.cli.output import Out
-from plait.core.errors import ResourceError, UsageError
+from plait.core.errors import ResourceError, UsageError, pip_install
 
 if TYPE_CHECKING:
     from plait.serving.auth import Key
@@ -141,7 +141,7 @@ def _need_extra() -> None:
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ResourceError(
-            f"the server needs {' and '.join(missing)}", place="plait serve", remedy="pip install 'plait[serve]'"
+            f"the server needs {' and '.join(missing)}", place="plait serve", remedy=pip_install("plait[serve]")
         )
 
 

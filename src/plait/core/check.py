@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -173,6 +174,8 @@ class Check:
             problem = error["msg"].partition(", ")[2] or error["msg"]
         else:
             problem = error["msg"] if expected == "anything" else f"expected {expected}"
+        if isinstance(node.value, dict) and depth == len(keys):
+            place = _places(node.value, problem) or place
         if not keys:
             return Fault(keys, problem, place, "change the settings it names")
         return Fault(keys, f"{path}: {problem}, came {came(error['input'])}", place, _see(path))
@@ -196,6 +199,18 @@ def did_you_mean(path: str, paths: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return "`plait config show RECIPE` prints all settings"
+
+
+def _places(settings: Mapping[str, Node], problem: str) -> str:
+    """Where the settings of a mapping stand that a problem names: the mapping itself may be a parent's."""
+    named = [name for name in settings if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", problem)]
+    places: dict[str, list[str]] = {}
+    for name in named:
+        node = settings[name].get("kind") or settings[name]
+        places.setdefault(node.source.where, []).append(name)
+    if len(places) == 1:
+        return next(iter(places))
+    return "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
 
 
 def _see(path: str) -> str:

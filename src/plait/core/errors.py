@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 
 class PlaitError(Exception):
     """A fault with a place and a remedy.
@@ -104,3 +109,20 @@ class Stopped(KeyboardInterrupt):
         super().__init__(text)
         self.signal = signal
         self.exit_code = 128 + signal
+
+
+def pip_install(what: str) -> str:
+    """The command that installs something for the Python that runs, whatever ``pip`` is on the path.
+
+    Args:
+        what: Requirements as pip takes them, such as ``plait[video]``.
+
+    Example:
+        >>> pip_install("plait[video]").endswith("python -m pip install 'plait[video]'")
+        True
+    """
+    python = Path(sys.executable)
+    if shutil.which(python.name) == str(python):
+        return f"{python.name} -m pip install '{what}'"
+    short = os.path.relpath(python)
+    return f"{python if short.startswith(os.pardir) else short} -m pip install '{what}'"

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.core.errors import ConfigError, ResourceError
+from plait.core.errors import ConfigError, ResourceError, pip_install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +146,7 @@ def _places() -> tuple[str, Path]:
         raise ResourceError(
             "speaking texts needs the package espeakng-loader (10 MB, with espeak-ng inside)",
             place="questions.spoken",
-            remedy="pip install 'plait[speech]'",
+            remedy=pip_install("plait[speech]"),
         ) from error
     return espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path())
 
@@ -194,7 +194,7 @@ def _succeed(failed: int, cause: str, place: str) -> None:
         raise ResourceError(
             f"espeak-ng fails ({failed}): {cause}",
             place=place,
-            remedy="show it as a text; or install 'plait[speech]' again",
+            remedy=f"show it as a text; or {pip_install('plait[speech]')}",
         )
 
 
@@ -214,7 +214,7 @@ def _resampled(samples: np.ndarray, rate: int) -> np.ndarray:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise ResourceError(
-            "speaking texts needs the package scipy", place="questions.spoken", remedy="pip install 'plait[speech]'"
+            "speaking texts needs the package scipy", place="questions.spoken", remedy=pip_install("plait[speech]")
         ) from error
     common = gcd(rate, RATE)
     return resample_poly(samples / 32768.0, RATE // common, rate // common)

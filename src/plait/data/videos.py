@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, pip_install
 from plait.data.media import MediaError
 
 VIDEOS: Mapping[str, str] = {"MP4": "mp4", "MATROSKA": "mkv", "AVI": "avi"}
@@ -195,7 +195,7 @@ def _opened(data: bytes, kind: str, *, place: str, limits: VideoLimits) -> Itera
         from av.stream import Disposition
     except ImportError as error:
         raise ConfigError(
-            "reading videos needs the package av (PyAV)", place=place, remedy="pip install 'plait[video]'"
+            "reading videos needs the package av (PyAV)", place=place, remedy=pip_install("plait[video]")
         ) from error
 
     try:

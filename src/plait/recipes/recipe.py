@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -13,7 +14,7 @@ from pydantic_core import CoreSchema
 from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
-from plait.core.yamltext import Keys
+from plait.core.yamltext import Keys, Source
 from plait.models.specs import QFormer
 from plait.stages.align import Align
 from plait.stages.compress import Compress
@@ -155,7 +156,8 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
     """Find, read and check a recipe; see :func:`plait.core.spec.load`.
 
-    A relative path of own data in a recipe file is seen from the folder of that file.
+    A relative path of own data in a recipe file is seen from the folder of that file. A file that extends another and
+    gives no name of its own is called after itself, not after its parent.
 
     Args:
         name: As for :func:`find_recipe`.
@@ -164,7 +166,14 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
     Raises:
         ConfigError: Anything about it is wrong.
     """
-    return load(Recipe, find_recipe(name), overrides, find=find_recipe, paths=_PATHS, names=("emoji",))
+    path = find_recipe(name)
+    resolved = load(Recipe, path, overrides, find=find_recipe, paths=_PATHS, names=("emoji",))
+    given = resolved.sources["name"]
+    own = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._")
+    if given.kind != "file" or Path(given.place) == path or not own:
+        return resolved
+    spec = resolved.spec.model_copy(update={"name": own})
+    return Resolved(spec, {**resolved.sources, "name": Source("derived", "the file's name")})
 
 
 def _list(known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from plait.cli import doctor
 from plait.cli.output import Out
 from plait.core import packages
+from plait.core.errors import pip_install
 
 NO_PROBE = argparse.Namespace(no_probe=True)
 
@@ -46,10 +47,10 @@ def test_versions_compare_as_numbers(name: str, minimum: str, found: str, status
 def test_the_minimums_are_those_of_the_package() -> None:
     """The known-bad versions must be shut out by Plait's own metadata, or the reasons would never be said."""
     needs = doctor.requirements()
-    assert doctor.judge("torch", minimum=needs["torch"][1], found="2.9.1").status == "fail"
-    assert doctor.judge("pillow", minimum=needs["pillow"][1], found="12.2.9").status == "fail"
+    assert doctor.judge("torch", minimum=needs["torch"], found="2.9.1").status == "fail"
+    assert doctor.judge("pillow", minimum=needs["pillow"], found="12.2.9").status == "fail"
     assert set(doctor.CORE) <= needs.keys()
-    assert {extra for extra, _ in needs.values()} == {"", *doctor.EXTRAS}
+    assert all(doctor.requirements(extra) for extra in doctor.EXTRAS)
 
 
 @pytest.mark.light
@@ -70,7 +71,7 @@ def test_a_missing_compiler_and_a_missing_extra_are_warnings(monkeypatch: pytest
     installed = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda name: "" if name == "gguf" else installed(name))
     gguf = next(c for c in doctor.extras() if c.name == "gguf")
-    assert (gguf.status, gguf.fix) == ("warn", "pip install 'plait[gguf]'")
+    assert (gguf.status, gguf.fix) == ("warn", pip_install("plait[gguf]"))
 
 
 @pytest.mark.light

@@ -14,7 +14,7 @@ from plait.cli import serve
 from plait.cli.main import VERBS
 from plait.cli.main import main as plait
 from plait.cli.output import Out
-from plait.core.errors import ResourceError, UsageError
+from plait.core.errors import ResourceError, UsageError, pip_install
 from plait.serving.auth import Key
 
 pytestmark = pytest.mark.light
@@ -76,7 +76,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="needs fastapi and uvicorn") as caught:
         serve._need_extra()
-    assert caught.value.remedy == "pip install 'plait[serve]'"
+    assert caught.value.remedy == pip_install("plait[serve]")
 
 
 def test_faults_of_usage_come_before_anything_loads(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tests.tiny_videos import SIZE, box, matrix, shown_by, sound_only, video
 
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, pip_install
 from plait.data.media import MediaError
 from plait.data.videos import VideoLimits, open_video
 
@@ -295,4 +295,4 @@ def test_without_pyav_the_command_that_installs_it_is_said(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match="needs the package av") as refused:
         open_video(data, place="a")
-    assert refused.value.remedy == "pip install 'plait[video]'"
+    assert refused.value.remedy == pip_install("plait[video]")

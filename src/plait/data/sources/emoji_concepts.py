@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from types import ModuleType
 
-from plait.core.errors import ResourceError
+from plait.core.errors import ResourceError, pip_install
 
 _JOIN = "\u200d"
 _SKIN = re.compile("[\U0001f3fb-\U0001f3ff]")
@@ -257,7 +257,7 @@ def need_extra(module: str) -> ModuleType:
         raise ResourceError(
             f"the package {module!r} is not installed",
             place="data.source: emoji",
-            remedy="run `pip install 'plait[emoji]'`",
+            remedy=pip_install("plait[emoji]"),
         ) from error
 
 
