@@ -62,6 +62,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
             "images": names,
             "texts": args.text,
             "cosine": (image @ text.T).tolist(),
+            "cosine_of_images": (image @ image.T).tolist(),
+            "cosine_of_texts": (text @ text.T).tolist(),
             "refused": [fault.as_dict() for fault in refused],
         }
     )

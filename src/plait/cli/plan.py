@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="shipped recipe (quickstart), or a YAML file: a recipe, or a model (encoders, connectors, decoder)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where the run would go (default: runs)"

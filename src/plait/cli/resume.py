@@ -21,10 +21,14 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.cli.panel import watch
     from plait.cli.run import closing
     from plait.core.files import find_run
+    from plait.recipes.run import summary
 
     run = find_run(args.run, args.runs)
+    finished = all(stage["state"] == "done" for stage in summary(run)["stages"])
     with watch(quiet_stdout=out.json) as listener:
         from plait.recipes.run import resume
 
         resume(run, listeners=(listener,))
-    return closing(run, out)
+    if finished:
+        out.line("nothing to resume: all its stages were finished before (`plait runs` shows what came of them)")
+    return closing(run, out, lines=not finished)

@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders go (default: runs)"
@@ -33,14 +33,14 @@ def main(args: argparse.Namespace, out: Out) -> int:
     return closing(run, out)
 
 
-def closing(run: Path, out: Out) -> int:
-    """Print what a person wants to know at the end of a run."""
+def closing(run: Path, out: Out, *, lines: bool = True) -> int:
+    """Print what a person wants to know at the end of a run; with the lines of its stages, unless said otherwise."""
     from plait.recipes.run import summary
 
     result = summary(run)
     out.line()
     for stage in result["stages"]:
-        for line in stage["lines"]:
+        for line in stage["lines"] if lines else ():
             out.line(line)
     out.line(f"run folder  {result['run']}")
     out.line(f"report      {result['run']}/report.html")

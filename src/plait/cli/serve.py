@@ -83,19 +83,31 @@ def _announce(listener: socket.socket, name: str, key: Key, *, out: Out) -> None
     host, port = listener.getsockname()[:2]
     reach = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
     url = f"http://[{reach}]:{port}" if ":" in reach else f"http://{reach}:{port}"
-    body = {"model": name, "messages": [{"role": "user", "content": "What can you see?"}]}
-    # A quote inside single quotes, as a shell wants it.
-    data = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+    question = "What can you see?"
+    data = _quoted({"model": name, "messages": [{"role": "user", "content": question}]})
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,PIXELS"}}
+    content = [picture, {"type": "text", "text": question}]
+    seen = _quoted({"model": name, "messages": [{"role": "user", "content": content}]})
+    before, after = seen.split("PIXELS")
     if key.warning:
         _say(f"warning: {key.warning}")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         _say(f"warning: {host} is reachable from other machines; the key and all pictures travel in clear text")
     out.line(f"serving {name} at {url}/v1 (OpenAI's chat completions; Ctrl-C ends)")
     out.line(f"key: {key.value}" if key.made else f"key: as given ({key.spelled})")
+    ask = f"""curl {url}/v1/chat/completions -H "Authorization: Bearer {key.spelled}" \\
+    -H 'Content-Type: application/json' -d"""
     out.line("try:")
-    out.line(f'  curl {url}/v1/chat/completions -H "Authorization: Bearer {key.spelled}" \\')
-    out.line(f"    -H 'Content-Type: application/json' -d '{data}'")
+    out.line(f"  {ask} {data}")
+    out.line("with a picture:")  # through a pipe: a shell's words are too short for most pictures
+    out.line(f"  {{ printf %s {before}'; base64 < PICTURE.png | tr -d '\\n'; printf %s '{after}; }} | \\")
+    out.line(f"  {ask} @-")
     out.result({"url": f"{url}/v1", "model": name, "key": key.value if key.made else None, "port": port})
+
+
+def _quoted(body: object) -> str:
+    """JSON as one word of a shell."""
+    return "'" + json.dumps(body, ensure_ascii=False).replace("'", "'\\''") + "'"
 
 
 def _listen(host: str, port: int, *, expose: bool) -> socket.socket:

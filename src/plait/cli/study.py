@@ -23,7 +23,9 @@ two modalities where they interact, differ in scale, or one is missing."""
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("study", choices=tuple(STUDIES), help="which claims to try")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as seeds=3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted settings, such as seeds=3"
+    )
     parser.add_argument(
         "--runs",
         type=Path,

@@ -5,6 +5,7 @@ Imports nothing heavy by itself.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,22 @@ def find_model_folder(name: str, root: Path = RUNS) -> Path:
             remedy="give a run such as runs/latest, or the folder of a checkpoint",
         )
     run = find_run(name, root)
-    return _model_of(_stages(run))
+    try:
+        return _model_of(_stages(run))
+    except CheckpointError as error:
+        if older := _newest_with_model(run):
+            error.remedy += f"; {older.name} has a model: name it instead"
+        raise
+
+
+def _newest_with_model(beside: Path) -> Path | None:
+    """The run that was made last, in the same folder, of those with a model."""
+    runs = {path.parent for path in beside.parent.glob(f"*/{_RECIPE}") if not path.parent.is_symlink()}
+    for run in sorted(runs - {beside}, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(CheckpointError):
+            _model_of(_stages(run))
+            return run
+    return None
 
 
 def _stages(run: Path) -> list[Path]:

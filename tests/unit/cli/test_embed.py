@@ -49,6 +49,8 @@ def test_pictures_and_texts_become_unit_vectors_of_one_space(
     assert image.shape == text.shape == (2, 8)
     torch.testing.assert_close(image.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(image @ text.T, torch.tensor(found["cosine"]))
+    torch.testing.assert_close(image @ image.T, torch.tensor(found["cosine_of_images"]))
+    torch.testing.assert_close(text @ text.T, torch.tensor(found["cosine_of_texts"]))
     assert (found["dimension"], found["images"], found["refused"]) == (8, pictures, [])
 
 

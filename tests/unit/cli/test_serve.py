@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib.util
 import json
 import shlex
 import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -47,14 +50,22 @@ def announce(key: Key, *, host: str = "127.0.0.1", as_json: bool = False, name: 
         return listener.getsockname()[1]
 
 
-def test_a_new_key_is_printed_with_a_command_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_key_is_printed_with_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = announce(Key(value="K3Y", spelled="K3Y", made=True))
     captured = capsys.readouterr()
     assert captured.out.count("key: K3Y") == 1
-    words = shlex.split(captured.out[captured.out.index("curl") :])
+    first, picture = captured.out[captured.out.index("curl") :].split("with a picture:")
+    words = shlex.split(first)
     assert words[:4] == ["curl", f"http://127.0.0.1:{port}/v1/chat/completions", "-H", "Authorization: Bearer K3Y"]
     assert json.loads(words[-1])["model"] == "it's"
     assert captured.err == ""
+    pixels = b"\x89PNG" * 50_000  # more than a word of a command may have
+    (tmp_path / "PICTURE.png").write_bytes(pixels)
+    made = picture[: picture.index("| \\")]
+    done = subprocess.run(["bash", "-c", made], cwd=tmp_path, capture_output=True, check=True, text=True)
+    content = json.loads(done.stdout)["messages"][0]["content"]
+    assert base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]) == pixels
+    assert content[1] == {"type": "text", "text": "What can you see?"}
     port = announce(Key(value="K3Y", spelled="K3Y", made=True), as_json=True)
     record = json.loads(capsys.readouterr().out)
     assert record == {"url": f"http://127.0.0.1:{port}/v1", "model": "it's", "key": "K3Y", "port": port}
