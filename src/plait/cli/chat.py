@@ -20,7 +20,8 @@ from plait.core.errors import DataError, PlaitError, Stopped, UsageError
 
 if TYPE_CHECKING:
     from plait.core.types import MediaRef, Modality
-    from plait.inference.converse import Conversation, Pictures
+    from plait.data.frames import Sampling
+    from plait.inference.converse import Attachments, Conversation
 
 _HELP = """\
 /image PATH  the picture of your next question
@@ -87,12 +88,14 @@ class Desk:
         conversation: With the model.
         pictures: Bytes of what was shown.
         root: Folder that media must be in; None allows every readable file.
+        sampling: Which frames of a video the model looks at, where that is known.
         told: Whether it was said that a question goes without a picture.
     """
 
     conversation: Conversation
-    pictures: Pictures
+    pictures: Attachments
     root: Path | None
+    sampling: Sampling | None = None
     told: bool = False
 
     def show(self, path: str, modality: Modality = "image") -> None:
@@ -119,6 +122,11 @@ class Desk:
         engine.render([user_turn([shown])])
         if shown.modality != "image":  # of pictures the size is all that could be wrong
             engine.media([shown])
+        if shown.modality == "video" and self.sampling is not None and shown.length:
+            seen = self.sampling.indices(shown.length)
+            many = f"{len(set(seen)):,} of {shown.length:,} frames" if len(set(seen)) < shown.length else "every frame"
+            last = "" if self.sampling.policy == "uniform" else f", frame {seen[-1] + 1:,} is the last of them"
+            _say(f"{shown.uri}: {many} of the video will be looked at{last}")
 
     def answer(self, question: str, *, show: bool) -> dict[str, Any]:
         """Answer a question, on stdout as it comes if ``show``.
@@ -266,25 +274,29 @@ def _prepare(args: argparse.Namespace) -> Desk:
 
     folder = find_model_folder(args.model, args.runs)
     _say(f"loading {folder}")
-    from plait.inference.converse import Conversation, Decoding, Pictures
+    from plait.inference.converse import Attachments, Conversation, Decoding
 
-    pictures = Pictures()
+    pictures = Attachments()
     given: list[tuple[Modality, list[str]]] = [("image", args.image), ("audio", args.sound), ("video", args.video)]
     shown = [_open(path, args.allow_root, pictures, modality=kind) for kind, paths in given for path in paths]
     begun = time.monotonic()
+    from plait.assembly.multimodal import Multimodal
     from plait.inference.wrapped import engine_for
 
-    engine = engine_for(load(folder, say=_say), pictures.read)
+    model = load(folder, say=_say)
+    engine = engine_for(model, pictures.read)
+    video = model.video if isinstance(model, Multimodal) else None
     decoding = Decoding(max_new_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     _say(f"ready in {time.monotonic() - begun:.1f} s")
     conversation = Conversation(engine=engine, decoding=decoding, pictures=shown)
-    desk = Desk(conversation=conversation, pictures=pictures, root=args.allow_root)
+    sampling = None if video is None else video.sampling
+    desk = Desk(conversation=conversation, pictures=pictures, root=args.allow_root, sampling=sampling)
     for ref in shown:
         desk.check(ref)
     return desk
 
 
-def _open(path: str, root: Path | None, pictures: Pictures, *, modality: Modality) -> MediaRef:
+def _open(path: str, root: Path | None, pictures: Attachments, *, modality: Modality) -> MediaRef:
     """Read and check a picture, sound or video, saying what decoding changed.
 
     Raises:

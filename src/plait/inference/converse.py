@@ -45,7 +45,7 @@ MAX_BYTES: Mapping[Modality, int] = {
 """Largest file of each modality."""
 
 
-class Pictures:
+class Attachments:
     """Bytes of the pictures, sounds and videos of a conversation, checked when they come in."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Conversation:
     """Turns so far, and pictures that go with the next question.
 
     Attributes:
-        engine: That answers; reads pictures by :meth:`Pictures.read`.
+        engine: That answers; reads pictures by :meth:`Attachments.read`.
         decoding: How; each question of a conversation gets the next seed.
         turns: Questions and answers.
         pictures: For the next question; sounds and videos too.

@@ -22,7 +22,7 @@ from plait.assembly.vlm import Vlm
 from plait.core.errors import DataError
 from plait.core.types import MediaRef, Text, Turn
 from plait.data.media import MediaError
-from plait.inference.converse import Decoding, Pictures, build_request, user_turn
+from plait.inference.converse import Attachments, Decoding, build_request, user_turn
 from plait.inference.engine import ContextError
 from plait.inference.wrapped import engine_for
 from plait.serving import schema
@@ -98,7 +98,7 @@ def prepare(model: Multimodal | Vlm, asked: ChatRequest, name: str) -> Pieces:
     Raises:
         ApiError: 400: a picture is refused, the turns do not fit the chat template, or they are too long.
     """
-    pictures = Pictures()
+    pictures = Attachments()
     engine = engine_for(model, pictures.read)
     sampled = secrets.randbits(63) if asked.temperature else 0
     decoding = Decoding(
@@ -120,7 +120,7 @@ def prepare(model: Multimodal | Vlm, asked: ChatRequest, name: str) -> Pieces:
         raise ApiError(400, f"{fault.cause}; fix: {fault.remedy}", code="invalid_value", param="messages") from fault
 
 
-def _turn(message: Message, place: str, pictures: Pictures) -> Turn:
+def _turn(message: Message, place: str, pictures: Attachments) -> Turn:
     content = message.content
     parts: list[Text | MediaRef] = []
     for number, part in enumerate([TextPart(type="text", text=content)] if isinstance(content, str) else content):

@@ -23,7 +23,7 @@ from plait.core.errors import DataError
 from plait.core.types import MediaRef, Request, Text, Turn
 from plait.data.speech import encode_wav
 from plait.inference.build import build_engine, encode_pictures
-from plait.inference.converse import Conversation, Decoding, Pictures
+from plait.inference.converse import Attachments, Conversation, Decoding
 from plait.models.composition import Composition
 
 VIT: dict[str, Any] = {"kind": "vit", "size": 16, "patch": 8, "d": 16, "depth": 1, "heads": 2}
@@ -91,6 +91,7 @@ def test_a_video_a_sound_and_a_picture_beside_a_video(run: Run, model: Path, fil
         code, out, err = run(*options, "--prompt", "what?")
         assert (code, out) == (0, expected(built, files, *names) + "\n")
         assert "no picture" not in err
+        assert ("of 9 frames of the video will be looked at" in err) == ("a.mp4" in names)
         kinds = {".png": "image", ".wav": "sound", ".mp4": "video"}
         lines = [f"/{kinds[Path(name).suffix]} {files[name]}" for name in names]
         assert run(lines="\n".join([*lines, "what?"]))[1] == out
@@ -136,7 +137,7 @@ def test_what_the_model_refuses_is_not_kept_for_the_questions_after_it(
     model: Path, files: dict[str, Path], tiny_model: Multimodal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def desk(built: Multimodal) -> Desk:
-        shown = Pictures()
+        shown = Attachments()
         engine = build_engine(built, encode_pictures(built, shown.read))
         talk = Conversation(engine=engine, decoding=Decoding(max_new_tokens=2))
         return Desk(conversation=talk, pictures=shown, root=None)

@@ -12,7 +12,7 @@ from plait.core.errors import DataError
 from plait.core.types import Completion, MediaRef, Request, Text, Turn
 from plait.data.media import MediaError
 from plait.inference.build import build_engine, encode_pictures
-from plait.inference.converse import Conversation, Decoding, Pictures, build_request, next_piece, user_turn
+from plait.inference.converse import Attachments, Conversation, Decoding, build_request, next_piece, user_turn
 from plait.inference.engine import ContextError
 
 
@@ -24,7 +24,7 @@ def png(seed: int = 0) -> bytes:
 
 @pytest.fixture
 def pictures():
-    return Pictures()
+    return Attachments()
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_without_a_length_the_answer_gets_what_the_context_leaves(conversation):
 
 def test_each_question_of_a_conversation_samples_anew_and_the_seed_repeats_it_all(tiny_model):
     def talk(seed: int) -> list[str]:
-        engine = build_engine(tiny_model, encode_pictures(tiny_model, Pictures().read))
+        engine = build_engine(tiny_model, encode_pictures(tiny_model, Attachments().read))
         decoding = Decoding(max_new_tokens=6, temperature=1.5, seed=seed)
         conversation = Conversation(engine=engine, decoding=decoding)
         said = []

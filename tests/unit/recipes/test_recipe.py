@@ -96,6 +96,32 @@ def test_a_saved_recipe_loads_by_path_alone(mine: Path, tmp_path: Path, monkeypa
     assert "override 'data.source.max_test=5'" in (run / "recipe.yaml").read_text()
 
 
+def test_a_recipe_that_extends_another_is_called_after_its_own_file(mine: Path, tmp_path: Path) -> None:
+    for file, name in (("child.yaml", "child"), ("My Own.yaml", "my-own")):
+        (tmp_path / file).write_text("extends: mine.yaml\nseed: 3\n")
+        found = load_recipe(str(tmp_path / file))
+        assert found.spec.name == name
+        assert str(found.sources["name"]) == "from the file's name"
+        assert load_recipe(str(tmp_path / file), ["name=given"]).spec.name == "given"
+        (tmp_path / "again.yaml").write_text(found.to_yaml())  # as a run keeps it
+        assert load_recipe(str(tmp_path / "again.yaml")).spec == found.spec
+    assert load_recipe(str(mine)).spec.name == "mine"
+
+
+def test_a_fault_between_settings_says_where_each_stands(tmp_path: Path) -> None:
+    path = tmp_path / "child.yaml"
+    path.write_text("extends: quickstart\n\nstages:\n  tune:\n    connector: {kind: qformer}\n")
+    with pytest.raises(ConfigError, match="only the connector `words` has a first phase") as caught:
+        load_recipe(str(path))
+    parent = shipped()["quickstart"].read_text().splitlines()
+    line = next(n for n, text in enumerate(parent, 1) if text.strip().startswith("new_pictures:"))
+    assert f"quickstart.yaml:{line} (new_pictures)" in caught.value.place
+    assert f"{path}:5 (connector)" in caught.value.place
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("quickstart", ["stages.tune.connector.kind=qformer"])
+    assert "override 'stages.tune.connector.kind=qformer' (connector)" in caught.value.place
+
+
 def test_recipes_are_found_by_name_or_path(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "shipped"
     folder.mkdir()
@@ -111,7 +137,7 @@ def test_recipes_are_found_by_name_or_path(mine: Path, tmp_path: Path, monkeypat
         find_recipe("lost/recipe.yaml")
     assert missing.value.place == "lost/recipe.yaml"
     mine.write_text("extends: quickstart\nseed: 4\n")
-    assert load_recipe(str(mine)).spec == Recipe(name="quickstart", seed=4)
+    assert load_recipe(str(mine)).spec == Recipe(name="mine", seed=4)
     mine.write_text("seed: 4\nextends: quikstart\n")
     with pytest.raises(ConfigError, match="did you mean 'quickstart'") as parent:
         load_recipe(str(mine))

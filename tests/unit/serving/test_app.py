@@ -18,7 +18,7 @@ from PIL import Image
 from plait.core.errors import NumericsError
 from plait.core.types import MediaRef, Text, Turn
 from plait.inference.build import build_engine, encode_pictures
-from plait.inference.converse import Conversation, Decoding, Pictures, next_piece
+from plait.inference.converse import Attachments, Conversation, Decoding, next_piece
 from plait.inference.engine import Engine
 from plait.serving.app import create_app
 
@@ -78,7 +78,7 @@ def events(response: httpx.Response) -> list[Any]:
 
 def chat(tiny_model: Any, question: str, *images: bytes) -> tuple[str, Any]:
     """What ``plait chat`` says."""
-    pictures = Pictures()
+    pictures = Attachments()
     engine = build_engine(tiny_model, encode_pictures(tiny_model, pictures.read))
     conversation = Conversation(engine=engine, decoding=Decoding(max_new_tokens=12))
     conversation.pictures = [pictures.add(data, place="a.png")[0] for data in images]
