@@ -1,5 +1,7 @@
 """Folder ⇄ dual encoder: small trained heads, and by name and digest the frozen towers under them.
 
+It may hear: a third head on a frozen audio tower puts sounds into the same space.
+
 A folder holds ``config.json`` and ``model.safetensors`` (heads and scale) and ``plait.json``: format, composition
 (which towers, with the digest of their weights and preprocessing) and media contract. The weights of frozen towers are
 not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A picture
@@ -17,14 +19,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from plait.assembly.audio_towers import AudioTower, load_audio_tower
 from plait.assembly.local import load_weights
 from plait.assembly.record import PLAIT, read_fields, read_record, write_record
 from plait.assembly.scratch import SCRATCH, WEIGHTS, build_tower, contract_of, read_spec
 from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower, raw_pictures
-from plait.core.errors import CheckpointError
+from plait.core.errors import CheckpointError, DataError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.tensors import Patches
+from plait.data.sounds import Sound
 from plait.models import specs
 from plait.models.dual import DualEncoder, rows
 from plait.models.heads import ProjectionHead
@@ -57,6 +61,7 @@ class Dual:
         image: Frozen picture tower; the pixels alone (:func:`~plait.assembly.towers.raw_pictures`) if it learns.
         text: Frozen text tower.
         sizes: Of the heads.
+        audio: Frozen audio tower, if it hears.
 
     Example:
         >>> dual = load_dual(run / "02-pretrain/checkpoints/000090")  # doctest: +SKIP
@@ -68,6 +73,7 @@ class Dual:
     image: ImageTower
     text: TextEncoder
     sizes: HeadSizes
+    audio: AudioTower | None = None
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -92,6 +98,29 @@ class Dual:
             return torch.zeros(0, self.sizes.d_shared)
         return self.model.embed_text(rows(self.text.encoder(texts).float().to(self.model.log_scale.device)))
 
+    @torch.inference_mode()
+    def embed_sounds(self, sounds: Sequence[Sound]) -> Tensor:
+        """Unit vectors, ``sound d``.
+
+        Args:
+            sounds: Mono, at the tower's rate.
+
+        Raises:
+            DataError: The model does not hear, or a sound is not what the tower takes.
+        """
+        if not sounds:
+            return torch.zeros(0, self.sizes.d_shared)
+        if self.audio is None:
+            raise DataError(
+                "this model embeds pictures and texts, it does not hear",
+                place=sounds[0].place,
+                remedy="train one with stages.pretrain.spoken",
+            )
+        device = self.model.log_scale.device
+        found = [self.audio.encoder(self.audio.prepare(sound)) for sound in sounds]  # one by one: lengths differ
+        parts = [Patches(values=one.values.float().to(device), grid=one.grid.to(device)) for one in found]
+        return torch.cat([self.model.embed_audio(part) for part in parts])
+
     def _encode(self, pictures: Sequence[Image.Image]) -> Patches:
         raw = [self.image.prepare(picture) for picture in pictures]
         joined = Patches(values=torch.cat([r.values for r in raw]), grid=torch.cat([r.grid for r in raw]))
@@ -100,7 +129,14 @@ class Dual:
         return Patches(values=found.values.float().to(device), grid=found.grid.to(device))
 
 
-def build_dual(image: ImageTower | specs.ScratchImage, text: TextEncoder, sizes: HeadSizes, *, scale: float) -> Dual:
+def build_dual(
+    image: ImageTower | specs.ScratchImage,
+    text: TextEncoder,
+    sizes: HeadSizes,
+    *,
+    scale: float,
+    audio: AudioTower | None = None,
+) -> Dual:
     """New heads on two towers, drawn from torch's generator.
 
     Args:
@@ -108,6 +144,7 @@ def build_dual(image: ImageTower | specs.ScratchImage, text: TextEncoder, sizes:
         text: Text tower.
         sizes: Of the heads.
         scale: Where the factor on the cosine starts.
+        audio: Frozen audio tower; its head is drawn last.
 
     Raises:
         ConfigError: The sizes of the spec do not fit together.
@@ -116,12 +153,10 @@ def build_dual(image: ImageTower | specs.ScratchImage, text: TextEncoder, sizes:
     if not isinstance(image, ImageTower):
         tower, spec = build_tower(image), image
         image = raw_pictures(contract_of(spec, tower), spec)
-    heads = [
-        ProjectionHead(width, sizes.d_hidden, sizes.d_shared, dropout=sizes.dropout)
-        for width in (_width(image, tower), text.encoder.d_out)
-    ]
-    model = DualEncoder(heads[0], heads[1], scale=scale, tower=tower)
-    return Dual(model=model, image=image, text=text, sizes=sizes)
+    widths = [_width(image, tower), text.encoder.d_out, *([audio.encoder.d_out] if audio else [])]
+    heads = [ProjectionHead(width, sizes.d_hidden, sizes.d_shared, dropout=sizes.dropout) for width in widths]
+    model = DualEncoder(heads[0], heads[1], scale=scale, tower=tower, audio=heads[2] if audio else None)
+    return Dual(model=model, image=image, text=text, sizes=sizes, audio=audio)
 
 
 def save_dual(dual: Dual, folder: Path) -> None:
@@ -143,6 +178,10 @@ def save_dual(dual: Dual, folder: Path) -> None:
         "text": {**dual.text.settings, "key": dual.text.key},
     }
     media = {"image": dual.image.contract.as_dict(), "text": {"max_tokens": dual.text.encoder.max_tokens}}
+    if dual.audio is not None:
+        config["audio_width"] = dual.audio.encoder.d_out
+        composition["audio"] = {**dual.audio.settings, "key": dual.audio.key}
+        media["audio"] = {"rate": dual.audio.rate}
     weights = {name: value.detach().cpu().contiguous() for name, value in dual.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / _CONFIG, config)
@@ -159,7 +198,8 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
     """
     record, config = read_record(folder, kind="dual"), read_fields(folder / _CONFIG)
     try:
-        settings = {side: dict(record["composition"][side]) for side in ("image", "text")}
+        sides = ("image", "text", "audio") if "audio" in record["composition"] else ("image", "text")
+        settings = {side: dict(record["composition"][side]) for side in sides}
         keys = {side: settings[side].pop("key") for side in settings}
         sizes = HeadSizes(**{name: config[name] for name in ("d_hidden", "d_shared", "dropout")})
     except (KeyError, TypeError, ValueError) as error:
@@ -172,9 +212,12 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
     else:
         image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
     text = load_text_tower(settings["text"].pop("name"), **settings["text"])
-    dual = build_dual(image, text, sizes, scale=1.0)
-    for side, tower in (("image", dual.image), ("text", text)):
-        if tower.key != keys[side]:
+    audio = None
+    if "audio" in settings:
+        audio = load_audio_tower(settings["audio"].pop("name"), **settings["audio"], events=events)
+    dual = build_dual(image, text, sizes, scale=1.0, audio=audio)
+    for side, tower in (("image", dual.image), ("text", text), ("audio", audio)):
+        if tower is not None and tower.key != keys[side]:
             raise CheckpointError(
                 f"the {side} tower {tower.settings.get('name', 'from scratch')!r} has digest {tower.key[:12]}, "
                 f"the heads were trained on {keys[side][:12]}",

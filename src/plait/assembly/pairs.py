@@ -50,12 +50,16 @@ class Pairs(Named):
         text: Features of all texts of the split.
         texts_of: Rows of ``text`` that may stand for each pair; the first is its name.
         classes: Number of the concept.
+        audio: Features of names said aloud, where that was asked for.
+        sounds_of: Rows of ``audio`` for each pair; none for a name that cannot be said.
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
     text: Float[Tensor, "text e"]
     texts_of: tuple[tuple[int, ...], ...]
     classes: Int[Tensor, " pair"]
+    audio: Float[Tensor, "sound f"] | None = None
+    sounds_of: tuple[tuple[int, ...], ...] = ()
 
 
 def read_pairs(
@@ -210,10 +214,11 @@ def _pictures(store: FeatureStore, sha256s: tuple[str, ...], dual: Dual) -> Floa
     device = dual.model.log_scale.device
     if dual.model.tower is not None:
         return StoredPixels(store=store, sha256s=sha256s, device=device)
-    return _pooled(store, sha256s).to(device)
+    return pooled(store, sha256s).to(device)
 
 
-def _pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "pair d"]:
+def pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "item d"]:
+    """The mean of the features of each item, in float32."""
     parts: list[Tensor] = []
     for at in range(0, len(sha256s), _ITEMS):  # the maps of a few at a time: only their means stay in memory
         media = store.one_each(sha256s[at : at + _ITEMS])

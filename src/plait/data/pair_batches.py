@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from plait.core.tensors import Batch, Patches
+from plait.core.types import Modality
 from plait.data.features import FeatureStore
 from plait.data.order import Order, generator
 
@@ -69,7 +70,9 @@ class PairBatches:
         classes: Class of each pair; pairs of one class are positives of each other.
         ids: Sample ids.
         batch_size: Pairs in a batch.
-        seed: Seed of order and choice of text.
+        seed: Seed of order and choice of text and sound.
+        audio: Features of all sounds, where there are any.
+        sounds_of: Which rows of ``audio`` may stand for each pair, any of them; none for a pair without a sound.
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
@@ -79,6 +82,8 @@ class PairBatches:
     ids: Sequence[str]
     batch_size: int
     seed: int
+    audio: Float[Tensor, "sound f"] | None = None
+    sounds_of: Sequence[Sequence[int]] = ()
     _order: Order = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,13 +98,18 @@ class PairBatches:
         ones = torch.ones(len(rows), 3, dtype=torch.long, device=device)
         place = torch.arange(len(rows), device=device)
         text = self.text[torch.tensor(texts, device=device)]
+        media: dict[Modality, Patches] = {"image": picked(self.image, rows), "text": Patches(values=text, grid=ones)}
+        item_row: dict[Modality, Tensor] = {"image": place, "text": place}
+        if self.audio is not None and (heard := drawn_sounds(self.sounds_of, rows, seed=self.seed, step=step)):
+            media["audio"] = picked(self.audio, list(heard.values()))
+            item_row["audio"] = torch.tensor(list(heard), device=device)
         return [
             Batch(
                 token_ids=torch.zeros(len(rows), 1, dtype=torch.long, device=device),
                 labels=self.classes[chosen.to(device)][:, None],
                 segment_ids=ones[:, :1],
-                media={"image": picked(self.image, rows), "text": Patches(values=text, grid=ones)},
-                item_row={"image": place, "text": place},
+                media=media,
+                item_row=item_row,
                 sample_ids=tuple(self.ids[row] for row in rows),
             )
         ]
@@ -123,6 +133,23 @@ def drawn_texts(texts_of: Sequence[Sequence[int]], rows: Sequence[int], *, seed:
         texts_of[row][0 if main < 0.5 else int(which * len(texts_of[row]))]
         for row, (main, which) in zip(rows, draws, strict=True)
     ]
+
+
+def drawn_sounds(sounds_of: Sequence[Sequence[int]], rows: Sequence[int], *, seed: int, step: int) -> dict[int, int]:
+    """Place in the batch → a sound, for those pairs that have one.
+
+    Args:
+        sounds_of: Numbers of the sounds that may stand for each pair.
+        rows: Pairs of the batch.
+        seed: Of the choice.
+        step: Finished steps.
+    """
+    draws = torch.rand(len(rows), generator=generator(seed, "sound", step)).tolist()
+    return {
+        place: sounds_of[row][int(which * len(sounds_of[row]))]
+        for place, (row, which) in enumerate(zip(rows, draws, strict=True))
+        if sounds_of[row]
+    }
 
 
 def picked(image: Float[Tensor, "pair d"] | StoredPixels, pairs: Sequence[int]) -> Patches:

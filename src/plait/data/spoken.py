@@ -62,6 +62,34 @@ class Aloud:
             check_voice(voice)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saying:
+    """How names are said, without a question around them.
+
+    Attributes:
+        voices: Of training.
+        test_voices: Of all other splits.
+        speeds: Words a minute, one of which a take has.
+        takes: In how many ways, each with its voice and speed, a name of training is said at most.
+        max_seconds: Longer ones are not said.
+        seed: Of all choices.
+    """
+
+    voices: tuple[str, ...]
+    test_voices: tuple[str, ...]
+    speeds: tuple[int, ...]
+    takes: int
+    max_seconds: float
+    seed: int
+
+    def takes_of(self, name: str, *, trained: bool) -> list[tuple[str, int]]:
+        """Different voices and speeds that say a name; of a test split one."""
+        voices, takes = (self.voices, self.takes) if trained else (self.test_voices, 1)
+        every = [(voice, speed) for voice in voices for speed in self.speeds]
+        every.sort(key=lambda take: rank(self.seed, "saying", name, take[0], str(take[1])))
+        return every[:takes]
+
+
 @dataclass(slots=True, kw_only=True)
 class Spoken:
     """What became of the questions of a split.

@@ -11,7 +11,7 @@ from plait.assembly.pairs import Named, Pairs
 from plait.core.types import Score
 from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
-from plait.evaluation.space import Vectors, space_scores
+from plait.evaluation.space import LEAST, Vectors, space_scores
 from plait.evaluation.statistics import paired_difference
 from plait.models.dual import DualEncoder, rows
 
@@ -87,6 +87,9 @@ class RetrievalTask(NamedTask):
         self.features = pairs
         row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
         self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
+        said = {text: listed[0] for text, listed in zip(pairs.names, pairs.sounds_of, strict=False) if listed}
+        self._said = [number for number, text in enumerate(self.gallery.texts) if text in said]
+        self._sounds = [said[self.gallery.texts[number]] for number in self._said]
 
     @torch.no_grad()
     def evaluate(self, model: DualEncoder) -> RetrievalResult:
@@ -96,13 +99,18 @@ class RetrievalTask(NamedTask):
             NumericsError: A similarity is NaN.
         """
         image, text = self._vectors(model)
-        return self.result(image @ text.T)
+        result = self.result(image @ text.T)
+        if self.features.audio is not None and self._said:
+            sound = self._heard(model, self.features.audio[self._sounds])
+            result.directions.update(self.gallery.heard(image @ sound.T, text @ sound.T, said=self._said))
+        return result
 
     @torch.no_grad()
     def space(self, model: DualEncoder) -> list[Score]:
         """The shape of the space (:mod:`plait.evaluation.space`): each picture and its own name, without dropout.
 
-        Names are ``space/<split>/<measure>``.
+        Names are ``space/<split>/<measure>``; of pictures and names with their sounds, where there are any,
+        ``space/<split>/image-audio/<measure>`` and ``space/<split>/text-audio/<measure>``.
 
         Raises:
             DataError: The split has too few concepts.
@@ -110,7 +118,26 @@ class RetrievalTask(NamedTask):
         image, text = self._vectors(model)
         place = {name: number for number, name in enumerate(self.gallery.texts)}
         own = text[[place[name] for name in self.pairs.names]]
-        return space_scores(image, own, name=f"space/{self.name}", groups=self.pairs.concepts, seed=self.seed)
+        scores = space_scores(image, own, name=f"space/{self.name}", groups=self.pairs.concepts, seed=self.seed)
+        if self.features.audio is None:
+            return scores
+        heard = [pair for pair, listed in enumerate(self.features.sounds_of) if listed]
+        groups = [self.pairs.concepts[pair] for pair in heard]
+        if len(set(groups)) >= LEAST:
+            sound = self._heard(model, self.features.audio[[self.features.sounds_of[pair][0] for pair in heard]])
+            for side, vectors in (("image", image), ("text", own)):
+                name, sides = f"space/{self.name}/{side}-audio", (side, "audio")
+                scores += space_scores(vectors[heard], sound, name=name, groups=groups, sides=sides, seed=self.seed)
+        return scores
+
+    @staticmethod
+    def _heard(model: DualEncoder, features: Float[torch.Tensor, "sound f"]) -> Float[np.ndarray, "sound d"]:
+        """Unit vectors of sounds, in float64; the model's mode is put back."""
+        training = model.training
+        model.eval()
+        found = model.embed_audio(rows(features))
+        model.train(training)
+        return found.double().cpu().numpy()
 
     def _vectors(self, model: DualEncoder) -> tuple[Vectors, Vectors]:
         """Unit vectors of all pictures and of all names of the gallery, in float64; the model's mode is put back."""

@@ -146,6 +146,37 @@ class Gallery:
             "text-to-image": Direction(first_ranks(similarity.T, self.correct.T), self.correct.T, self._text_concepts),
         }
 
+    def heard(
+        self,
+        images: Float[np.ndarray, "picture sound"],
+        texts: Float[np.ndarray, "text sound"],
+        *,
+        said: Sequence[int],
+    ) -> dict[str, Direction]:
+        """Ranks in the four directions that sounds of texts have, by name.
+
+        A query of which nothing correct can be heard (its texts are not said) takes no part.
+
+        Args:
+            images: Similarity of pictures and sounds.
+            texts: Similarity of the candidates (:attr:`texts`) and sounds.
+            said: Which of the candidates each sound says.
+        """
+        of_sound = tuple(self._text_concepts[column] for column in said)
+        by_image: Bool[np.ndarray, "picture sound"] = self.correct[:, list(said)]
+        by_text = np.array([[text == sound for sound in of_sound] for text in self._text_concepts])
+        found: dict[str, Direction] = {}
+        for name, scores, correct, owners in (
+            ("image", images, by_image, self.concepts),
+            ("text", texts, by_text, self._text_concepts),
+        ):
+            asked = np.flatnonzero(correct.any(1))
+            groups = tuple(owners[int(query)] for query in asked)
+            found[f"{name}-to-audio"] = Direction(first_ranks(scores[asked], correct[asked]), correct[asked], groups)
+            back = Direction(first_ranks(scores.T, correct.T), correct.T, of_sound)
+            found[f"audio-to-{name}"] = back
+        return found
+
     def nearest(self, similarity: Float[np.ndarray, " text"], number: int) -> list[tuple[str, float]]:
         """The nearest texts of one picture with their similarities, nearest first."""
         order = np.argsort(-similarity, kind="stable")[:number]

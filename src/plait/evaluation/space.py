@@ -76,15 +76,22 @@ def linear_cka(first: Vectors, second: Float[np.ndarray, "other e"]) -> float:
 
 
 def space_scores(
-    image: Vectors, text: Float[np.ndarray, "pair d"], *, name: str, groups: Sequence[str], seed: int = 0
+    first: Vectors,
+    second: Float[np.ndarray, "pair d"],
+    *,
+    name: str,
+    groups: Sequence[str],
+    sides: tuple[str, str] = ("image", "text"),
+    seed: int = 0,
 ) -> list[Score]:
-    """All of the above for pictures and their texts, with 95 % intervals of a jackknife over groups.
+    """All of the above for pictures and their texts, or other pairs, with 95 % intervals of a jackknife over groups.
 
     Args:
-        image: Unit vectors of pictures.
-        text: Unit vectors of their texts, in the same order.
+        first: Unit vectors of pictures.
+        second: Unit vectors of their texts, in the same order.
         name: Prefix of the score names.
         groups: Of each pair; left out together.
+        sides: What the two are.
         seed: Of the blocks.
 
     Raises:
@@ -95,15 +102,21 @@ def space_scores(
     measures: dict[str, tuple[str, Callable[[Vectors, Vectors], float]]] = {
         "alignment": ("mean squared distance of pairs", alignment),
         # Of different rows only: a name that many pictures share would count as crowding.
-        "uniformity-image": ("log mean exp(-2 distance²), each once", lambda x, _: uniformity(np.unique(x, axis=0))),
-        "uniformity-text": ("log mean exp(-2 distance²), each once", lambda _, y: uniformity(np.unique(y, axis=0))),
+        f"uniformity-{sides[0]}": (
+            "log mean exp(-2 distance²), each once",
+            lambda x, _: uniformity(np.unique(x, axis=0)),
+        ),
+        f"uniformity-{sides[1]}": (
+            "log mean exp(-2 distance²), each once",
+            lambda _, y: uniformity(np.unique(y, axis=0)),
+        ),
         "modality-gap": ("distance of means", modality_gap),
         "cka": ("linear CKA", linear_cka),
     }
     scores: list[Score] = []
     for what, (rule, measure) in measures.items():
         found = block_jackknife(
-            lambda kept, measure=measure: measure(image[kept], text[kept]), groups=groups, seed=seed
+            lambda kept, measure=measure: measure(first[kept], second[kept]), groups=groups, seed=seed
         )
-        scores.append(to_score(found, name=f"{name}/{what}", rule=rule, n=len(image)))
+        scores.append(to_score(found, name=f"{name}/{what}", rule=rule, n=len(first)))
     return scores

@@ -1,10 +1,13 @@
-"""Two towers and a temperature: CLIP's model (Radford et al., arXiv 2103.00020), composed of the modules passed in."""
+"""Two towers and a temperature: CLIP's model (Radford et al., arXiv 2103.00020), composed of the modules passed in.
+
+Sounds may share the space as a third modality, as in ImageBind (Girdhar et al., arXiv 2305.05665).
+"""
 
 import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,11 +19,14 @@ MAX_SCALE = 100.0
 
 
 class Embeddings(NamedTuple):
-    """Unit vectors of both sides of each pair, and the factor on their cosine."""
+    """Unit vectors of both sides of each pair, the factor on their cosine, and sounds of those pairs that have one."""
 
     image: Float[Tensor, "b d"]
     text: Float[Tensor, "b d"]
     scale: Float[Tensor, ""]
+    audio: Float[Tensor, "sound d"] | None = None
+    pair_of: Int[Tensor, " sound"] | None = None
+    """Pair of each sound."""
 
 
 class DualEncoder(nn.Module):
@@ -35,6 +41,7 @@ class DualEncoder(nn.Module):
         scale: Where the learned factor starts; 1 / 0.07 in CLIP.
         tower: Picture encoder that learns with the rest: pictures then come as raw pixels. Without one they come as
             features of a frozen tower.
+        audio: Maps pooled features of sounds, ``b d``, to the shared space; None: the model does not hear.
 
     Example:
         >>> dual = DualEncoder(nn.Linear(1280, 256), nn.Linear(384, 256))
@@ -43,12 +50,19 @@ class DualEncoder(nn.Module):
     """
 
     def __init__(
-        self, image: nn.Module, text: nn.Module, *, scale: float = 1 / 0.07, tower: nn.Module | None = None
+        self,
+        image: nn.Module,
+        text: nn.Module,
+        *,
+        scale: float = 1 / 0.07,
+        tower: nn.Module | None = None,
+        audio: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.tower = tower
         self.image = image
         self.text = text
+        self.audio = audio
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
 
     @property
@@ -61,10 +75,10 @@ class DualEncoder(nn.Module):
 
         Args:
             batch: ``media`` holds ``image`` and ``text``, one item a row; items of several rows (a map of cells) are
-                averaged before the head.
+                averaged before the head. ``audio`` may be there for some of the pairs, which ``item_row`` names.
 
         Raises:
-            DataError: A modality is missing, or the two have different numbers of items.
+            DataError: A modality is missing or not for this model, or image and text have different numbers of items.
         """
         missing = {"image", "text"} - set(batch.media)
         if missing:
@@ -72,12 +86,18 @@ class DualEncoder(nn.Module):
                 f"a dual encoder needs image and text, missing: {', '.join(sorted(missing))}",
                 place=str(batch.sample_ids[:3]),
             )
+        sounds = batch.media.get("audio")
+        if sounds is not None and self.audio is None:
+            raise DataError("sounds came, this dual encoder does not hear", place=str(batch.sample_ids[:3]))
         image, text = batch.media["image"], batch.media["text"]
         if len(image.grid) != len(text.grid):
             raise DataError(
                 f"{len(image.grid)} pictures but {len(text.grid)} texts in one batch", place=str(batch.sample_ids[:3])
             )
-        return Embeddings(self.embed_image(image), self.embed_text(text), self.scale)
+        found = Embeddings(self.embed_image(image), self.embed_text(text), self.scale)
+        if sounds is None:
+            return found
+        return found._replace(audio=self.embed_audio(sounds), pair_of=batch.item_row["audio"])
 
     def embed_image(self, media: Patches) -> Float[Tensor, "item d"]:
         """Unit vectors of pictures: of their pixels where there is a tower, else of their features."""
@@ -88,6 +108,16 @@ class DualEncoder(nn.Module):
     def embed_text(self, media: Patches) -> Float[Tensor, "item d"]:
         """Unit vectors of texts."""
         return functional.normalize(self.text(pool(media)), dim=-1)
+
+    def embed_audio(self, media: Patches) -> Float[Tensor, "item d"]:
+        """Unit vectors of sounds.
+
+        Raises:
+            DataError: The model does not hear.
+        """
+        if self.audio is None:
+            raise DataError("this dual encoder does not hear", remedy="train one with stages.pretrain.spoken")
+        return functional.normalize(self.audio(pool(media)), dim=-1)
 
 
 def limited(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from plait.core.tensors import IGNORE, Batch
 
+_HEARD = ("contrastive-image-audio", "contrastive-text-audio")
+
 
 def info_nce(
     image: Float[Tensor, "b d"],
@@ -92,7 +94,11 @@ def same_class(classes: Int[Tensor, " b"]) -> Bool[Tensor, "b b"]:
 class Contrastive:
     """Objective: symmetric InfoNCE over a batch of pairs, one term ``contrastive``, counted in pairs.
 
-    The model returns image vectors, text vectors and a scale (:class:`plait.models.dual.DualEncoder`).
+    Where pairs have sounds, each sound is told apart from the others by its picture and by its text, too: two more
+    terms, ``contrastive-image-audio`` and ``contrastive-text-audio``, counted in sounds.
+
+    The model returns vectors of images and texts, a scale, and vectors of sounds with the pair of each, or None twice
+    (:class:`plait.models.dual.Embeddings`).
     ``batch.labels``, ``b 1``, holds the class of each pair: pairs of equal class are positives of each other. The loss
     of a batch is not the sum of its parts' losses, so the loop must see the whole batch (``needs_global_batch``).
 
@@ -104,13 +110,22 @@ class Contrastive:
     needs_global_batch = True
 
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Number of pairs."""
-        return {"contrastive": torch.tensor(len(batch.sample_ids), device=batch.labels.device)}
+        """Number of pairs, and of sounds."""
+        counts = {"contrastive": torch.tensor(len(batch.sample_ids), device=batch.labels.device)}
+        if (sounds := batch.media.get("audio")) is not None:
+            counts |= dict.fromkeys(_HEARD, torch.tensor(len(sounds.grid), device=batch.labels.device))
+        return counts
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Sum over pairs."""
-        image, text, scale = model(batch)
-        return {"contrastive": info_nce(image, text, scale, positives=same_class(batch.labels[:, 0]))}
+        """Sum over pairs, and over sounds."""
+        image, text, scale, audio, pair_of = model(batch)
+        positives = same_class(batch.labels[:, 0])
+        terms = {"contrastive": info_nce(image, text, scale, positives=positives)}
+        if audio is not None:
+            among = positives[pair_of][:, pair_of]
+            for term, side in zip(_HEARD, (image, text), strict=True):
+                terms[term] = info_nce(side[pair_of], audio, scale, positives=among)
+        return terms
 
 
 def _with_own_pair(positives: Bool[Tensor, "b b"]) -> Bool[Tensor, "b b"]:

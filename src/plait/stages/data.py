@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.spec import Spec
 from plait.stages.stage import Stage
+from plait.stages.voices import Voices
 
 if TYPE_CHECKING:
     from plait.core.types import Sample
@@ -66,18 +67,9 @@ class PairsSource(Spec):
     """Test on at most this many rows; the rest is counted in the ledger."""
 
 
-_Voice: TypeAlias = Annotated[str, Field(pattern=r"^en(-[A-Za-z0-9]+)*(\+[A-Za-z0-9]+)?$")]
-
-
-class SpokenQuestions(Spec):
+class SpokenQuestions(Voices):
     """Questions asked aloud: the sound takes the place of the text. Needs the extra `speech` (espeak-ng)."""
 
-    voices: Annotated[tuple[_Voice, ...], Field(min_length=1)] = ("en-us", "en-us+m6", "en-us+m8", "en-us+f2", "en")
-    """Voices of training: an English language of espeak-ng, alone or with a variant."""
-    test_voices: Annotated[tuple[_Voice, ...], Field(min_length=1)] = ("en-us+m5", "en-us+f3")
-    """Voices of all other splits; none of them may be one of training."""
-    speeds: Annotated[tuple[Annotated[int, Field(ge=80, le=450)], ...], Field(min_length=1)] = (140, 160, 180)
-    """Words a minute."""
     takes: int = Field(default=2, ge=1, le=100)
     """In how many ways, each with its voice and speed, one text is spoken at most: more of them are more to encode."""
     share: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -86,13 +78,6 @@ class SpokenQuestions(Spec):
     """Only questions of these tasks are spoken; by default of all."""
     max_seconds: float = Field(default=20.0, gt=0.0, le=600.0)
     """Questions that take longer stay written, and are counted."""
-
-    @model_validator(mode="after")
-    def _held_out(self) -> SpokenQuestions:
-        both = sorted({*self.voices} & {*self.test_voices})
-        if both:
-            raise ValueError(f"voices that are tested must not be trained on: {', '.join(both)}")
-        return self
 
 
 class Questions(Spec):

@@ -20,6 +20,7 @@ from plait.core.spec import Derived
 from plait.models.specs import Part, QFormerShape, ScratchImage
 from plait.report import names
 from plait.stages.stage import Stage, named_setting
+from plait.stages.voices import Voices
 
 if TYPE_CHECKING:
     from plait.assembly.dual import Dual
@@ -34,6 +35,28 @@ TESTS = ("test-concept", "test-style", "test-both")
 
 _HEADS_ONLY = ("d_hidden", "dropout")
 """Settings of a dual encoder's heads, which a Q-Former has not."""
+
+
+class SpokenNames(Voices):
+    """Names said aloud: sounds as a third modality of the space. Needs the extra `speech` (espeak-ng)."""
+
+    audio_tower: str = "whisper-tiny-en"
+    """Frozen tower that hears: `whisper-tiny-en`, or a local Hugging Face folder of an audio family."""
+    window_s: float = Field(default=4.0, ge=0.0, le=30.0)
+    """Of Whisper: seconds it hears at once. 0 is the 30 of its training; less takes less time, and gives other
+    features."""
+    takes: int = Field(default=3, ge=1, le=100)
+    """In how many ways, each with its voice and speed, a name of training is said."""
+    max_seconds: float = Field(default=4.0, gt=0.0, le=30.0)
+    """Names that take longer have no sound, and are counted."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SpokenNames:
+        if self.window_s and self.max_seconds > self.window_s:
+            raise ValueError(
+                f"max_seconds is {self.max_seconds:g}, but window_s only {self.window_s:g}: raise window_s"
+            )
+        return self
 
 
 class Pretrain(Stage):
@@ -64,6 +87,8 @@ class Pretrain(Stage):
     qformer: QFormerShape | None = None
     """Sizes of a Q-Former that learns instead of a dual encoder: BLIP-2's first stage. Of the text tower only the
     tokenizer is used, of the settings of heads only `d_shared` and `scale`. See `stages.tune.connector.start`."""
+    spoken: SpokenNames | None = None
+    """Say the names aloud, and let a third head put the sounds into the same space; by default it does not hear."""
     text_tower: str = "minilm"
     """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
     max_tokens: int = Field(default=128, ge=8)
@@ -121,6 +146,10 @@ class Pretrain(Stage):
                     f"image_tower is a {self.image_tower.kind} from scratch: a Q-Former learns on a frozen tower; name "
                     "one, or train the tower in a pretrain stage of its own"
                 )
+            if self.spoken is not None:
+                raise ValueError(
+                    "spoken: sounds are for a dual encoder, here a Q-Former learns; take one of the two out"
+                )
             fields = type(self).model_fields
             if given := [name for name in _HEADS_ONLY if getattr(self, name) != fields[name].default]:
                 raise ValueError(
@@ -158,7 +187,7 @@ class Pretrain(Stage):
 
     def check(self, machine: Machine) -> None:
         """See that the towers and the device are here; see :meth:`plait.stages.stage.Stage.check`."""
-        from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, find_tower
+        from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, find_audio_tower, find_tower
 
         if isinstance(self.image_tower, str):
             with named_setting(f"stages.{self.kind}.image_tower"):
@@ -169,6 +198,14 @@ class Pretrain(Stage):
             tower_account(self.image_tower)
         with named_setting(f"stages.{self.kind}.text_tower"):
             find_tower(self.text_tower, TEXT_TOWER)
+        if self.spoken is not None:
+            from plait.data.speech import check_voice
+
+            with named_setting(f"stages.{self.kind}.spoken.audio_tower"):
+                find_audio_tower(self.spoken.audio_tower)
+            with named_setting(f"stages.{self.kind}.spoken.voices"):
+                for voice in (*self.spoken.voices, *self.spoken.test_voices):
+                    check_voice(voice)
         if self.device not in ("auto", "cpu", machine.device):
             from plait.core.device import choose_device  # imports torch
 
@@ -197,7 +234,8 @@ class Pretrain(Stage):
 
         # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
         mutable = {"steps", "epochs", "save_every", "device"}
-        context = self.model_dump(mode="json", exclude=mutable if self.qformer else mutable | {"qformer"})
+        unused = {name for name in ("qformer", "spoken") if getattr(self, name) is None}  # once there were none
+        context = self.model_dump(mode="json", exclude=mutable | unused)
         return Settings(
             steps=steps,
             compute=compute,
@@ -232,6 +270,7 @@ class Pretrain(Stage):
             keywords=self.keywords,
             events=events,
         )
+        pairs = self._said(pairs, dual, events)
         tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
         before = [task.evaluate(dual.model) for task in tasks]
         shape = [beside(score, "untrained") for score in shapes(tasks, dual.model, events=events)]
@@ -239,7 +278,7 @@ class Pretrain(Stage):
         settings = self.settings(
             compute,
             self.steps_for(len(pairs["train"].ids)),
-            towers=[dual.image.key, dual.text.key],
+            towers=[dual.image.key, dual.text.key, *([dual.audio.key] if dual.audio else [])],
             data=sha256_file(data / "done.json"),
         )
         fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
@@ -256,6 +295,7 @@ class Pretrain(Stage):
         return summarize(fitted, scores, pairs=counts, folder=folder)
 
     def _build(self, compute: Compute, events: Events) -> Dual:
+        from plait.assembly.audio_towers import load_audio_tower
         from plait.assembly.dual import HeadSizes, build_dual
         from plait.assembly.towers import load_image_tower, load_text_tower
         from plait.core.device import seed_everything
@@ -266,12 +306,27 @@ class Pretrain(Stage):
         text = load_text_tower(self.text_tower, max_tokens=self.max_tokens, dtype=self.tower_dtype)
         seed_everything(self.seed)
         sizes = HeadSizes(d_hidden=self.d_hidden, d_shared=self.d_shared, dropout=self.dropout)
-        dual = build_dual(image, text, sizes, scale=self.scale)
+        audio = None
+        if self.spoken is not None:
+            audio = load_audio_tower(
+                self.spoken.audio_tower, window_s=self.spoken.window_s, dtype=self.tower_dtype, events=events
+            )
+        dual = build_dual(image, text, sizes, scale=self.scale, audio=audio)
         if dual.model.tower is not None:
             weights = sum(weight.numel() for weight in dual.model.tower.parameters() if weight.requires_grad)
             events.note(f"picture tower from scratch: {self.tower_name}, {weights:,} weights learn")
         dual.model.to(compute.device)
         return dual
+
+    def _said(self, pairs: dict[str, Pairs], dual: Dual, events: Events) -> dict[str, Pairs]:
+        """The names said aloud, where the model hears."""
+        if self.spoken is None or dual.audio is None:
+            return pairs
+        from plait.assembly.said import say_names
+        from plait.data.spoken import Saying
+
+        saying = Saying(**self.spoken.model_dump(exclude={"audio_tower", "window_s"}), seed=self.seed)
+        return say_names(pairs, dual.audio, saying, cache=home() / "features", events=events)
 
     def _fit(
         self,
@@ -319,4 +374,6 @@ class Pretrain(Stage):
             ids=pairs.ids,
             batch_size=min(self.batch_size, len(pairs.ids)),
             seed=self.seed,
+            audio=pairs.audio,
+            sounds_of=pairs.sounds_of,
         )

@@ -49,8 +49,8 @@ def test_pictures_and_texts_become_unit_vectors_of_one_space(
     assert image.shape == text.shape == (2, 8)
     torch.testing.assert_close(image.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(image @ text.T, torch.tensor(found["cosine"]))
-    torch.testing.assert_close(image @ image.T, torch.tensor(found["cosine_of_images"]))
-    torch.testing.assert_close(text @ text.T, torch.tensor(found["cosine_of_texts"]))
+    torch.testing.assert_close(image @ image.T, torch.tensor(found["cosines"]["image-image"]))
+    torch.testing.assert_close(text @ text.T, torch.tensor(found["cosines"]["text-text"]))
     assert (found["dimension"], found["images"], found["refused"]) == (8, pictures, [])
 
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(
     assert pictures[0] in said.out
     assert "broken.png" in said.err
     assert "nowhere.png" in said.err
-    assert "2 of 3 pictures could not be read" in said.err
+    assert "2 of 3 files could not be read" in said.err
 
 
 def test_other_models_and_nothing_to_do_are_refused(

@@ -104,3 +104,39 @@ def test_a_picture_that_is_not_stored_is_said():
     assert len(lost) == 2
     with pytest.raises(DataError, match="1 of 2 items have no cached features; the first is gone"):
         picked(lost, [0, 1])
+
+
+def test_pairs_have_one_of_their_sounds_and_those_without_are_left_out_of_them():
+    sounds_of = [(0, 1), (), (2,), (), (3, 4, 5)]
+    batches = PairBatches(
+        image=torch.zeros(5, 1),
+        text=torch.zeros(5, 1),
+        texts_of=[(i,) for i in range(5)],
+        classes=torch.arange(5),
+        ids=[f"s{i}" for i in range(5)],
+        batch_size=5,
+        seed=0,
+        audio=torch.arange(6).float()[:, None],
+        sounds_of=sounds_of,
+    )
+    seen: Counter[int] = Counter()
+    for step in range(200):
+        (batch,) = batches.step_batches(step)
+        pairs = [int(batch.sample_ids[int(place)][1:]) for place in batch.item_row["audio"]]
+        heard = batch.media["audio"].values[:, 0].int().tolist()
+        assert sorted(pairs) == [0, 2, 4]
+        assert all(sound in sounds_of[pair] for sound, pair in zip(heard, pairs, strict=True))
+        seen.update(heard)
+    assert min(seen[sound] for sound in (3, 4, 5)) > 40  # any of them, 67 times on average
+    silent = PairBatches(
+        image=torch.zeros(2, 1),
+        text=torch.zeros(2, 1),
+        texts_of=[(0,), (1,)],
+        classes=torch.arange(2),
+        ids=["a", "b"],
+        batch_size=2,
+        seed=0,
+        audio=torch.zeros(0, 1),
+        sounds_of=[(), ()],
+    )
+    assert "audio" not in silent.step_batches(0)[0].media

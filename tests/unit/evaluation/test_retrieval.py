@@ -115,3 +115,30 @@ def test_gallery_forgives_other_pictures_and_other_names_of_the_concept():
     assert found["text-to-image"].ranks.tolist() == [1, 1, 1]
     assert found["text-to-image"].groups == ("c", "d", "c")
     assert gallery.nearest(similarity[2], 2) == [("cat", 0.8), ("dog", 0.7)]
+
+
+@pytest.mark.row("S3-11")
+def test_sounds_of_some_texts_are_found_and_find_as_if_ranked_one_by_one():
+    names, concepts = ["cat", "tom cat", "dog", "cat", "cow"], ["c", "c", "d", "c", "w"]
+    gallery = Gallery(names, concepts)  # cat, cow, dog, tom cat
+    said = [0, 2, 3]  # nobody says cow
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    found = gallery.heard(images, texts, said=said)
+    of_sound, of_text = ["c", "d", "c"], ["c", "w", "d", "c"]
+
+    def rank(scores: np.ndarray, right: list[bool]) -> int:
+        best = max(s for s, r in zip(scores, right, strict=True) if r)
+        return 1 + sum(s >= best and not r for s, r in zip(scores, right, strict=True))
+
+    for way, scores, queries, candidates in (
+        ("image-to-audio", images, concepts, of_sound),
+        ("text-to-audio", texts, of_text, of_sound),
+        ("audio-to-image", images.T, of_sound, concepts),
+        ("audio-to-text", texts.T, of_sound, of_text),
+    ):
+        asked = [q for q, concept in enumerate(queries) if concept in candidates]
+        assert len(asked) == len(queries) - (way in {"image-to-audio", "text-to-audio"})
+        expected = [rank(scores[q], [queries[q] == c for c in candidates]) for q in asked]
+        assert found[way].ranks.tolist() == expected
+        assert found[way].groups == tuple(queries[q] for q in asked)

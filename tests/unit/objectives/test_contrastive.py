@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from plait.core.tensors import IGNORE, Batch
+from plait.core.tensors import IGNORE, Batch, Patches
 from plait.models.dual import Embeddings
 from plait.objectives.contrastive import Contrastive, info_nce, same_class, sigmoid_pairs
 
@@ -131,3 +131,34 @@ def test_objective_reads_classes_from_labels_and_counts_pairs():
     assert {k: int(v) for k, v in objective.count(batch).items()} == {"contrastive": 3}
     expected = info_nce(image, text, torch.tensor(4.0, dtype=torch.float64), positives=same_class(classes))
     assert objective(FixedVectors(image, text), batch)["contrastive"].item() == expected.item()
+
+
+@pytest.mark.row("S3-11")
+def test_sounds_are_told_apart_by_their_pictures_and_their_texts():
+    image, text, audio = unit(4, 5), unit(4, 5, 1), unit(3, 5, 2)
+    scale, classes, pair_of = (
+        torch.tensor(4.0, dtype=torch.float64),
+        torch.tensor([7, 1, 7, 2]),
+        torch.tensor([0, 2, 3]),
+    )
+
+    class Hearing(torch.nn.Module):
+        def forward(self, batch: Batch) -> Embeddings:
+            return Embeddings(image, text, scale, audio, pair_of)
+
+    batch = Batch(
+        token_ids=torch.zeros(4, 1, dtype=torch.long),
+        labels=classes[:, None],
+        segment_ids=torch.ones(4, 1, dtype=torch.long),
+        media={"audio": Patches(values=audio, grid=torch.ones(3, 3, dtype=torch.long))},
+        item_row={"audio": pair_of},
+        sample_ids=("a", "b", "c", "d"),
+    )
+    counts = {name: int(count) for name, count in Contrastive().count(batch).items()}
+    assert counts == {"contrastive": 4, "contrastive-image-audio": 3, "contrastive-text-audio": 3}
+    terms = Contrastive()(Hearing(), batch)
+    same = same_class(torch.tensor([7, 7, 2]))  # the two sounds of class 7 are positives of both its pictures
+    assert terms["contrastive"].item() == info_nce(image, text, scale, positives=same_class(classes)).item()
+    for side, vectors in (("image", image), ("text", text)):
+        expected = info_nce(vectors[pair_of], audio, scale, positives=same)
+        assert terms[f"contrastive-{side}-audio"].item() == expected.item()

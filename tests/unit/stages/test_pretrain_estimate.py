@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from plait.core.estimate import Estimate, Machine
-from plait.stages.pretrain import Pretrain
+from plait.stages.pretrain import Pretrain, SpokenNames
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
@@ -40,6 +40,31 @@ def test_more_of_anything_costs_more():
     wider = Pretrain(d_hidden=2048).estimate(MACHINE, {"data": DATA})
     assert sum(wider.memory.values()) > sum(base.memory.values())
     assert wider.disk_bytes > base.disk_bytes
+
+
+def test_names_said_aloud_cost_a_head_and_their_sounds():
+    from plait.models.heads import ProjectionHead
+    from plait.stages.pretraining import needs
+
+    base = Pretrain().estimate(MACHINE, {"data": DATA})
+    hearing = Pretrain(spoken=SpokenNames(takes=2)).estimate(MACHINE, {"data": DATA})
+    head = sum(p.numel() for p in ProjectionHead(needs.AUDIO_WIDTH, 1024, 512).parameters())
+    assert hearing.params_trainable == base.params_trainable + head
+    assert hearing.params_frozen == base.params_frozen + needs.AUDIO_WEIGHTS
+    assert hearing.seconds[1] > base.seconds[1]
+    assert any("2,854 sounds" in note for note in hearing.notes)  # 1,127 twice, 600 once
+    more = Pretrain(spoken=SpokenNames(takes=3)).estimate(MACHINE, {"data": DATA})
+    assert more.home_bytes > hearing.home_bytes > base.home_bytes
+
+
+@pytest.mark.real
+def test_the_audio_tower_has_the_size_of_the_real_one(packages):
+    from plait.assembly.audio_towers import load_audio_tower
+    from plait.stages.pretraining import needs
+
+    packages("whisper-tiny-en")
+    encoder = load_audio_tower("whisper-tiny-en").encoder
+    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (needs.AUDIO_WIDTH, needs.AUDIO_WEIGHTS)
 
 
 @pytest.mark.real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from plait.core.estimate import Estimate, Machine
@@ -13,12 +14,15 @@ from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, tim
 if TYPE_CHECKING:
     from plait.models.measure import Account
     from plait.models.specs import QFormerShape, ScratchImage
-    from plait.stages.pretrain import Pretrain
+    from plait.stages.pretrain import Pretrain, SpokenNames
 
 # Sizes of the default towers; tests compare them with the weights.
 IMAGE_WEIGHTS, TEXT_WEIGHTS = 4_652_008, 22_565_376
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384
 VOCABULARY = 30_523  # minilm's tokens, and the one that begins a text to be written
+AUDIO_WEIGHTS, AUDIO_WIDTH = 8_208_384, 384
+_AUDIO_HZ, _SAID_S = 50, 1.2  # tokens a second of sound; seconds of a name
+_SECONDS_PER_SOUND = ((0.02, 0.004), (0.06, 0.03))  # to say one twice, and to encode a second of window
 _IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
 _TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
 _TEXT_TOKENS = 8
@@ -62,9 +66,44 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
     if spec.qformer is not None:
         return _queries(spec, spec.qformer, machine, samples=samples)
     if isinstance(spec.image_tower, str):
-        return _frozen(spec, machine, samples)
-    tower = tower_account(spec.image_tower)
-    return _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
+        found = _frozen(spec, machine, samples)
+    else:
+        tower = tower_account(spec.image_tower)
+        found = _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
+    return found if spec.spoken is None else _hearing(spec, spec.spoken, found, samples=samples)
+
+
+def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: Mapping[str, int]) -> Estimate:
+    """The same with names said aloud: sounds are encoded once, and a third head learns from their means."""
+    train = samples.get("train", 0)
+    sounds = train * spoken.takes + sum(samples.values()) - train
+    head = (AUDIO_WIDTH + spec.d_shared) * spec.d_hidden + spec.d_hidden + spec.d_shared
+    window = spoken.window_s or 30.0
+    seen = min(spec.batch_size, max(train, 1)) * spec.steps_for(max(train, 1))
+    # The encoder's weights stand beside those of the other towers; a sound's features and samples are small.
+    frozen = found.memory.get("weights", 0) + 4 * AUDIO_WEIGHTS + 4 * head
+    memory = {**found.memory, "weights": frozen}
+    for part, times in (("gradients", 1), ("optimizer", 2)):
+        memory[part] = memory.get(part, 0) + 4 * head * times
+    memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH
+    features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
+    flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
+    low, high = (sounds * (once + window * second) for once, second in _SECONDS_PER_SOUND)
+    return replace(
+        found,
+        params_trainable=found.params_trainable + head,
+        params_frozen=found.params_frozen + AUDIO_WEIGHTS,
+        flops=found.flops + flops,
+        memory=memory,
+        disk_bytes=found.disk_bytes + checkpoint_bytes(weights=8 * head, trainable=head, keep=2),
+        home_bytes=found.home_bytes + features,
+        seconds=(found.seconds[0] + low, found.seconds[1] + high),
+        notes=(
+            *found.notes,
+            f"at most {sounds:,} sounds of names are encoded once, windows of {window:g} s, and kept in the cache "
+            f"({features / 2**20:,.0f} MiB); sizes and speeds are those of whisper-tiny-en",
+        ),
+    )
 
 
 def query_weights(spec: Pretrain, shape: QFormerShape, *, d_image: int, vocabulary: int) -> int:

@@ -109,7 +109,7 @@ def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str,
             lines.append(
                 f"{split}: the right name is found first for {one.value:.1%} of {one.n:,} pictures "
                 f"(95 % {one.low:.1%} to {one.high:.1%}; chance {chance.value:.2%}; "
-                f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%}){_more(named, split)}"
+                f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%}){_more(named, split)}{_heard(named, split)}"
             )
     return {
         "lines": lines or ["there is no test split: nothing was scored"],
@@ -123,6 +123,17 @@ def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str,
             if f"retrieval/{split}/image-to-text/R@1" in named
         },
     }
+
+
+def _heard(named: Mapping[str, Score], split: str) -> str:
+    """How often a name that is said aloud finds its picture and its text, where the model hears."""
+    found = {way: named.get(f"retrieval/{split}/audio-to-{way}/R@1") for way in ("image", "text")}
+    said = [
+        f"its {'picture' if way == 'image' else 'text'} first for {one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
+        for way, one in found.items()
+        if one is not None
+    ]
+    return f"; a name said aloud finds {', '.join(said)}" if said else ""
 
 
 def _more(named: Mapping[str, Score], split: str) -> str:
