@@ -275,9 +275,9 @@ def _best(study: TransformerStudy, tried: Sequence[Sequence[Outcome]]) -> float:
     return max(tried, key=merit)[0].job.lr
 
 
-def _counted(study: TransformerStudy, outcome: Outcome) -> int:
+def _counted(study: TransformerStudy, outcome: Outcome) -> float:
     """Steps, no more than were allowed."""
-    return study.ablation.steps if outcome.steps is None else outcome.steps
+    return float(study.ablation.steps if outcome.steps is None else outcome.steps)
 
 
 def _about(cell: Job) -> dict[str, Any]:
