@@ -476,7 +476,8 @@ def published() -> dict[str, Any]:
 @pytest.mark.row("S3-C04")
 @pytest.mark.row("S3-C05")
 def test_the_page_shows_the_published_results_of_todays_defaults(published: dict[str, Any]) -> None:
-    assert TransformerStudy(**published["spec"]) == TransformerStudy()
+    as_many = {**published["spec"], "workers": 0}  # processes change nothing
+    assert TransformerStudy(**as_many) == TransformerStudy()
     page = (ROOT / "docs" / "transformer.md").read_text(encoding="utf-8")
     for part in markdown(published).split("\n\n"):
         assert part.strip() in page
