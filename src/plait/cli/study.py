@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 STUDIES = {
     "positions": "plait.studies.positions:Positions",
     "fusion": "plait.studies.fusion:FusionStudy",
+    "transformer": "plait.studies.transformer:TransformerStudy",
 }
 """``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
-two modalities where they interact, differ in scale, or one is missing."""
+two modalities where they interact, differ in scale, or one is missing. ``transformer``: attention over distances, norms
+and residuals, several heads."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
