@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 STUDIES = {
     "positions": "plait.studies.positions:Positions",
     "fusion": "plait.studies.fusion:FusionStudy",
+    "attention": "plait.studies.attention:AttentionStudy",
 }
 """``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
-two modalities where they interact, differ in scale, or one is missing."""
+two modalities where they interact, differ in scale, or one is missing. ``attention``: fusion by attention, looked at:
+answers, maps, and what it costs."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
