@@ -47,7 +47,7 @@ class Scenes(Spec):
     marks: int = Field(default=6, ge=2)
     """Kinds of the small mark that one region of each scene has."""
 
-    loudness: float = Field(default=0.7, gt=0.0)
+    loudness: float = Field(default=0.5, gt=0.0)
     """Length of the code of a mark; that of a shape, a colour, a size, a row and a column is 1."""
 
     noise: float = Field(default=0.1, ge=0.0)
@@ -86,7 +86,7 @@ class AttentionStudy(Study):
     weights: int = Field(default=16_000, ge=1)
     """At most so many weights, head and all; every arm is as wide as that allows."""
 
-    steps: int = Field(default=1200, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Updates, each on samples never seen before; all kinds of questions are asked as often."""
 
     batch: int = Field(default=128, ge=1)

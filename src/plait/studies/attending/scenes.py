@@ -18,7 +18,7 @@ WORDS, REGIONS = "words", "regions"
 _COLOUR, _MARK, _OF, _SCENE, _LEFT, _FIRST_SHAPE = range(6)
 """Numbers of words; the shapes follow each other."""
 
-_LENGTH = 3
+LENGTH = 3
 """Words of a question."""
 
 
@@ -155,8 +155,8 @@ def draw_world(scenes: Scenes, *, seed: int) -> World:
     cells = scenes.rows * scenes.columns
     numbers = (cells, scenes.colours, 2, scenes.rows, scenes.columns, scenes.marks)
     seen = _at_right_angles(sum(numbers), scenes.d_region, generator).split(numbers)
-    word, spot = _at_right_angles(_FIRST_SHAPE + cells + _LENGTH, scenes.d_word, generator).split(
-        (_FIRST_SHAPE + cells, _LENGTH)
+    word, spot = _at_right_angles(_FIRST_SHAPE + cells + LENGTH, scenes.d_word, generator).split(
+        (_FIRST_SHAPE + cells, LENGTH)
     )
     shape, colour, size, row, column, mark = seen
     return World(

@@ -21,16 +21,16 @@ from plait.models.fusion.graph import GraphAttention, GraphFusion
 from plait.models.fusion.late import LateFusion
 from plait.models.fusion.streams import Fused, Fusion, Inputs, Stream
 from plait.models.transformer import FeedForward, Part, Transformer, TransformerSizes
-from plait.studies.attending.scenes import REGIONS, WORDS
+from plait.studies.attending.scenes import LENGTH, REGIONS, WORDS
 from plait.studies.attention import ArmName, Scenes
 
-HEADS, TOWER_DEPTH, JOINT_DEPTH, GRAPH_DEPTH = 2, 2, 2, 3
+HEADS, TOWER_DEPTH, JOINT_DEPTH, GRAPH_DEPTH = 2, 2, 2, 1
 
 CROSS: tuple[ArmName, ...] = ("cross-1", "cross-2", "cross-gated")
 GRAPHS: tuple[ArmName, ...] = ("graph-true", "graph-random", "graph-full")
 ATTENTION: tuple[ArmName, ...] = ("cross-1", "cross-2", "joint")
 OTHERS: tuple[ArmName, ...] = ("early", "late", "late-tower", "gated", "low-rank")
-MAPPED: tuple[ArmName, ...] = ("cross-1", "cross-2", "cross-gated", "joint")
+TOKENS: tuple[ArmName, ...] = (*CROSS, "joint", *GRAPHS)
 
 
 class Size(NamedTuple):
@@ -41,10 +41,11 @@ class Size(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Width of words and of regions, and number of answers."""
+    """Width of words and of regions, number of words, and of answers."""
 
     words: int
     regions: int
+    length: int
     answers: int
 
 
@@ -86,36 +87,58 @@ class Reading(nn.Module):
         return Fused(values=asking.tokens, present=asking.here, weights=weights)
 
 
+class GraphReading(nn.Module):
+    """Regions hear each other along a graph, which is added to what they are; then the question reads them.
+
+    Args:
+        d: Width of all.
+    """
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.d_out = d
+        layers = [GraphAttention(d, d, heads=HEADS) for _ in range(GRAPH_DEPTH)]
+        self.hearing = GraphFusion({REGIONS: nn.Linear(d, d)}, layers)
+        self.reading = Reading(d, depth=1, gated=False)
+
+    def forward(
+        self, inputs: Inputs, *, need_weights: bool = False, graph: Bool[Tensor, "b n n"] | None = None
+    ) -> Fused:
+        """Hear and read; None: all regions hear all."""
+        regions = inputs[REGIONS]
+        heard = self.hearing({REGIONS: regions}, graph=graph)
+        told = Stream(tokens=regions.tokens + heard.values, real=regions.real, present=regions.present)
+        return self.reading({WORDS: inputs[WORDS], REGIONS: told}, need_weights=need_weights)
+
+
 class Student(nn.Module):
     """An arm with its head.
 
     Args:
-        fusion: Of words and regions; a vector, or tokens of which the words (those that are asked for) are read.
-        head: From the width of the fusion to scores.
-        words_first: Whether tokens come out, the words first.
+        fusion: Of words and regions; a vector, or tokens of which the first, the words, are read side by side.
+        head: From that to scores.
     """
 
-    def __init__(self, fusion: Fusion, head: nn.Module, *, words_first: bool) -> None:
+    def __init__(self, fusion: Fusion, head: nn.Module) -> None:
         super().__init__()
-        self.fusion, self.head, self.words_first = fusion, head, words_first
+        self.fusion, self.head = fusion, head
 
     def forward(
-        self, inputs: Inputs, *, graph: Bool[Tensor, "b t t"] | None = None, need_weights: bool = False
+        self, inputs: Inputs, *, graph: Bool[Tensor, "b n n"] | None = None, need_weights: bool = False
     ) -> Answered:
         """Answer.
 
         Args:
             inputs: Words and regions.
-            graph: Who hears whom, words first, for arms that are graphs; None: all hear all.
+            graph: Which region hears which, for arms that are graphs; None: all hear all.
             need_weights: Give maps too, where the arm has any.
         """
-        if isinstance(self.fusion, LateFusion) and isinstance(self.fusion.fusion, GraphFusion):
+        if isinstance(self.fusion, LateFusion) and isinstance(self.fusion.fusion, GraphReading):
             fused = self.fusion.fusion(self.fusion.encode(inputs), graph=graph, need_weights=need_weights)
         else:
             fused = self.fusion(inputs, need_weights=need_weights)
-        values = fused.values
-        words = inputs[WORDS].tokens.shape[1]
-        values = values[:, :words].mean(1) if self.words_first else fused.vector()
+        values, words = fused.values, inputs[WORDS].tokens.shape[1]
+        values = values[:, :words].flatten(1) if values.ndim == 3 else values
         return Answered(self.head(values), _maps(fused, words) if need_weights else [])
 
 
@@ -138,8 +161,9 @@ def student(name: ArmName, shape: Shape, size: Size) -> Student:
     k, inside = size
     widths = {WORDS: shape.words, REGIONS: shape.regions}
     fusion = _fusion(name, widths, k)
-    head = nn.Sequential(nn.Linear(fusion.d_out, inside), nn.GELU(), nn.Linear(inside, shape.answers))
-    return Student(fusion, head, words_first=name == "joint" or name in GRAPHS)
+    tokens = shape.length if name in TOKENS else 1
+    head = nn.Sequential(nn.Linear(tokens * fusion.d_out, inside), nn.GELU(), nn.Linear(inside, shape.answers))
+    return Student(fusion, head)
 
 
 def _fusion(name: ArmName, widths: Mapping[str, int], k: int) -> Fusion:
@@ -170,8 +194,7 @@ def _fusion(name: ArmName, widths: Mapping[str, int], k: int) -> Fusion:
             sizes = TransformerSizes(d=k, depth=JOINT_DEPTH, heads=HEADS, d_ff=k)
             return EarlyFusion(linear, Transformer(sizes))
         case "graph-true" | "graph-random" | "graph-full":
-            alike = {modality: nn.Linear(k, k) for modality in widths}
-            return LateFusion(each, GraphFusion(alike, [GraphAttention(k, k, heads=HEADS) for _ in range(GRAPH_DEPTH)]))
+            return LateFusion(each, GraphReading(k))
 
 
 @cache
@@ -204,7 +227,7 @@ def count(name: ArmName, shape: Shape, size: Size) -> int:
 
 def shape_of(scenes: Scenes) -> Shape:
     """What goes in and out."""
-    return Shape(scenes.d_word, scenes.d_region, scenes.colours + scenes.marks + 2)
+    return Shape(scenes.d_word, scenes.d_region, LENGTH, scenes.colours + scenes.marks + 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +251,7 @@ class Cost:
     flops: int
 
 
-def cost(name: ArmName, shape: Shape, size: Size, *, words: int, regions: int) -> Cost:
+def cost(name: ArmName, shape: Shape, size: Size, *, regions: int) -> Cost:
     """Count on torch's meta device: no weight is drawn and no product computed.
 
     A graph is counted as a matrix, so that its edges do not change what it costs here.
@@ -236,12 +259,17 @@ def cost(name: ArmName, shape: Shape, size: Size, *, words: int, regions: int) -
     with torch.device("meta"):
         model = student(name, shape, size)
         inputs = {
-            WORDS: Stream(tokens=torch.zeros(1, words, shape.words)),
+            WORDS: Stream(tokens=torch.zeros(1, shape.length, shape.words)),
             REGIONS: Stream(tokens=torch.zeros(1, regions, shape.regions)),
         }
     with FlopCounterMode(display=False) as counter:
         model(inputs, need_weights=True)
     weights = sum(weight.numel() for weight in model.parameters())
     return Cost(
-        arm=name, words=words, regions=regions, width=size.width, weights=weights, flops=counter.get_total_flops()
+        arm=name,
+        words=shape.length,
+        regions=regions,
+        width=size.width,
+        weights=weights,
+        flops=counter.get_total_flops(),
     )

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from plait.models.fusion.streams import Inputs
 from plait.studies.attending.scenes import WORDS, Batch, Kind, World, left_graph
-from plait.studies.attending.students import GRAPHS, Answered, Student
+from plait.studies.attending.students import Answered, Student
 from plait.studies.attention import ArmName
 from plait.training.optim import AdamW
 from plait.training.schedule import Cosine
@@ -55,28 +55,18 @@ class Arm:
             need_weights: Give maps too.
         """
         graph = None
-        if self.name in GRAPHS and self.name != "graph-full":
-            graph = graph_of(self.world, len(inputs[WORDS].tokens), words=inputs[WORDS].tokens.shape[1])
-            if self.name == "graph-random":
-                graph = mixed(graph, inputs[WORDS].tokens.shape[1], generator=generator)
+        if self.name in ("graph-true", "graph-random"):
+            graph = left_graph(self.world.scenes).expand(len(inputs[WORDS].tokens), -1, -1)
+        if self.name == "graph-random":
+            assert graph is not None
+            graph = mixed(graph, generator=generator)
         return self.student(inputs, graph=graph, need_weights=need_weights)
 
 
-def graph_of(world: World, rows: int, *, words: int) -> Bool[Tensor, "b t t"]:
-    """The true graph: words and regions all hear each other, words too; each region hears what is left of it."""
-    left = left_graph(world.scenes)
-    total = words + len(left)
-    found = torch.ones(total, total, dtype=torch.bool)
-    found[words:, words:] = left
-    return found.fill_diagonal_(False).expand(rows, -1, -1)
-
-
-def mixed(graph: Bool[Tensor, "b t t"], words: int, *, generator: torch.Generator) -> Bool[Tensor, "b t t"]:
-    """The same graph among regions that changed their places, anew in each sample: as many edges, other ends."""
-    rows, total, _ = graph.shape
-    order = torch.rand(rows, total - words, generator=generator).argsort(1) + words
-    order = torch.cat([torch.arange(words).expand(rows, -1), order], dim=1)
-    sample = torch.arange(rows)[:, None, None]
+def mixed(graph: Bool[Tensor, "b n n"], *, generator: torch.Generator) -> Bool[Tensor, "b n n"]:
+    """The same graph among nodes that changed their places, anew in each sample: as many edges, other ends."""
+    order = torch.rand(graph.shape[:2], generator=generator).argsort(1)
+    sample = torch.arange(len(graph))[:, None, None]
     return graph[sample, order[:, :, None], order[:, None, :]]
 
 

@@ -56,10 +56,10 @@ class Outcome:
     job: Job
     loss: float
     cpu_s: float
-    accuracy: Mapping[Kind, float]
-    best: Mapping[Kind, float]
-    counting: Mapping[Kind, float]
-    looked: Mapping[Kind, Looked]
+    accuracy: Mapping[str, float]
+    best: Mapping[str, float]
+    counting: Mapping[str, float]
+    looked: Mapping[str, Looked]
 
 
 def kinds_of(arm: ArmName) -> tuple[Kind, ...]:
@@ -158,7 +158,7 @@ def _best_layer(looked: Looked) -> str:
     return max((name for name in looked.pointed if name != "gradient"), key=lambda name: looked.pointed[name])
 
 
-def _scores(study: AttentionStudy, of: Mapping[ArmName, Sequence[Outcome]]) -> list[dict[str, Any]]:
+def _scores(study: AttentionStudy, of: Mapping[Any, Sequence[Outcome]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for arm, outcomes in of.items():
         for kind in kinds_of(arm):
@@ -173,7 +173,7 @@ def _scores(study: AttentionStudy, of: Mapping[ArmName, Sequence[Outcome]]) -> l
     return found
 
 
-def _maps(of: Mapping[ArmName, Sequence[Outcome]]) -> list[dict[str, Any]]:
+def _maps(of: Mapping[Any, Sequence[Outcome]]) -> list[dict[str, Any]]:
     """Pointing, mass and what deleting costs, each for every arm, kind and map."""
     found: list[dict[str, Any]] = []
     for arm, outcomes in of.items():
@@ -192,11 +192,11 @@ def _maps(of: Mapping[ArmName, Sequence[Outcome]]) -> list[dict[str, Any]]:
 def _costs(study: AttentionStudy) -> list[dict[str, Any]]:
     """At the size of the study, and at the width of towers, there with as many weights as `late` has at that width."""
     ends, cells = shape_of(study.scenes), study.scenes.rows * study.scenes.columns
-    small = [cost(arm, ends, size_for(arm, ends, study.weights), words=3, regions=cells) for arm in study.arms]
+    small = [cost(arm, ends, size_for(arm, ends, study.weights), regions=cells) for arm in study.arms]
     width, regions, words = study.wide
-    large = Shape(width, width, ends.answers)
+    large = Shape(width, width, words, ends.answers)
     weights = count("late", large, Size(width, width))
-    wide = [cost(arm, large, size_for(arm, large, weights), words=words, regions=regions) for arm in study.arms]
+    wide = [cost(arm, large, size_for(arm, large, weights), regions=regions) for arm in study.arms]
     return [asdict(one) for one in (*small, *wide)]
 
 
