@@ -15,7 +15,7 @@ from plait.evaluation.statistics import seeds_mean, seeds_score
 from plait.studies.attending.findings import findings
 from plait.studies.attending.maps import Looked, look
 from plait.studies.attending.scenes import KINDS, Kind, draw_world
-from plait.studies.attending.students import GRAPHS, Shape, Size, cost, count, shape_of, size_for, student
+from plait.studies.attending.students import GRAPHS, Shape, Size, cost, shape_of, size_for, student
 from plait.studies.attending.training import Arm, Training, right, train
 from plait.studies.attention import ArmName, AttentionStudy
 from plait.studies.workers import finished
@@ -190,13 +190,12 @@ def _maps(of: Mapping[Any, Sequence[Outcome]]) -> list[dict[str, Any]]:
 
 
 def _costs(study: AttentionStudy) -> list[dict[str, Any]]:
-    """At the size of the study, and at the width of towers, there with as many weights as `late` has at that width."""
+    """At the size of the study, where all have about the same weights; and at that of towers, with one width of all."""
     ends, cells = shape_of(study.scenes), study.scenes.rows * study.scenes.columns
     small = [cost(arm, ends, size_for(arm, ends, study.weights), regions=cells) for arm in study.arms]
     width, regions, words = study.wide
     large = Shape(width, width, words, ends.answers)
-    weights = count("late", large, Size(width, width))
-    wide = [cost(arm, large, size_for(arm, large, weights), regions=regions) for arm in study.arms]
+    wide = [cost(arm, large, Size(width, width), regions=regions) for arm in study.arms]
     return [asdict(one) for one in (*small, *wide)]
 
 
