@@ -131,6 +131,7 @@ def collect(study: AttentionStudy, *, events: Events) -> dict[str, Any]:
         },
     }
     tuned = {arm: dict(outcome.accuracy) for arm, outcome in chosen.items()}
+    found, tuned = _rounded(found), _rounded(tuned)  # so that what is published leads to the same verdicts
     return _rounded(
         {
             **found,
