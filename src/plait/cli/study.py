@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from plait.studies.study import Study
 
 STUDIES = {
+    # Position codes on longer sequences and larger grids than they were trained at.
     "positions": "plait.studies.positions:Positions",
+    # Fusions of two modalities where they interact, differ in scale, or one is missing.
     "fusion": "plait.studies.fusion:FusionStudy",
+    # Fusion by attention, looked at: answers, maps, and what it costs.
+    "attention": "plait.studies.attention:AttentionStudy",
+    # Attention over distances, norms and residuals, several heads.
     "transformer": "plait.studies.transformer:TransformerStudy",
 }
-"""``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
-two modalities where they interact, differ in scale, or one is missing. ``transformer``: attention over distances, norms
-and residuals, several heads."""
+"""Name → settings that run."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
