@@ -121,7 +121,7 @@ def take(inputs: Inputs, names: Sequence[str], *, widths: Mapping[str, int] | No
     Args:
         inputs: What came.
         names: What it was built for.
-        widths: Width it expects of each; None: not looked at.
+        widths: Width it expects; of those that are not named it is not looked at.
 
     Raises:
         DataError: A modality is not in the mapping or not known, batches differ, or a width does.
@@ -141,7 +141,7 @@ def take(inputs: Inputs, names: Sequence[str], *, widths: Mapping[str, int] | No
             remedy="give the same samples of each; present=False where one lacks it",
         )
     for name, stream in taken.items():
-        came, wanted = stream.tokens.shape[-1], None if widths is None else widths[name]
+        came, wanted = stream.tokens.shape[-1], None if widths is None else widths.get(name)
         if wanted is not None and came != wanted:
             raise DataError(
                 f"{name} has tokens of width {came}, this fusion was built for {wanted}",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Patches
@@ -9,6 +10,7 @@ from plait.models.fusion.attention import AttentionFusion
 from plait.models.fusion.bilinear import BilinearFusion
 from plait.models.fusion.concat import ConcatFusion
 from plait.models.fusion.early import EarlyFusion
+from plait.models.fusion.graph import GraphAttention, GraphFusion
 from plait.models.fusion.streams import Fused, Stream, only, presence, stream_of, take, vector
 from plait.models.transformer import Transformer, TransformerSizes
 
@@ -62,3 +64,13 @@ def test_what_does_not_fit_is_named() -> None:
         EarlyFusion({"image": torch.nn.Linear(3, 6)}, joint)({"image": image})
     with pytest.raises(ConfigError, match="sees names smell; there are image"):
         EarlyFusion({"image": torch.nn.Linear(3, 8)}, joint, sees={"image": ["smell"]})
+
+
+def test_projections_may_be_more_than_one_linear_layer() -> None:
+    deep = {"image": nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 16)), "text": nn.Linear(4, 16)}
+    given = {"image": Stream(tokens=torch.rand(2, 9, 6)), "text": Stream(tokens=torch.rand(2, 5, 4))}
+    early = EarlyFusion(deep, Transformer(TransformerSizes(d=16, depth=1, heads=2)))
+    for fuse in (early, GraphFusion(deep, [GraphAttention(16, 16, heads=2)])):
+        assert fuse(given).values.shape == (2, 14, 16)
+        with pytest.raises(DataError, match="text has tokens of width 6, this fusion was built for 4"):
+            fuse({"image": given["image"], "text": given["image"]})
