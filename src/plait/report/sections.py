@@ -62,9 +62,11 @@ def _made(run: RunFolder, stage: StageFolder) -> list[str]:
         done = f"{number(summary.get('steps'))} steps on {number(summary['pairs'].get('train'))} pairs"
         if is_mapping(stage.spec.get("qformer")):
             return [f"Q-Former on {image} (kept as it is), words as {text} cuts them: {done}"]
+        spoken = stage.spec.get("spoken")
+        heard = f", names said aloud to {spoken.get('audio_tower')}" if is_mapping(spoken) else ""
         if is_mapping(image):
-            return [f"{tower_name(image)}, from scratch, beside {text} (kept as it is): {done}"]
-        return [f"heads between {image} and {text} (both kept as they are): {done}"]
+            return [f"{tower_name(image)}, from scratch, beside {text} (kept as it is){heard}: {done}"]
+        return [f"heads between {image} and {text} (both kept as they are){heard}: {done}"]
     return []
 
 
