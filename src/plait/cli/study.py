@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 STUDIES = {
     "positions": "plait.studies.positions:Positions",
     "fusion": "plait.studies.fusion:FusionStudy",
+    "connectors": "plait.studies.connectors:ConnectorStudy",
 }
 """``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
-two modalities where they interact, differ in scale, or one is missing."""
+two modalities where they interact, differ in scale, or one is missing. ``connectors``: projections, queries and layers
+inside the decoder between the same frozen tower and decoder."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,9 @@
 """Claims about connectors between a frozen tower and a frozen decoder, tried on scenes whose truth is known.
 
-Query connectors are said to compress a picture into few tokens; LLaVA to need no more than one or two layers; and layers
-that read inside the frozen decoder to join language and vision better. All connectors get the same frozen weights,
-samples and steps, and the best of the same learning rates; what contradicts the claims is published like what supports
-them.
+Query connectors are said to compress a picture into few tokens; LLaVA to need no more than one or two layers; and
+layers that read inside the frozen decoder to join language and vision better. All connectors get the same frozen
+weights, samples and steps, and the best of the same learning rates; what contradicts the claims is published like what
+supports them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from plait.studies.study import Study
 
 Kind = Literal["count", "color", "right", "read"]
 """Of a question."""
-Layout = Literal["grid", "list"]
-"""Of a scene in words."""
 Arm = Literal[
     "linear",
     "mlp",
@@ -47,8 +45,11 @@ class Language(Spec):
     heads: int = Field(default=4, ge=1)
     """Heads of attention."""
 
-    steps: int = Field(default=2500, ge=1)
+    steps: int = Field(default=1200, ge=1)
     """Updates."""
+
+    asked: int = Field(default=8, ge=1)
+    """Questions about each scene of a batch."""
 
     lr: float = Field(default=3e-3, gt=0.0)
     """Peak learning rate."""
@@ -66,7 +67,7 @@ class Sight(Spec):
     heads: int = Field(default=4, ge=1)
     """Heads of attention."""
 
-    steps: int = Field(default=400, ge=1)
+    steps: int = Field(default=300, ge=1)
     """Updates."""
 
     lr: float = Field(default=2e-3, gt=0.0)
@@ -82,7 +83,7 @@ class ConnectorStudy(Study):
     arms: tuple[Arm, ...] = get_args(Arm)
     """Connectors to try."""
 
-    seeds: int = Field(default=4, ge=3)
+    seeds: int = Field(default=3, ge=3)
     """Independent decoders and towers, with their scenes, questions and first weights; all connectors get the same."""
 
     language: Language = Language()
@@ -97,7 +98,7 @@ class ConnectorStudy(Study):
     batch: int = Field(default=32, ge=1)
     """Scenes an update."""
 
-    asked: int = Field(default=6, ge=1)
+    asked: int = Field(default=8, ge=1)
     """Questions about each scene of a batch."""
 
     pool: int = Field(default=6000, ge=1)

@@ -1,4 +1,4 @@
-"""What a model of the study is made of: a tokenizer of its words, a decoder, a tower, and any connector between them."""
+"""What models of the study are made of: a tokenizer of its words, a decoder, a tower, a connector between them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ CELLS = SIDE**2
 """Tokens that the tower makes of a picture."""
 CONTEXT = 256
 """Most tokens of a row."""
+PREPARED = "tower.pt"
+"""File of a tower and the features of its pictures."""
 _HEADS, _DEPTH = 4, 3
+_SPREAD = 4.0
 
 Row = tuple[Sequence[int], Sequence[Question]]
 """What stands for the scene, as ids, and questions about it."""
@@ -94,7 +97,12 @@ def tokenizer_folder(folder: Path) -> Path:
 def decoder_spec(language: Language, tokenizer: Path) -> NewDecoder:
     """Settings of the decoder."""
     return NewDecoder(
-        tokenizer=str(tokenizer), d=language.d, depth=language.depth, heads=language.heads, context=CONTEXT
+        tokenizer=str(tokenizer),
+        d=language.d,
+        d_ff=2 * language.d,
+        depth=language.depth,
+        heads=language.heads,
+        context=CONTEXT,
     )
 
 
@@ -110,6 +118,10 @@ def reader(language: Language, tokenizer: Path) -> tuple[MultimodalLM, LanguageM
     spec = decoder_spec(language, tokenizer)
     found = new_language(spec)
     found.model.requires_grad_(requires_grad=True)
+    with torch.no_grad():
+        for weight in found.model.parameters():
+            if weight.dim() > 1:  # drawn with a deviation of 0.02, for larger widths: this narrow, it learns late
+                weight.mul_(_SPREAD)
     connectors = Connectors(image=specs.Linear())
     towers = {"image": scratch_tower(tower_spec(Sight(d=8, depth=1, heads=1)))}
     built = build_multimodal(towers, found, connectors, decoder=spec, whole=True)
@@ -176,9 +188,9 @@ def make_batch(rows: Sequence[Row], features: Tensor | None = None) -> Batch:
         line = [IDS[BEGIN], *scene]
         target = [IGNORE] * len(line)
         for question in questions:
-            prompt, answer = ([IDS[word] for word in words] for words in (spoken(question), question.answer))
-            line += prompt + answer
-            target += [IGNORE] * len(prompt) + answer
+            for word, answers in spoken(question):
+                line.append(IDS[word])
+                target.append(IDS[word] if answers else IGNORE)
         ids.append(line)
         targets.append(target)
     longest = max(map(len, ids))
@@ -200,6 +212,6 @@ def make_batch(rows: Sequence[Row], features: Tensor | None = None) -> Batch:
     )
 
 
-def generator(*key: object) -> random.Random:
+def draws(*key: object) -> random.Random:
     """Draws of their own for each key."""
     return random.Random(repr(key))

@@ -1,9 +1,8 @@
-"""Scenes of colored glyphs on a grid: as pictures, as words in two layouts, and questions whose answers are known."""
+"""Scenes of colored glyphs on a grid: as pictures, as words, and questions whose answers are known."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plait.studies.connectors import Kind, Layout
+from plait.studies.connectors import Kind
 
 SIDE = 6
 """Cells a side."""
@@ -27,21 +26,21 @@ GLYPHS = {
     "X": "1001 0110 0110 1001",
 }
 """Rows of 4 x 4 pixels; a glyph lies somewhere in its cell."""
-LEAST, MOST = 6, 14
+LEAST, MOST = 5, 10
 """Things of a scene."""
 NOISE = 0.05
 """Of each pixel."""
-PAD, BEGIN, END, IS, EMPTY = "<pad>", "<s>", ".", "=", "empty"
+PAD, BEGIN, END, IS, EMPTY = "<pad>", "<s>", "</s>", "=", "empty"
 
-_THINGS = [f"{color}-{glyph}" for color in COLORS for glyph in GLYPHS]
-_PLACES = [f"r{row + 1}c{column + 1}" for row in range(SIDE) for column in range(SIDE)]
+_COLORS, _GLYPHS = list(COLORS), list(GLYPHS)
+_NAMES = [(color, glyph) for color in COLORS for glyph in GLYPHS]
+PLACES = [f"r{row + 1}c{column + 1}" for row in range(SIDE) for column in range(SIDE)]
 _ROWS = [f"row{row + 1}" for row in range(SIDE)]
 _ASKS: dict[Kind, str] = {"count": "count", "color": "color", "right": "right", "read": "read"}
 WORDS = (
     *(PAD, BEGIN, END, IS, EMPTY),
     *_ASKS.values(),
-    *_THINGS,
-    *_PLACES,
+    *PLACES,
     *_ROWS,
     *COLORS,
     *GLYPHS,
@@ -58,10 +57,9 @@ class Thing:
     color: str
     glyph: str
 
-    @property
-    def word(self) -> str:
-        """Its name."""
-        return f"{self.color}-{self.glyph}"
+
+Scene = tuple[Thing | None, ...]
+"""What is in each cell, in raster order."""
 
 
 Scene = tuple[Thing | None, ...]
@@ -73,27 +71,31 @@ class Question:
     """A question about a scene.
 
     Attributes:
-        kind: ``count``: how many things of a color; ``color``: which one a place has; ``right``: which color is right
-            of a thing that is there once; ``read``: the glyphs of a row, from left to right.
-        about: The color, place, thing or row.
-        answer: Words; of ``read`` with an end.
+        kind: ``count``: how many things of a color; ``color``: which one a place has; ``right``: which one is right of
+            a place; ``read``: the glyphs of a row, from left to right.
+        about: The color, place or row.
+        answer: Words.
+        form: Words that are given before each word of the answer: of ``read`` the places of the row.
     """
 
     kind: Kind
     about: str
     answer: tuple[str, ...]
+    form: tuple[str, ...] = ()
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """6 to 14 things, anywhere."""
+    """5 to 10 things, anywhere."""
     cells: list[Thing | None] = [None] * SIDE**2
     for cell in rng.sample(range(SIDE**2), rng.randint(LEAST, MOST)):
-        cells[cell] = Thing(color=rng.choice(list(COLORS)), glyph=rng.choice(list(GLYPHS)))
+        cells[cell] = Thing(color=rng.choice(_COLORS), glyph=rng.choice(_GLYPHS))
     return tuple(cells)
 
 
 def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
     """A question of this kind; None where the scene allows none.
+
+    Of a place there is something, and something right of it if that is asked; of a row there are two things or more.
 
     Example:
         >>> ask((None,) * 36, "count", random.Random(0)).answer
@@ -101,63 +103,62 @@ def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
         >>> ask((None,) * 36, "read", random.Random(0)) is None
         True
     """
-    filled = [(cell, thing) for cell, thing in enumerate(scene) if thing is not None]
     match kind:
         case "count":
-            color = rng.choice(list(COLORS))
-            return Question(kind=kind, about=color, answer=(str(sum(t.color == color for _, t in filled)),))
-        case "color":
-            if not filled:
-                return None
-            cell, thing = rng.choice(filled)
-            return Question(kind=kind, about=_PLACES[cell], answer=(thing.color,))
-        case "right":
-            often = Counter(thing for _, thing in filled)
+            color = rng.choice(_COLORS)
+            count = sum(thing is not None and thing.color == color for thing in scene)
+            return Question(kind=kind, about=color, answer=(str(count),))
+        case "color" | "right":
+            step = int(kind == "right")
             pairs = [
-                (thing, scene[cell + 1])
-                for cell, thing in filled
-                if often[thing] == 1 and (cell + 1) % SIDE and scene[cell + 1] is not None
+                (place, scene[place + step])
+                for place, thing in enumerate(scene)
+                if thing is not None and place % SIDE + step < SIDE and scene[place + step] is not None
             ]
             if not pairs:
                 return None
-            thing, neighbor = rng.choice(pairs)
-            assert neighbor is not None
-            return Question(kind=kind, about=thing.word, answer=(neighbor.color,))
+            place, found = rng.choice(pairs)
+            assert found is not None
+            return Question(kind=kind, about=PLACES[place], answer=(found.color,))
         case "read":
-            rows = [row for row in range(SIDE) if any(scene[row * SIDE : (row + 1) * SIDE])]
-            if not rows:
+            rows = [range(start, start + SIDE) for start in range(0, SIDE**2, SIDE)]
+            full = [row for row in rows if sum(scene[place] is not None for place in row) > 1]
+            if not full:
                 return None
-            row = rng.choice(rows)
-            glyphs = [thing.glyph for thing in scene[row * SIDE : (row + 1) * SIDE] if thing is not None]
-            return Question(kind=kind, about=_ROWS[row], answer=(*glyphs, END))
+            row = rng.choice(full)
+            glyphs = [EMPTY if thing is None else thing.glyph for thing in (scene[place] for place in row)]
+            form = tuple(PLACES[place] for place in row)
+            return Question(kind=kind, about=_ROWS[row.start // SIDE], answer=tuple(glyphs), form=form)
 
 
-def describe(scene: Scene, layout: Layout, rng: random.Random) -> list[str]:
-    """A scene in words.
-
-    Args:
-        scene: To describe.
-        layout: ``grid``: the word of each cell, in raster order. ``list``: place and word of each thing, in any order.
-        rng: Draws that order.
-    """
-    if layout == "grid":
-        return [EMPTY if thing is None else thing.word for thing in scene]
-    found = [(_PLACES[cell], thing.word) for cell, thing in enumerate(scene) if thing is not None]
+def describe(scene: Scene, rng: random.Random) -> list[str]:
+    """A scene in words: place, color and glyph of each thing, things in any order."""
+    found = [(PLACES[place], thing.color, thing.glyph) for place, thing in enumerate(scene) if thing is not None]
     rng.shuffle(found)
-    return [word for pair in found for word in pair]
+    return [word for thing in found for word in thing]
 
 
-def spoken(question: Question) -> list[str]:
-    """A question in words, without its answer."""
-    return [_ASKS[question.kind], question.about, IS]
+def spoken(question: Question) -> list[tuple[str, bool]]:
+    """A question with its answer in words, and which of them are the answer.
+
+    Example:
+        >>> spoken(Question(kind="color", about="r1c2", answer=("red",)))
+        [('color', False), ('r1c2', False), ('=', False), ('red', True)]
+    """
+    words = [(_ASKS[question.kind], False), (question.about, False), (IS, False)]
+    for i, answer in enumerate(question.answer):
+        words += [(word, False) for word in question.form[i : i + 1]]
+        words.append((answer, True))
+    return words
 
 
 def labels(scenes: list[Scene]) -> Tensor:
-    """The word of each cell as a number: 0 is empty."""
-    return torch.tensor([[0 if t is None else 1 + _THINGS.index(t.word) for t in scene] for scene in scenes])
+    """What is in each cell as a number: 0 is nothing."""
+    number = {None: 0} | {Thing(color=color, glyph=glyph): i for i, (color, glyph) in enumerate(_NAMES, 1)}
+    return torch.tensor([[number[thing] for thing in scene] for scene in scenes])
 
 
-CLASSES = 1 + len(_THINGS)
+CLASSES = 1 + len(_NAMES)
 """Different cells."""
 
 
@@ -176,8 +177,7 @@ def _sprites() -> np.ndarray:
     """Word of a cell, shift → its pixels."""
     free = PIXELS - 4 + 1
     table = np.full((CLASSES, free**2, PIXELS, PIXELS, 3), 0.1, dtype=np.float32)
-    names = [(color, glyph) for color in COLORS for glyph in GLYPHS]
-    for number, (color, glyph) in enumerate(names, 1):
+    for number, (color, glyph) in enumerate(_NAMES, 1):
         mask = np.array([[bit == "1" for bit in row] for row in GLYPHS[glyph].split()])
         for shift in range(free**2):
             down, across = divmod(shift, free)

@@ -16,12 +16,11 @@ from plait.models.multimodal import MultimodalLM
 from plait.studies.connecting import scenes
 from plait.studies.connecting.parts import CELLS, Row, learning, make_batch
 from plait.studies.connecting.scenes import IDS, Question, Scene
-from plait.studies.connectors import Kind, Layout
+from plait.studies.connectors import ConnectorStudy, Kind, Language, Sight
 from plait.training.optim import AdamW
 from plait.training.schedule import Cosine
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _ROWS = 250
 
 
@@ -56,29 +55,33 @@ def several(scene: Scene, count: int, rng: random.Random) -> list[Question]:
     return [question for question in asked if question is not None]
 
 
-def in_words(scene: Scene, layout: Layout, rng: random.Random) -> list[int]:
+def in_words(scene: Scene, rng: random.Random) -> list[int]:
     """Ids of a scene's description."""
-    return [IDS[word] for word in scenes.describe(scene, layout, rng)]
+    return [IDS[word] for word in scenes.describe(scene, rng)]
 
 
-def train_language(
-    model: MultimodalLM, rng: random.Random, *, steps: int, lr: float, batch: int, asked: int
-) -> float:
-    """Teach a decoder to answer about scenes in words, each half of a batch in one layout."""
+def train_language(model: MultimodalLM, settings: Language, rng: random.Random, *, batch: int) -> float:
+    """Teach a decoder to answer about scenes in words; returns the mean loss of the last tenth of the steps."""
 
     def loss() -> Tensor:
         rows: list[Row] = []
-        for i in range(batch):
+        for _ in range(batch):
             scene = scenes.draw_scene(rng)
-            rows.append((in_words(scene, LAYOUTS[i % 2], rng), several(scene, asked, rng)))
+            rows.append((in_words(scene, rng), several(scene, settings.asked, rng)))
         return answer_loss(model, make_batch(rows))
 
-    return descend(learning(model.decoder), loss, steps=steps, lr=lr)
+    found = descend(learning(model.decoder), loss, steps=settings.steps, lr=settings.lr)
+    model.decoder.requires_grad_(requires_grad=False)
+    return found
 
 
-def train_tower(tower: nn.Module, d: int, rng: random.Random, *, steps: int, lr: float, batch: int) -> float:
-    """Teach a tower what is in each cell, through two layers, the hidden one four times as wide; these are dropped."""
-    head = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, scenes.CLASSES))
+def train_tower(tower: nn.Module, settings: Sight, rng: random.Random, *, batch: int) -> tuple[nn.Module, float]:
+    """Teach a tower what is in each cell, through two layers, the hidden one four times as wide.
+
+    Returns:
+        These two layers, of which no connector knows, and the mean loss of the last tenth of the steps.
+    """
+    head = nn.Sequential(nn.Linear(settings.d, 4 * settings.d), nn.GELU(), nn.Linear(4 * settings.d, scenes.CLASSES))
     both = nn.ModuleList([tower, head])
 
     def loss() -> Tensor:
@@ -86,7 +89,7 @@ def train_tower(tower: nn.Module, d: int, rng: random.Random, *, steps: int, lr:
         found = tower(as_patches(scenes.pictures(drawn, seed=rng.getrandbits(32)))).values
         return functional.cross_entropy(head(found), scenes.labels(drawn).flatten())
 
-    return descend(learning(both), loss, steps=steps, lr=lr)
+    return head, descend(learning(both), loss, steps=settings.steps, lr=settings.lr)
 
 
 def as_patches(pixels: Float[Tensor, "b h w c"]) -> Patches:
@@ -106,33 +109,29 @@ def features_of(tower: nn.Module, drawn: Sequence[Scene], *, seed: int) -> Float
 def train_connector(
     model: MultimodalLM,
     pool: tuple[Sequence[Scene], Tensor],
-    rng: random.Random,
+    study: ConnectorStudy,
     *,
-    steps: int,
+    rng: random.Random,
     lr: float,
-    batch: int,
-    asked: int,
 ) -> float:
-    """Teach a connector alone, by questions about pictures.
+    """Teach a connector alone, by questions about pictures; returns the mean loss of the last tenth of the steps.
 
     Args:
         model: With a frozen tower and a frozen decoder.
         pool: Scenes, and the features of their pictures.
-        rng: Draws the order and the questions.
-        steps: Updates.
+        study: Steps, pictures of each and questions about each.
+        rng: Draws order and questions.
         lr: Peak learning rate.
-        batch: Pictures an update.
-        asked: Questions about each.
     """
     drawn, features = pool
     slots = slots_of(model)
 
     def loss() -> Tensor:
-        chosen = rng.sample(range(len(drawn)), min(batch, len(drawn)))
-        rows: list[Row] = [(slots, several(drawn[i], asked, rng)) for i in chosen]
+        chosen = rng.sample(range(len(drawn)), min(study.batch, len(drawn)))
+        rows: list[Row] = [(slots, several(drawn[i], study.asked, rng)) for i in chosen]
         return answer_loss(model, make_batch(rows, features[chosen]))
 
-    return descend(learning(model), loss, steps=steps, lr=lr)
+    return descend(learning(model), loss, steps=study.steps, lr=lr)
 
 
 def slots_of(model: MultimodalLM) -> list[int]:
