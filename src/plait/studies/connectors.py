@@ -23,11 +23,11 @@ Arm = Literal[
     "mlp",
     "mlp-4",
     "mlp-wide",
-    "shuffle-9",
+    "shuffle-4",
+    "qformer-2",
     "qformer-4",
-    "qformer-9",
-    "qformer-16",
-    "resampler-9",
+    "qformer-8",
+    "resampler-4",
     "gated",
 ]
 """A connector by name, with the tokens that come out of it where they are not one a cell."""
@@ -45,7 +45,7 @@ class Language(Spec):
     heads: int = Field(default=4, ge=1)
     """Heads of attention."""
 
-    steps: int = Field(default=1200, ge=1)
+    steps: int = Field(default=700, ge=1)
     """Updates."""
 
     asked: int = Field(default=8, ge=1)
@@ -95,7 +95,7 @@ class ConnectorStudy(Study):
     steps: int = Field(default=500, ge=1)
     """Updates of each connector."""
 
-    batch: int = Field(default=32, ge=1)
+    batch: int = Field(default=16, ge=1)
     """Scenes an update."""
 
     asked: int = Field(default=8, ge=1)

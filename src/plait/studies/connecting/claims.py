@@ -13,17 +13,17 @@ Verdict = Literal["supported", "contradicted", "not shown"]
 Rows = Sequence[Mapping[str, Any]]
 
 _PAIRS = (
-    ("qformer-9", "mlp"),
-    ("qformer-9", "mlp-wide"),
-    ("qformer-9", "shuffle-9"),
-    ("resampler-9", "mlp-wide"),
-    ("qformer-4", "qformer-9"),
-    ("qformer-16", "qformer-9"),
+    ("qformer-4", "mlp"),
+    ("qformer-4", "mlp-wide"),
+    ("qformer-4", "shuffle-4"),
+    ("resampler-4", "mlp-wide"),
+    ("qformer-2", "qformer-4"),
+    ("qformer-8", "qformer-4"),
     ("mlp", "linear"),
     ("mlp-4", "mlp"),
     ("mlp-wide", "mlp"),
     ("gated", "mlp-wide"),
-    ("gated", "qformer-9"),
+    ("gated", "qformer-4"),
 )
 """Ours less theirs."""
 
@@ -72,7 +72,7 @@ def _fewer(costs: Rows) -> list[dict[str, Any]]:
     """S2-C04 by counting: exact numbers, no interval."""
     at = {(cost["size"], cost["arm"]): cost for cost in costs}
     found: list[dict[str, Any]] = []
-    for size, ours, theirs in (("study", "qformer-9", "mlp"), ("llava-1.5-7b", "qformer-32", "mlp")):
+    for size, ours, theirs in (("study", "qformer-4", "mlp"), ("llava-1.5-7b", "qformer-32", "mlp")):
         if (size, ours) not in at or (size, theirs) not in at:
             continue
         for what, name in (("slots", "tokens in the decoder"), ("flops", "FLOPs of connector and prefill")):
@@ -86,7 +86,7 @@ def _fewer(costs: Rows) -> list[dict[str, Any]]:
 def _compared(study: ConnectorStudy, compared: Rows) -> list[dict[str, Any]]:
     at = {(one["ours"], one["theirs"], one["kind"]): one for one in compared}
     found: list[dict[str, Any]] = []
-    for ours, theirs in (("qformer-9", "mlp-wide"), ("resampler-9", "mlp-wide")):
+    for ours, theirs in (("qformer-4", "mlp-wide"), ("resampler-4", "mlp-wide")):
         for kind in ("count", "read"):
             one = at.get((ours, theirs, kind))
             if one is not None:

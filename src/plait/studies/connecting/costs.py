@@ -6,7 +6,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +28,7 @@ class Size:
 
     Attributes:
         name: For tables.
+        family: Of the decoder.
         side: Cells a side of what the tower gives.
         d_in: Its width.
         d: Width of the decoder.
@@ -39,6 +40,7 @@ class Size:
     """
 
     name: str
+    family: Literal["gpt2", "llama"]
     side: int
     d_in: int
     d: int
@@ -49,7 +51,9 @@ class Size:
     bytes: int
 
 
-LLAVA = Size(name="llava-1.5-7b", side=24, d_in=1024, d=4096, d_ff=11008, layers=32, heads=32, text=40, bytes=2)
+LLAVA = Size(
+    name="llava-1.5-7b", family="llama", side=24, d_in=1024, d=4096, d_ff=11008, layers=32, heads=32, text=40, bytes=2
+)
 """CLIP ViT-L/14 at 336 pixels and a 7 B decoder, arXiv 2310.03744."""
 LARGE: dict[str, specs.Connector] = {
     "linear": specs.Linear(),
@@ -91,17 +95,18 @@ class Cost:
 
 
 def size_of(study: ConnectorStudy) -> Size:
-    """The study's own parts; a question has three words behind the first of the row."""
+    """The study's own parts; a question has two words behind the first of the row."""
     language = study.language
     return Size(
         name="study",
+        family="gpt2",
         side=scenes.SIDE,
         d_in=study.sight.d,
         d=language.d,
         d_ff=2 * language.d,
         layers=language.depth,
         heads=language.heads,
-        text=4,
+        text=3,
         bytes=4,
     )
 
@@ -138,7 +143,7 @@ def cost(arm: str, spec: specs.Connector, size: Size, *, times: int = 1) -> Cost
 
 
 def prefill_flops(size: Size, slots: int, *, reading: specs.GatedCrossAttention | None = None, seen: int = 0) -> int:
-    """Operations of a decoder of LLaMA's kind that reads a picture's places and a prompt, counted; without its head.
+    """Operations of a decoder that reads a picture's places and a prompt, counted; without its head.
 
     Args:
         size: Of the decoder.
@@ -147,23 +152,13 @@ def prefill_flops(size: Size, slots: int, *, reading: specs.GatedCrossAttention 
         seen: Tokens that these look at.
 
     Example:
-        >>> size = Size(name="", side=1, d_in=8, d=8, d_ff=16, layers=1, heads=1, text=4, bytes=4)
-        >>> prefill_flops(size, 6) == 2 * 10 * (4 * 8 * 8 + 3 * 8 * 16) + 2 * 2 * 10 * 10 * 8
+        >>> size = Size(name="", family="gpt2", side=1, d_in=8, d=8, d_ff=16, layers=1, heads=1, text=4, bytes=4)
+        >>> prefill_flops(size, 6) == 2 * 10 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 2 * 10 * 10 * 8
         True
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokens = slots + size.text
     with torch.device("meta"), torch.no_grad():
-        config = LlamaConfig(
-            vocab_size=8,
-            hidden_size=size.d,
-            intermediate_size=size.d_ff,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            attn_implementation="eager",
-        )
-        decoder = LlamaForCausalLM(config).eval()
+        decoder = _decoder(size, tokens)
         more: dict[str, Any] = {}
         if reading is not None:
             install(decoder, build_reading(reading, d_in=size.d_in, d=size.d, layers=size.layers))
@@ -178,12 +173,26 @@ def prefill_flops(size: Size, slots: int, *, reading: specs.GatedCrossAttention 
                 use_cache=False,
                 **more,
             )
-    return counter.get_total_flops() - _rotary(size, tokens)
+    # LLaMA makes the angles of its positions by a product, too: no work worth counting.
+    turning = 2 * tokens * (size.d // size.heads // 2) if size.family == "llama" else 0
+    return counter.get_total_flops() - turning
 
 
-def _rotary(size: Size, tokens: int) -> int:
-    """The angles of positions, which transformers makes by a product, too; they are no work worth counting."""
-    return 2 * tokens * (size.d // size.heads // 2)
+def _decoder(size: Size, tokens: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {
+        "vocab_size": 8,
+        "hidden_size": size.d,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": tokens,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    width = {"n_inner": size.d_ff} if size.family == "gpt2" else {"intermediate_size": size.d_ff}
+    config = AutoConfig.for_model(size.family, **common, **width)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def costs(study: ConnectorStudy) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.studies.connectors import Kind
 
-SIDE = 6
+SIDE = 4
 """Cells a side."""
 PIXELS = 6
 """A side of a cell, which is a patch of the tower."""
@@ -26,11 +26,11 @@ GLYPHS = {
     "X": "1001 0110 0110 1001",
 }
 """Rows of 4 x 4 pixels; a glyph lies somewhere in its cell."""
-LEAST, MOST = 5, 10
+LEAST, MOST = 4, 10
 """Things of a scene."""
 NOISE = 0.05
 """Of each pixel."""
-PAD, BEGIN, END, IS, EMPTY = "<pad>", "<s>", "</s>", "=", "empty"
+PAD, BEGIN, END, EMPTY = "<pad>", "<s>", "</s>", "empty"
 
 _COLORS, _GLYPHS = list(COLORS), list(GLYPHS)
 _NAMES = [(color, glyph) for color in COLORS for glyph in GLYPHS]
@@ -38,7 +38,8 @@ PLACES = [f"r{row + 1}c{column + 1}" for row in range(SIDE) for column in range(
 _ROWS = [f"row{row + 1}" for row in range(SIDE)]
 _ASKS: dict[Kind, str] = {"count": "count", "color": "color", "right": "right", "read": "read"}
 WORDS = (
-    *(PAD, BEGIN, END, IS, EMPTY),
+    *(PAD, BEGIN, END, EMPTY),
+    *(f"{color}-{glyph}" for color, glyph in _NAMES),
     *_ASKS.values(),
     *PLACES,
     *_ROWS,
@@ -75,7 +76,7 @@ class Question:
             a place; ``read``: the glyphs of a row, from left to right.
         about: The color, place or row.
         answer: Words.
-        form: Words that are given before each word of the answer: of ``read`` the places of the row.
+        form: Words that are given before each word of the answer: of ``read`` the places of its glyphs.
     """
 
     kind: Kind
@@ -85,7 +86,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """5 to 10 things, anywhere."""
+    """4 to 10 things, anywhere."""
     cells: list[Thing | None] = [None] * SIDE**2
     for cell in rng.sample(range(SIDE**2), rng.randint(LEAST, MOST)):
         cells[cell] = Thing(color=rng.choice(_COLORS), glyph=rng.choice(_GLYPHS))
@@ -98,9 +99,9 @@ def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
     Of a place there is something, and something right of it if that is asked; of a row there are two things or more.
 
     Example:
-        >>> ask((None,) * 36, "count", random.Random(0)).answer
+        >>> ask((None,) * 16, "count", random.Random(0)).answer
         ('0',)
-        >>> ask((None,) * 36, "read", random.Random(0)) is None
+        >>> ask((None,) * 16, "read", random.Random(0)) is None
         True
     """
     match kind:
@@ -126,16 +127,19 @@ def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
             if not full:
                 return None
             row = rng.choice(full)
-            glyphs = [EMPTY if thing is None else thing.glyph for thing in (scene[place] for place in row)]
-            form = tuple(PLACES[place] for place in row)
-            return Question(kind=kind, about=_ROWS[row.start // SIDE], answer=tuple(glyphs), form=form)
+            seen = [(PLACES[place], thing.glyph) for place in row if (thing := scene[place]) is not None]
+            form, glyphs = zip(*seen, strict=True)
+            return Question(kind=kind, about=_ROWS[row.start // SIDE], answer=glyphs, form=form)
 
 
-def describe(scene: Scene, rng: random.Random) -> list[str]:
-    """A scene in words: place, color and glyph of each thing, things in any order."""
-    found = [(PLACES[place], thing.color, thing.glyph) for place, thing in enumerate(scene) if thing is not None]
-    rng.shuffle(found)
-    return [word for thing in found for word in thing]
+def describe(scene: Scene) -> list[str]:
+    """A scene in words: one for each cell, in raster order.
+
+    Example:
+        >>> describe((Thing(color="red", glyph="A"), None))
+        ['red-A', 'empty']
+    """
+    return [EMPTY if thing is None else f"{thing.color}-{thing.glyph}" for thing in scene]
 
 
 def spoken(question: Question) -> list[tuple[str, bool]]:
@@ -143,9 +147,9 @@ def spoken(question: Question) -> list[tuple[str, bool]]:
 
     Example:
         >>> spoken(Question(kind="color", about="r1c2", answer=("red",)))
-        [('color', False), ('r1c2', False), ('=', False), ('red', True)]
+        [('color', False), ('r1c2', False), ('red', True)]
     """
-    words = [(_ASKS[question.kind], False), (question.about, False), (IS, False)]
+    words = [(_ASKS[question.kind], False), (question.about, False)]
     for i, answer in enumerate(question.answer):
         words += [(word, False) for word in question.form[i : i + 1]]
         words.append((answer, True))

@@ -55,9 +55,9 @@ def several(scene: Scene, count: int, rng: random.Random) -> list[Question]:
     return [question for question in asked if question is not None]
 
 
-def in_words(scene: Scene, rng: random.Random) -> list[int]:
+def in_words(scene: Scene) -> list[int]:
     """Ids of a scene's description."""
-    return [IDS[word] for word in scenes.describe(scene, rng)]
+    return [IDS[word] for word in scenes.describe(scene)]
 
 
 def train_language(model: MultimodalLM, settings: Language, rng: random.Random, *, batch: int) -> float:
@@ -67,7 +67,7 @@ def train_language(model: MultimodalLM, settings: Language, rng: random.Random, 
         rows: list[Row] = []
         for _ in range(batch):
             scene = scenes.draw_scene(rng)
-            rows.append((in_words(scene, rng), several(scene, settings.asked, rng)))
+            rows.append((in_words(scene), several(scene, settings.asked, rng)))
         return answer_loss(model, make_batch(rows))
 
     found = descend(learning(model.decoder), loss, steps=settings.steps, lr=settings.lr)

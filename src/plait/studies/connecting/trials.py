@@ -127,10 +127,9 @@ def _language(study: ConnectorStudy, folder: Path, seed: int) -> Prepared:
     torch.manual_seed(seed)
     model, language = reader(settings, tokenizer_folder(folder / "words"))
     loss = training.train_language(model, settings, draws("language", seed), batch=study.batch)
-    rng = draws("words", seed)
     right = {
         kind: training.share_right(
-            model, [(training.in_words(scene, rng), [q]) for scene, q in _exam(study, "test", kind, seed=seed)], None
+            model, [(training.in_words(scene), [q]) for scene, q in _exam(study, "test", kind, seed=seed)], None
         )
         for kind in KINDS
     }
@@ -217,7 +216,7 @@ def _text_scores(model: Any, seed: int) -> torch.Tensor:
     """Of scenes in words, without a picture."""
     rng = draws("text", seed)
     drawn = [scenes.draw_scene(rng) for _ in range(16)]
-    rows = [(training.in_words(scene, rng), training.several(scene, 4, rng)) for scene in drawn]
+    rows = [(training.in_words(scene), training.several(scene, 4, rng)) for scene in drawn]
     return model.eval()(make_batch(rows)).logits
 
 
