@@ -26,7 +26,6 @@ Arm = Literal[
     "shuffle-4",
     "qformer-2",
     "qformer-4",
-    "qformer-8",
     "resampler-4",
     "gated",
 ]
@@ -45,7 +44,7 @@ class Language(Spec):
     heads: int = Field(default=4, ge=1)
     """Heads of attention."""
 
-    steps: int = Field(default=700, ge=1)
+    steps: int = Field(default=1200, ge=1)
     """Updates."""
 
     asked: int = Field(default=8, ge=1)
@@ -56,7 +55,7 @@ class Language(Spec):
 
 
 class Sight(Spec):
-    """The picture tower, and how it learns what is in each cell, through a wide head, before it is frozen."""
+    """The picture tower, and how it learns what is where, through a wide head, before it is frozen."""
 
     d: int = Field(default=64, ge=8)
     """Width."""
@@ -92,7 +91,7 @@ class ConnectorStudy(Study):
     sight: Sight = Sight()
     """The tower."""
 
-    steps: int = Field(default=500, ge=1)
+    steps: int = Field(default=1500, ge=1)
     """Updates of each connector."""
 
     batch: int = Field(default=16, ge=1)
@@ -101,13 +100,13 @@ class ConnectorStudy(Study):
     asked: int = Field(default=8, ge=1)
     """Questions about each scene of a batch."""
 
-    pool: int = Field(default=6000, ge=1)
+    pool: int = Field(default=4000, ge=1)
     """Training pictures of each seed, whose features are computed once; questions are drawn anew each time."""
 
-    lrs: tuple[Annotated[float, Field(gt=0.0)], ...] = (1e-3, 3e-3, 1e-2)
+    lrs: tuple[Annotated[float, Field(gt=0.0)], ...] = (1e-3, 3e-3)
     """Peak learning rates; each connector gets the one that is best for it with the first seed, on other questions."""
 
-    rows: int = Field(default=500, ge=1)
+    rows: int = Field(default=400, ge=1)
     """Test questions of each kind for each seed, about scenes that no training sees."""
 
     margin: float = Field(default=0.02, gt=0.0)

@@ -18,7 +18,6 @@ _PAIRS = (
     ("qformer-4", "shuffle-4"),
     ("resampler-4", "mlp-wide"),
     ("qformer-2", "qformer-4"),
-    ("qformer-8", "qformer-4"),
     ("mlp", "linear"),
     ("mlp-4", "mlp"),
     ("mlp-wide", "mlp"),

@@ -173,9 +173,7 @@ def prefill_flops(size: Size, slots: int, *, reading: specs.GatedCrossAttention 
                 use_cache=False,
                 **more,
             )
-    # LLaMA makes the angles of its positions by a product, too: no work worth counting.
-    turning = 2 * tokens * (size.d // size.heads // 2) if size.family == "llama" else 0
-    return counter.get_total_flops() - turning
+    return counter.get_total_flops()
 
 
 def _decoder(size: Size, tokens: int) -> Any:

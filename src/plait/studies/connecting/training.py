@@ -76,18 +76,21 @@ def train_language(model: MultimodalLM, settings: Language, rng: random.Random, 
 
 
 def train_tower(tower: nn.Module, settings: Sight, rng: random.Random, *, batch: int) -> tuple[nn.Module, float]:
-    """Teach a tower what is in each cell, through two layers, the hidden one four times as wide.
+    """Teach a tower what is in each cell and where that is, through two layers, the hidden one four times as wide.
 
     Returns:
         These two layers, of which no connector knows, and the mean loss of the last tenth of the steps.
     """
-    head = nn.Sequential(nn.Linear(settings.d, 4 * settings.d), nn.GELU(), nn.Linear(4 * settings.d, scenes.CLASSES))
+    d, told = settings.d, scenes.CLASSES + CELLS
+    head = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, told))
     both = nn.ModuleList([tower, head])
 
     def loss() -> Tensor:
         drawn = [scenes.draw_scene(rng) for _ in range(batch)]
         found = tower(as_patches(scenes.pictures(drawn, seed=rng.getrandbits(32)))).values
-        return functional.cross_entropy(head(found), scenes.labels(drawn).flatten())
+        things, places = head(found).split([scenes.CLASSES, CELLS], dim=-1)
+        what, where = scenes.labels(drawn).flatten(), torch.arange(CELLS).repeat(len(drawn))
+        return functional.cross_entropy(things, what) + functional.cross_entropy(places, where)
 
     return head, descend(learning(both), loss, steps=settings.steps, lr=settings.lr)
 

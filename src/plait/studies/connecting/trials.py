@@ -154,7 +154,7 @@ def _sight(study: ConnectorStudy, folder: Path, seed: int) -> Prepared:
     pool = [scenes.draw_scene(rng) for _ in range(study.pool)]
     fresh = [scene for scene, _ in _exam(study, "test", "count", seed=seed)]
     with torch.inference_mode():
-        guess = head(training.features_of(tower, fresh, seed=seed)).argmax(-1)
+        guess = head(training.features_of(tower, fresh, seed=seed))[..., : scenes.CLASSES].argmax(-1)
     told = {"cells": float((guess == scenes.labels(fresh)).double().mean())}
     features = {
         "pool": training.features_of(tower, pool, seed=draws("pixels", seed).getrandbits(32)),
