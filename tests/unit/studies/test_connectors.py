@@ -45,7 +45,7 @@ SMALL = Language(d=16, depth=2, heads=4, steps=2, asked=2)
 SIGHT = Sight(d=16, depth=1, heads=4, steps=2)
 
 
-def tiny(**given: object) -> ConnectorStudy:
+def tiny(**given: Any) -> ConnectorStudy:
     settings: dict[str, Any] = {
         "arms": ("mlp", "mlp-wide", "qformer-4", "gated"),
         "language": SMALL,

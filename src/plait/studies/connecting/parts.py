@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from plait.assembly.language import CHATML, load_language, new_language
 from plait.assembly.local import quiet
+from plait.assembly.media_towers import Tower
 from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, scratch_tower
 from plait.core.tensors import IGNORE, Batch, Patches
+from plait.core.types import Modality
 from plait.models import specs
 from plait.models.build import build_connector
 from plait.models.composition import Connectors, NewDecoder, PretrainedDecoder
@@ -100,9 +102,11 @@ def tokenizer_folder(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, bos_token=BEGIN, eos_token=END, chat_template=CHATML
     )
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     with quiet():
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **small)).save_pretrained(str(folder))
+        LlamaForCausalLM(config).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     return folder
 
@@ -134,7 +138,7 @@ def reader(language: Language, tokenizer: Path) -> tuple[MultimodalLM, LanguageM
     begin(found.model)
     found.model.requires_grad_(requires_grad=True)
     connectors = Connectors(image=specs.Linear())
-    towers = {"image": scratch_tower(tower_spec(Sight(d=8, depth=1, heads=1)))}
+    towers: dict[Modality, Tower] = {"image": scratch_tower(tower_spec(Sight(d=8, depth=1, heads=1)))}
     built = build_multimodal(towers, found, connectors, decoder=spec, whole=True)
     return built.model, found
 
@@ -190,7 +194,7 @@ def make_model(arm: Arm, tower: ImageTower, decoder: Path) -> Multimodal:
         {"image": tower}, language, Connectors(image=spec), decoder=PretrainedDecoder(name=str(decoder))
     )
     if arm == "mlp-4":
-        parts = build_connector(spec, d_in=d_in, d_out=d), build_connector(spec, d_in=d, d_out=d)
+        parts: list[Any] = [build_connector(spec, d_in=width, d_out=d) for width in (d_in, d)]
         built.model.connectors["image"] = Chain(*parts)
     return built
 

@@ -63,10 +63,6 @@ Scene = tuple[Thing | None, ...]
 """What is in each cell, in raster order."""
 
 
-Scene = tuple[Thing | None, ...]
-"""What is in each cell, in raster order."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A question about a scene.

@@ -49,7 +49,7 @@ def answer_loss(model: MultimodalLM, batch: Batch) -> Tensor:
 
 def several(scene: Scene, count: int, rng: random.Random) -> list[Question]:
     """Questions of every kind in turn, in any order."""
-    kinds = [KINDS[i % len(KINDS)] for i in range(count)]
+    kinds: list[Kind] = [KINDS[i % len(KINDS)] for i in range(count)]
     rng.shuffle(kinds)
     asked = (scenes.ask(scene, kind, rng) for kind in kinds)
     return [question for question in asked if question is not None]

@@ -241,7 +241,9 @@ def collect(study: ConnectorStudy, *, events: Events) -> dict[str, Any]:
         rest = [Job(arm=arm, lr=best[arm], seed=seed) for seed in range(1, study.seeds) for arm in study.arms]
         done |= _trained(study, folder, rest, events=events)
         times = _alone(prefill_ms, study, folder)
-    chosen = {arm: [done[Job(arm=arm, lr=best[arm], seed=seed)] for seed in range(study.seeds)] for arm in study.arms}
+    chosen: dict[Arm, list[Outcome]] = {
+        arm: [done[Job(arm=arm, lr=best[arm], seed=seed)] for seed in range(study.seeds)] for arm in study.arms
+    }
     for arm, outcomes in chosen.items():
         for outcome in outcomes:
             if not math.isfinite(outcome.loss):
