@@ -24,8 +24,8 @@ Arm = Literal[
     "mlp-4",
     "mlp-wide",
     "shuffle-4",
-    "qformer-2",
     "qformer-4",
+    "qformer-16",
     "resampler-4",
     "gated",
 ]
@@ -44,7 +44,7 @@ class Language(Spec):
     heads: int = Field(default=4, ge=1)
     """Heads of attention."""
 
-    steps: int = Field(default=1200, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Updates."""
 
     asked: int = Field(default=8, ge=1)
@@ -91,7 +91,7 @@ class ConnectorStudy(Study):
     sight: Sight = Sight()
     """The tower."""
 
-    steps: int = Field(default=1500, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Updates of each connector."""
 
     batch: int = Field(default=16, ge=1)

@@ -39,7 +39,7 @@ from plait.studies.connectors import Arm, ConnectorStudy, Kind, Language, Sight
 
 ROOT = Path(__file__).parents[3]
 ARMS: tuple[Arm, ...] = ConnectorStudy.model_fields["arms"].default
-SLOTS = {"shuffle-4": 4, "qformer-2": 2, "qformer-4": 4, "resampler-4": 4, "gated": 1}
+SLOTS = {"shuffle-4": 4, "qformer-16": 16, "qformer-4": 4, "resampler-4": 4, "gated": 1}
 """Places in the text, as documented; a token a cell for all others."""
 SMALL = Language(d=16, depth=2, heads=4, steps=2, asked=2)
 SIGHT = Sight(d=16, depth=1, heads=4, steps=2)

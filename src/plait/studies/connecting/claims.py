@@ -17,7 +17,8 @@ _PAIRS = (
     ("qformer-4", "mlp-wide"),
     ("qformer-4", "shuffle-4"),
     ("resampler-4", "mlp-wide"),
-    ("qformer-2", "qformer-4"),
+    ("qformer-4", "qformer-16"),
+    ("qformer-16", "mlp-wide"),
     ("mlp", "linear"),
     ("mlp-4", "mlp"),
     ("mlp-wide", "mlp"),
@@ -85,7 +86,7 @@ def _fewer(costs: Rows) -> list[dict[str, Any]]:
 def _compared(study: ConnectorStudy, compared: Rows) -> list[dict[str, Any]]:
     at = {(one["ours"], one["theirs"], one["kind"]): one for one in compared}
     found: list[dict[str, Any]] = []
-    for ours, theirs in (("qformer-4", "mlp-wide"), ("resampler-4", "mlp-wide")):
+    for ours, theirs in (("qformer-4", "qformer-16"), ("qformer-4", "mlp-wide"), ("resampler-4", "mlp-wide")):
         for kind in ("count", "read"):
             one = at.get((ours, theirs, kind))
             if one is not None:

@@ -72,7 +72,7 @@ def spec_of(arm: Arm, *, d_in: int, d: int, layers: int) -> specs.Connector:
             return specs.Mlp(d_hidden=_equal_width(d_in=d_in, d=d, layers=layers))
         case "shuffle-4":
             return specs.Mlp(shuffle=2)
-        case "qformer-2" | "qformer-4":
+        case "qformer-16" | "qformer-4":
             count = int(arm.removeprefix("qformer-"))
             return specs.QFormer(queries=count, d=d, depth=2, every=1, heads=_HEADS, dropout=0.0)
         case "resampler-4":
