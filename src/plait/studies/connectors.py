@@ -91,7 +91,7 @@ class ConnectorStudy(Study):
     sight: Sight = Sight()
     """The tower."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=700, ge=1)
     """Updates of each connector."""
 
     batch: int = Field(default=16, ge=1)

@@ -326,9 +326,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValidationError, match="seeds"):
-        ConnectorStudy(seeds=2)
+        tiny(seeds=2)
     with pytest.raises(ValidationError, match="arms"):
-        ConnectorStudy(arms=("mlp-9",))
+        tiny(arms=("mlp-9",))
 
 
 # --- what was published ----------------------------------------------------------------------------------------------

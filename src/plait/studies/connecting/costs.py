@@ -15,6 +15,7 @@ from plait.models import specs
 from plait.models.build import build_reading
 from plait.models.connectors.measure import connector_account
 from plait.models.crossattend import MediaView, install
+from plait.models.multimodal import MultimodalLM
 from plait.studies.connecting import parts, scenes, training
 from plait.studies.connectors import Arm, ConnectorStudy
 
@@ -221,7 +222,9 @@ def prefill_ms(study: ConnectorStudy, folder: Path) -> dict[Arm, float]:
     scene = scenes.draw_scene(rng)
     questions = [q for q in (scenes.ask(scene, "count", rng) for _ in range(study.batch)) if q is not None]
     features = kept["features"]["blank"].expand(study.batch, -1, -1)
-    models = {arm: parts.make_model(arm, tower, folder / "language-0" / "trained").model.eval() for arm in study.arms}
+    models: dict[Arm, MultimodalLM] = {
+        arm: parts.make_model(arm, tower, folder / "language-0" / "trained").model.eval() for arm in study.arms
+    }
     taken: dict[Arm, list[float]] = {arm: [] for arm in study.arms}
     with torch.inference_mode():
         for _ in range(_ROUNDS + 1):
