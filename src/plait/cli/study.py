@@ -21,6 +21,8 @@ STUDIES = {
     "attention": "plait.studies.attention:AttentionStudy",
     # Attention over distances, norms and residuals, several heads.
     "transformer": "plait.studies.transformer:TransformerStudy",
+    # Projections, queries and layers inside the decoder between the same frozen tower and decoder.
+    "connectors": "plait.studies.connectors:ConnectorStudy",
 }
 """Name → settings that run."""
 

@@ -1,0 +1,1 @@
+"""What the study of connectors does; its settings are :class:`plait.studies.connectors.ConnectorStudy`."""
