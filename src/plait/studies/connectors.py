@@ -47,8 +47,8 @@ class Language(Spec):
     steps: int = Field(default=1000, ge=1)
     """Updates."""
 
-    asked: int = Field(default=8, ge=1)
-    """Questions about each scene of a batch."""
+    asked: int = Field(default=8, ge=4, multiple_of=4)
+    """Questions about each scene of a batch, of each kind as many."""
 
     lr: float = Field(default=3e-3, gt=0.0)
     """Peak learning rate."""
@@ -79,7 +79,7 @@ class ConnectorStudy(Study):
     name: Literal["connectors"] = "connectors"
     """Which study."""
 
-    arms: tuple[Arm, ...] = get_args(Arm)
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = get_args(Arm)
     """Connectors to try."""
 
     seeds: int = Field(default=3, ge=3)
@@ -97,14 +97,18 @@ class ConnectorStudy(Study):
     batch: int = Field(default=16, ge=1)
     """Scenes an update."""
 
-    asked: int = Field(default=8, ge=1)
-    """Questions about each scene of a batch."""
+    asked: int = Field(default=8, ge=4, multiple_of=4)
+    """Questions about each scene of a batch, of each kind as many."""
 
     pool: int = Field(default=4000, ge=1)
     """Training pictures of each seed, whose features are computed once; questions are drawn anew each time."""
 
-    lrs: tuple[Annotated[float, Field(gt=0.0)], ...] = (1e-3, 3e-3)
+    lrs: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
     """Peak learning rates; each connector gets the one that is best for it with the first seed, on other questions."""
+
+    gates: float = Field(default=10.0, gt=0.0)
+    """Gates of gated cross-attention learn so many times as fast as what is behind them: they begin closed, and Adam
+    moves each by its rate a step."""
 
     rows: int = Field(default=400, ge=1)
     """Test questions of each kind for each seed, about scenes that no training sees."""

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[3]
 ARMS: tuple[Arm, ...] = ConnectorStudy.model_fields["arms"].default
 SLOTS = {"shuffle-4": 4, "qformer-16": 16, "qformer-4": 4, "resampler-4": 4, "gated": 1}
 """Places in the text, as documented; a token a cell for all others."""
-SMALL = Language(d=16, depth=2, heads=4, steps=2, asked=2)
+SMALL = Language(d=16, depth=2, heads=4, steps=2, asked=4)
 SIGHT = Sight(d=16, depth=1, heads=4, steps=2)
 
 
@@ -52,7 +52,7 @@ def tiny(**given: Any) -> ConnectorStudy:
         "sight": SIGHT,
         "steps": 2,
         "batch": 4,
-        "asked": 2,
+        "asked": 4,
         "pool": 8,
         "rows": 4,
         "lrs": (1e-3, 1e-2),
@@ -220,6 +220,8 @@ def test_projections_differ_in_their_layers_alone(decoder: Path) -> None:
         for arm in ("linear", "mlp", "mlp-wide", "mlp-4")
     }
     assert layers == {"linear": 1, "mlp": 2, "mlp-wide": 2, "mlp-4": 4}
+    for arm, count in layers.items():  # a matrix and a bias each, and no norm
+        assert len([name for name in learning(model_of(arm, decoder)) if name.startswith("connectors.")]) == 2 * count
 
 
 # --- what stays as it is ---------------------------------------------------------------------------------------------
@@ -263,10 +265,10 @@ def test_every_connector_gets_the_same_frozen_weights(decoder: Path) -> None:
             arm: fingerprint(getattr(model, part)) for arm, model in zip(ARMS, models, strict=True) if arm != "gated"
         }
         assert len(set(prints.values())) == 1
-    from plait.models.crossattend import plain
-
-    with plain(models[-1].decoder):  # its layers' names are others while it reads
-        assert fingerprint(models[-1].decoder) == fingerprint(models[0].decoder)
+    assert fingerprint(models[-1].decoder) == fingerprint(models[0].decoder)  # the layers that read are no part of it
+    models[0].decoder.requires_grad_(requires_grad=True)
+    next(iter(models[0].decoder.parameters())).data.view(-1)[0] += 1e-6
+    assert fingerprint(models[0].decoder) != fingerprint(models[-1].decoder)  # seen though it could learn
 
 
 # --- the study -------------------------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_a_run_publishes_every_score_and_a_verdict_of_each_claim(tmp_path: Path)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["arms=[mlp,qformer-4]", "steps=1", "batch=2", "asked=1", "pool=4", "rows=2", "lrs=[0.001]", "workers=1"]
+    quick = ["arms=[mlp,qformer-4]", "steps=1", "batch=2", "asked=4", "pool=4", "rows=2", "lrs=[0.001]", "workers=1"]
     quick += ["language.steps=1", "language.d=16", "sight.steps=1", "sight.d=16", "--runs", str(tmp_path), "--json"]
     assert main(["study", "connectors", *quick]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from plait.assembly.language import CHATML, load_language, new_language
 from plait.assembly.local import quiet
@@ -24,6 +26,7 @@ from plait.models.build import build_connector
 from plait.models.composition import Connectors, NewDecoder, PretrainedDecoder
 from plait.models.connectors.measure import connector_account
 from plait.models.connectors.projection import Chain
+from plait.models.crossattend import plain
 from plait.models.multimodal import MultimodalLM
 from plait.studies.connecting.scenes import (
     BEGIN,
@@ -67,11 +70,11 @@ def spec_of(arm: Arm, *, d_in: int, d: int, layers: int) -> specs.Connector:
         case "linear":
             return specs.Linear()
         case "mlp" | "mlp-4":
-            return specs.Mlp()
+            return specs.Mlp(norm=False)  # as LLaVA-1.5 has it, and as `linear` has none
         case "mlp-wide":
-            return specs.Mlp(d_hidden=_equal_width(d_in=d_in, d=d, layers=layers))
+            return specs.Mlp(norm=False, d_hidden=_equal_width(d_in=d_in, d=d, layers=layers))
         case "shuffle-4":
-            return specs.Mlp(shuffle=2)
+            return specs.Mlp(norm=False, shuffle=2)
         case "qformer-16" | "qformer-4":
             count = int(arm.removeprefix("qformer-"))
             return specs.QFormer(queries=count, d=d, depth=2, every=1, heads=_HEADS, dropout=0.0)
@@ -88,7 +91,7 @@ def _equal_width(*, d_in: int, d: int, layers: int) -> int:
         return connector_account(spec, cells=(SIDE, SIDE), d_in=d_in, d_out=d, layers=layers).parameters
 
     gated = weights(specs.GatedCrossAttention(every=1, heads=_HEADS, resampler=None)) + d  # and the picture's mark
-    one, two = weights(specs.Mlp(d_hidden=1)), weights(specs.Mlp(d_hidden=2))
+    one, two = (weights(specs.Mlp(norm=False, d_hidden=width)) for width in (1, 2))
     return 1 + round((gated - one) / (two - one))
 
 
@@ -205,11 +208,10 @@ def learning(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Digest of every frozen weight and buffer, byte by byte."""
-    learns = set(learning(module))
+    """Digest of every weight and buffer, byte by byte, whether it learns or not; of a decoder without its readers."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if name not in learns:
+    with plain(module) if isinstance(module, PreTrainedModel) else nullcontext():
+        for name, value in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -24,9 +24,27 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _ROWS = 250
 
 
-def descend(weights: Mapping[str, nn.Parameter], losses: Callable[[], Tensor], *, steps: int, lr: float) -> float:
-    """AdamW without decay, 5 % warm-up, cosine to 0, gradients clipped at 1; the mean loss of the last tenth."""
-    optimizer = AdamW(lr=lr).build(dict(weights))
+def descend(
+    weights: Mapping[str, nn.Parameter],
+    losses: Callable[[], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    parts: Mapping[str, float] | None = None,
+) -> float:
+    """AdamW without decay, 5 % warm-up, cosine to 0, gradients clipped at 1.
+
+    Args:
+        weights: That learn.
+        losses: The loss of the next batch.
+        steps: Updates.
+        lr: Peak learning rate.
+        parts: Beginning of names → a rate of their own.
+
+    Returns:
+        The mean loss of the last tenth of the steps.
+    """
+    optimizer = AdamW(lr=lr, parts=dict(parts or {})).build(dict(weights))
     schedule = Cosine(warmup=0.05)
     seen: list[Tensor] = []
     for step in range(steps):
@@ -134,7 +152,9 @@ def train_connector(
         rows: list[Row] = [(slots, several(drawn[i], study.asked, rng)) for i in chosen]
         return answer_loss(model, make_batch(rows, features[chosen]))
 
-    return descend(learning(model), loss, steps=study.steps, lr=lr)
+    weights = learning(model)
+    gates = {name: study.gates * lr for name in weights if ".reads." in name and name.endswith("gate")}
+    return descend(weights, loss, steps=study.steps, lr=lr, parts=gates)
 
 
 def slots_of(model: MultimodalLM) -> list[int]:
