@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 STUDIES = {
     "positions": "plait.studies.positions:Positions",
     "fusion": "plait.studies.fusion:FusionStudy",
+    "encoders": "plait.studies.encoders:Encoders",
 }
 """``positions``: position codes on longer sequences and larger grids than they were trained at. ``fusion``: fusions of
-two modalities where they interact, differ in scale, or one is missing."""
+two modalities where they interact, differ in scale, or one is missing. ``encoders``: four encoders of pictures at equal
+operations: details, far places, relations, few pictures, moved objects."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
