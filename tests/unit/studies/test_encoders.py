@@ -17,6 +17,7 @@ from plait.core.events import Event, Events
 from plait.core.files import read_done, read_json
 from plait.models.towers.vit import VisionTransformer
 from plait.studies.encoders import ENCODERS, DataSizes, EncoderName, Encoders, Probes, Shift
+from plait.studies.seeing.advice import advised
 from plait.studies.seeing.findings import findings, front, judged, seeds_of, slope
 from plait.studies.seeing.layers import READ, attention_distances, layer_scores, linear_probe, pixel_distances
 from plait.studies.seeing.moving import equivariances, moved_apart
@@ -259,9 +260,17 @@ def test_verdicts_follow_from_intervals() -> None:
     assert slope([250, 1000, 4000], [0.5, 0.6, 0.7]) == pytest.approx(0.05)
 
 
+@pytest.mark.row("S0-06")
+def test_advice_follows_the_rules_of_the_command() -> None:
+    assert advised("classify", 1000) == advised("dense", 1000) == "cnn"  # few pictures: convolutions first
+    many = 10_000_000  # what the rule says nothing about
+    assert advised("dense", many) == "cnn"  # maps of several sizes, as Swin has, in the order of the list
+    assert advised("classify", many) == ENCODERS[0]
+
+
 # --- the study -------------------------------------------------------------------------------------------------------
 
-CLAIMS = ("S0-C04", "S0-C05", "S0-C06", "S0-C08", "S2-C01", "S2-C02", "S2-C03", "S3-C01")
+CLAIMS = ("S0-06", "S0-C04", "S0-C05", "S0-C06", "S0-C08", "S2-C01", "S2-C02", "S2-C03", "S3-C01")
 
 
 @pytest.mark.row("S2-C01")
@@ -272,6 +281,7 @@ CLAIMS = ("S0-C04", "S0-C05", "S0-C06", "S0-C08", "S2-C01", "S2-C02", "S2-C03", 
 @pytest.mark.row("S0-C06")
 @pytest.mark.row("S0-C08")
 @pytest.mark.row("S3-C01")
+@pytest.mark.row("S0-06")
 def test_the_command_says_a_verdict_for_every_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["steps=2", "batch=6", "rows=20", "workers=1", "sizes=[28,56]", "data.pictures=[8]", "shift.steps=1"]
     assert main(["study", "encoders", *quick, "probes.rows=60", "--runs", str(tmp_path)]) == 0

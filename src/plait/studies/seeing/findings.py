@@ -9,6 +9,7 @@ import numpy as np
 
 from plait.evaluation.statistics import seeds_mean
 from plait.studies.fusing.variance import by_chance, fusion_share
+from plait.studies.seeing.advice import advised
 
 Verdict = Literal["supported", "contradicted", "not shown"]
 LOCAL, ACROSS = "marks", "far"
@@ -63,6 +64,7 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         _compute,
         _shift,
         _layers,
+        _advice,
     ]
     return [asdict(found) for part in parts for found in part(results)]
 
@@ -307,6 +309,19 @@ def _layers(results: Mapping[str, Any]) -> list[Finding]:
             _difference("S3-C01", f"{says} can be read better from the last layer than before the first", (last, first))
         )
     return found
+
+
+def _advice(results: Mapping[str, Any]) -> list[Finding]:
+    """S0-06: the share of tasks whose best encoder of a seed is the one that the rules would take."""
+    pictures = sizes_of(results)[-1][0]
+    hits = [0] * results["spec"]["seeds"]
+    for task in ALL:
+        taken = advised("dense" if task == LOCAL else "classify", pictures)
+        own = {cost["encoder"]: seeds_of(results, cost["encoder"], (task,)) for cost in results["costs"]}
+        for seed in range(len(hits)):
+            hits[seed] += max(own, key=lambda name: own[name][seed]) == taken
+    says = "`plait advise encoder` takes the winner of a task more often than one in four"
+    return [_number("S0-06", says, [hit / len(ALL) for hit in hits], limit=1 / len(results["costs"]))]
 
 
 def _ends(results: Mapping[str, Any], what: str) -> tuple[list[float], list[float]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def tower(name: EncoderName) -> nn.Module:
     return _TOWERS[name]()
 
 
+@cache
 def tower_cost(name: EncoderName) -> TowerCost:
     """What a tower of this study costs.
 
@@ -98,10 +100,15 @@ PUBLISHED: Mapping[str, tuple[specs.Part, float, str]] = {
 def published_costs() -> list[dict[str, Any]]:
     """Counted beside published, at 224 pixels."""
     found: list[dict[str, Any]] = []
-    for name, (spec, gmacs, source) in PUBLISHED.items():
-        cost = _counted(name, lambda spec=spec: build_encoder(spec), 224)
+    for name, (_, gmacs, source) in PUBLISHED.items():
+        cost = _known(name)
         found.append({**asdict(cost), "gmacs": cost.flops / 2e9, "published_gmacs": gmacs, "source": source})
     return found
+
+
+@cache
+def _known(name: str) -> TowerCost:
+    return _counted(name, lambda: build_encoder(PUBLISHED[name][0]), 224)
 
 
 def growing_costs(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -110,18 +117,16 @@ def growing_costs(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     Both see cells of 4 pixels and have one width, so that only the attention differs: over the whole map, or in windows
     of 7 x 7 cells. Sizes are multiples of 28, so that no window is filled up.
     """
-    found: list[dict[str, Any]] = []
-    for size in sizes:
-        whole = TransformerSizes(d=96, depth=2, heads=3)
-        grid = (size // 4, size // 4)
-        vit = ViTSizes(transformer=whole, patch=4, grid=grid, class_token=False, pool="mean")
-        swin = SwinSizes(d=96, depths=(2,), heads=(3,))
-        for name, build in (
-            ("vit", lambda vit=vit: VisionTransformer(vit)),
-            ("swin", lambda swin=swin: Swin(swin)),
-        ):
-            found.append(asdict(_counted(name, build, size)))
-    return found
+    return [asdict(_grown(name, size)) for size in sizes for name in ("vit", "swin")]
+
+
+@cache
+def _grown(name: str, size: int) -> TowerCost:
+    if name == "swin":
+        return _counted(name, lambda: Swin(SwinSizes(d=96, depths=(2,), heads=(3,))), size)
+    inner, grid = TransformerSizes(d=96, depth=2, heads=3), (size // FINE, size // FINE)
+    vit = ViTSizes(transformer=inner, patch=FINE, grid=grid, class_token=False, pool="mean")
+    return _counted(name, lambda: VisionTransformer(vit), size)
 
 
 def block_macs(cells: int, d: int, *, seen: int) -> int:

@@ -166,7 +166,7 @@ def _latency() -> list[dict[str, Any]]:
             with torch.inference_mode():
                 students[name](picture)
 
-        times = interleaved({name: partial(call, name) for name in ENCODERS}, seconds=2.0)
+        times = interleaved({name: partial(call, name) for name in ENCODERS}, seconds=2.0, rounds=50)
     finally:
         torch.set_num_threads(threads)
     return [{"encoder": name, "ms": 1e3 * found.median, "rounds": found.rounds} for name, found in times.items()]
