@@ -38,6 +38,22 @@ class Shift(Spec):
     """Updates."""
 
 
+class Alignment(Spec):
+    """A tower of pictures and a Transformer of texts learn one space by contrast."""
+
+    encoders: tuple[EncoderName, ...] = ("cnn", "vit")
+    """Which; the claim is about these two."""
+
+    steps: int = Field(default=400, ge=1)
+    """Updates."""
+
+    batch: int = Field(default=64, ge=2)
+    """Pairs an update."""
+
+    rows: int = Field(default=256, ge=8)
+    """Test pairs for each seed, all beside each other."""
+
+
 class Probes(Spec):
     """What a linear layer reads from each layer of the ViT."""
 
@@ -78,13 +94,17 @@ class Encoders(Study):
     shift: Shift = Shift()
     """Where no object was in training."""
 
+    align: Alignment = Alignment()
+    """Pictures and texts in one space."""
+
     probes: Probes = Probes()
     """Layer by layer."""
 
     @model_validator(mode="after")
     def _compares(self) -> Encoders:
-        if not {"cnn", "vit"} <= set(self.shift.encoders):
-            raise ValueError("shift.encoders lacks cnn or vit, which the claim compares: name both")
+        for part, encoders in (("shift", self.shift.encoders), ("align", self.align.encoders)):
+            if not {"cnn", "vit"} <= set(encoders):
+                raise ValueError(f"{part}.encoders lacks cnn or vit, which the claim compares: name both")
         return self
 
     @model_validator(mode="after")

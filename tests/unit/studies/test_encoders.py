@@ -16,8 +16,9 @@ from plait.cli.main import main
 from plait.core.events import Event, Events
 from plait.core.files import read_done, read_json
 from plait.models.towers.vit import VisionTransformer
-from plait.studies.encoders import ENCODERS, DataSizes, EncoderName, Encoders, Probes, Shift
+from plait.studies.encoders import ENCODERS, Alignment, DataSizes, EncoderName, Encoders, Probes, Shift
 from plait.studies.seeing.advice import advised
+from plait.studies.seeing.aligning import WORDS, Pair, align, aligned, texts_of
 from plait.studies.seeing.findings import findings, front, judged, seeds_of, slope
 from plait.studies.seeing.layers import READ, attention_distances, layer_scores, linear_probe, pixel_distances
 from plait.studies.seeing.moving import equivariances, moved_apart
@@ -37,7 +38,12 @@ def scenes(rows: int = 400, *, seed: int = 0, **where: Any) -> Scenes:
 
 def tiny(**given_: Any) -> Encoders:
     few: dict[str, Any] = {"seeds": 3, "steps": 2, "batch": 6, "rows": 20, "workers": 1, "sizes": (28, 56)}
-    parts = {"data": DataSizes(pictures=(8,)), "shift": Shift(steps=1), "probes": Probes(rows=60)}
+    parts = {
+        "data": DataSizes(pictures=(8,)),
+        "shift": Shift(steps=1),
+        "align": Alignment(steps=1, batch=4, rows=8),
+        "probes": Probes(rows=60),
+    }
     return Encoders(**{**few, **parts, **given_})
 
 
@@ -227,6 +233,22 @@ def test_colors_are_in_patches_before_any_training_and_far_ones_are_not() -> Non
     assert found[0]["far"] < 0.35  # a patch knows nothing of the other corner; chance is 20 %
 
 
+@pytest.mark.row("S0-C07")
+def test_texts_say_what_is_in_the_picture_and_training_aligns_them() -> None:
+    drawn = scenes(64)
+    words = texts_of(drawn)
+    assert torch.equal((words > 0).sum(1), 2 * (drawn.columns >= 0).sum(1))
+    assert len(words.unique(dim=0)) > 60
+    for i, word in enumerate(words[:, 0].tolist()):  # red
+        assert word == (0 if int(drawn.columns[i, 0]) < 0 else 1 + int(drawn.targets["shape"][i, 0]))
+    assert int(words.max()) < WORDS
+    torch.manual_seed(0)
+    pair = Pair("cnn")
+    before = aligned(pair, drawn)
+    align(pair, Training(steps=30, batch=32, lr=3e-3), generator=torch.Generator().manual_seed(1))
+    assert aligned(pair, drawn)["r@1"] > before["r@1"] + 0.05
+
+
 # --- students and verdicts -------------------------------------------------------------------------------------------
 
 
@@ -270,7 +292,7 @@ def test_advice_follows_the_rules_of_the_command() -> None:
 
 # --- the study -------------------------------------------------------------------------------------------------------
 
-CLAIMS = ("S0-06", "S0-C04", "S0-C05", "S0-C06", "S0-C08", "S2-C01", "S2-C02", "S2-C03", "S3-C01")
+CLAIMS = ("S0-06", "S0-C04", "S0-C05", "S0-C06", "S0-C07", "S0-C08", "S2-C01", "S2-C02", "S2-C03", "S3-C01")
 
 
 @pytest.mark.row("S2-C01")
@@ -279,18 +301,20 @@ CLAIMS = ("S0-06", "S0-C04", "S0-C05", "S0-C06", "S0-C08", "S2-C01", "S2-C02", "
 @pytest.mark.row("S0-C04")
 @pytest.mark.row("S0-C05")
 @pytest.mark.row("S0-C06")
+@pytest.mark.row("S0-C07")
 @pytest.mark.row("S0-C08")
 @pytest.mark.row("S3-C01")
 @pytest.mark.row("S0-06")
 def test_the_command_says_a_verdict_for_every_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["steps=2", "batch=6", "rows=20", "workers=1", "sizes=[28,56]", "data.pictures=[8]", "shift.steps=1"]
+    quick += ["align.steps=1", "align.batch=4", "align.rows=8"]
     assert main(["study", "encoders", *quick, "probes.rows=60", "--runs", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "encoders-0001"
     found = read_json(folder / "results.json")
     assert Encoders(**found["spec"]) == tiny()
-    assert found["trained"] == 3 * (4 + 2 + 2) == len(jobs_of(tiny()))
-    assert len(found["scores"]) == len(TASKS) * (4 + 2 + 2 * 2)
+    assert found["trained"] == 3 * (4 + 2 + 2 + 2) == len(jobs_of(tiny()))
+    assert len(found["scores"]) == len(TASKS) * (4 + 2 + 2 * 2) + 2 * 2
     for score in found["scores"]:
         assert len(score["seeds"]) == 3
         assert score["low"] <= score["value"] <= score["high"]
@@ -311,7 +335,7 @@ def test_a_training_depends_on_nothing_before_it() -> None:
 def test_a_training_that_diverges_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(study: Encoders, job: Job) -> Outcome:
         layer = {"distances": [1.0] * 4, "read": [dict.fromkeys(READ, 0.5)] * 5}
-        scores, loss = dict.fromkeys(TASKS, 0.5), math.nan if job.encoder == "cnn" else 1.0
+        scores, loss = dict.fromkeys((*TASKS, "r@1", "cka"), 0.5), math.nan if job.encoder == "cnn" else 1.0
         return Outcome(
             job=job, loss=loss, cpu_s=0.0, scores=scores, moved=scores, layers={"start": layer, "end": layer}
         )
@@ -320,7 +344,7 @@ def test_a_training_that_diverges_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     said: list[Event] = []
     found = tiny().run(tmp_path, events=Events(None, listeners=(said.append,)))
     warnings = [e.text for e in said if e.kind == "warning"]
-    assert len(warnings) == found["diverged"] == 3 * 3
+    assert len(warnings) == found["diverged"] == 3 * 4
     assert warnings[0].startswith("cnn (main) diverged with seed 0")
     assert {one["verdict"] for one in found["findings"]} <= {"supported", "contradicted", "not shown"}
 
@@ -350,6 +374,7 @@ def published() -> dict[str, Any]:
 @pytest.mark.row("S0-C04")
 @pytest.mark.row("S0-C05")
 @pytest.mark.row("S0-C06")
+@pytest.mark.row("S0-C07")
 @pytest.mark.row("S0-C08")
 @pytest.mark.row("S3-C01")
 def test_the_page_shows_the_published_results_of_todays_defaults(published: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         _questions,
         _swin,
         _details,
+        _aligned,
         _hybrid,
         _data,
         _compute,
@@ -175,6 +176,21 @@ def _details(results: Mapping[str, Any]) -> list[Finding]:
         _difference("S0-C06", "suits details: cnn less vit, marks", (own["cnn"][LOCAL], own["vit"][LOCAL])),
         _difference("S0-C06", "limited on the whole: vit less cnn, far", (own["vit"][ACROSS], own["cnn"][ACROSS])),
         _difference("S0-C06", "limited on the whole: vit less cnn, count", (own["vit"]["count"], own["cnn"]["count"])),
+    ]
+
+
+def _aligned(results: Mapping[str, Any]) -> list[Finding]:
+    """S0-C07."""
+    return [
+        _difference(
+            "S0-C07",
+            f"two Transformers are easier to align: vit less cnn, {task}",
+            (
+                seeds_of(results, "vit", (task,), part="align"),
+                seeds_of(results, "cnn", (task,), part="align"),
+            ),
+        )
+        for task in ("r@1", "cka")
     ]
 
 

@@ -17,7 +17,7 @@ def markdown(results: Results) -> str:
     Args:
         results: As :meth:`plait.studies.encoders.Encoders.run` gives them.
     """
-    parts = [_claims, _costs, _main, _data, _shift, _moving, _growth, _published, _layers]
+    parts = [_claims, _costs, _main, _data, _shift, _align, _moving, _growth, _published, _layers]
     return "\n\n".join(part(results) for part in parts) + "\n"
 
 
@@ -85,6 +85,16 @@ def _shift(results: Results) -> str:
         f"{_seeds(results)}"
     )
     return f"{about}\n\n{table(rows)}"
+
+
+def _align(results: Results) -> str:
+    rows = [["pictures", "R@1", "CKA, x 100"]]
+    for name in dict.fromkeys(score["encoder"] for score in _scores(results, part="align")):
+        found = _scores(results, part="align", encoder=name)
+        rows.append([name, *(percent(score) for score in found)])
+    pairs = results["spec"]["align"]["rows"]
+    about = f"align: a tower of pictures with a Transformer of texts, R@1 in % among {pairs} pairs, mean of both ways"
+    return f"{about}; {_seeds(results)}\n\n{table(rows)}"
 
 
 def _moving(results: Results) -> str:

@@ -14,6 +14,7 @@ from plait.core.speed import interleaved
 from plait.evaluation.statistics import seeds_mean, seeds_score
 from plait.models.towers.vit import VisionTransformer
 from plait.studies.encoders import ENCODERS, EncoderName, Encoders
+from plait.studies.seeing.aligning import Pair, align, aligned
 from plait.studies.seeing.findings import findings
 from plait.studies.seeing.layers import READ, attention_distances, layer_scores, pixel_distances
 from plait.studies.seeing.moving import equivariances
@@ -23,7 +24,7 @@ from plait.studies.seeing.towers import growing_costs, published_costs, tower_co
 from plait.studies.seeing.training import Training, ask, train
 from plait.studies.workers import finished
 
-Part = Literal["main", "data", "shift"]
+Part = Literal["main", "data", "shift", "align"]
 TASKS: tuple[str, ...] = (*QUESTIONS, "marks")
 """What every student learns at once; marks are scored by average precision."""
 
@@ -74,6 +75,8 @@ def trial(study: Encoders, job: Job) -> Outcome:
     begun, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        if job.part == "align":
+            return _aligned(study, job)
         first = _FIRST + 3 * job.seed
         shifted = job.part == "shift"
         torch.manual_seed(job.seed)
@@ -98,6 +101,16 @@ def trial(study: Encoders, job: Job) -> Outcome:
     return Outcome(job=job, loss=loss, cpu_s=cpu_s, scores=scores, moved=moved, layers=layers)
 
 
+def _aligned(study: Encoders, job: Job) -> Outcome:
+    begun, first = time.process_time(), _FIRST + 3 * job.seed
+    torch.manual_seed(job.seed)
+    pair = Pair(job.encoder)
+    training = Training(steps=study.align.steps, batch=study.align.batch, lr=study.lr)
+    loss = align(pair, training, generator=torch.Generator().manual_seed(first))
+    scores = aligned(pair, draw_scenes(study.align.rows, torch.Generator().manual_seed(first + 1)))
+    return Outcome(job=job, loss=loss, cpu_s=time.process_time() - begun, scores=scores)
+
+
 def _layers(study: Encoders, student: Student, first: int) -> dict[str, Any]:
     if not isinstance(student.tower, VisionTransformer):
         return {}
@@ -117,6 +130,7 @@ def jobs_of(study: Encoders) -> list[Job]:
             for encoder in ("vit", "cnn")
         ]
         found += [Job(part="shift", encoder=encoder, seed=seed) for encoder in study.shift.encoders]
+        found += [Job(part="align", encoder=encoder, seed=seed) for encoder in study.align.encoders]
     return found
 
 
@@ -195,13 +209,14 @@ def _scores(study: Encoders, done: Mapping[Job, Outcome]) -> list[dict[str, Any]
             done[Job(part=job.part, encoder=job.encoder, seed=seed, pictures=job.pictures)]
             for seed in range(study.seeds)
         ]
+        rows = study.align.rows if job.part == "align" else study.rows
         places = ("as trained", "moved") if job.part == "shift" else ("as trained",)
         for place in places:
-            for task in TASKS:
+            for task in ("r@1", "cka") if job.part == "align" else TASKS:
                 values = [(one.moved if place == "moved" else one.scores)[task] for one in outcomes]
-                rule = "average precision" if task == "marks" else "accuracy"
+                rule = {"marks": "average precision", "cka": "linear CKA"}.get(task, "accuracy")
                 # Several colors and pairs of a picture are asked, which are not independent: pictures are counted.
-                score = seeds_score(values, name=task, rule=rule, n=study.rows * study.seeds)
+                score = seeds_score(values, name=task, rule=rule, n=rows * study.seeds)
                 about = {"part": job.part, "encoder": job.encoder, "pictures": job.pictures, "place": place}
                 found.append({**about, "task": task, **asdict(score), "seeds": values})
     return found
