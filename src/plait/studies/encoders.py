@@ -44,13 +44,13 @@ class Alignment(Spec):
     encoders: tuple[EncoderName, ...] = ("cnn", "vit")
     """Which; the claim is about these two."""
 
-    steps: int = Field(default=400, ge=1)
+    steps: int = Field(default=200, ge=1)
     """Updates."""
 
     batch: int = Field(default=64, ge=2)
     """Pairs an update."""
 
-    rows: int = Field(default=256, ge=8)
+    rows: int = Field(default=512, ge=8)
     """Test pairs for each seed, all beside each other."""
 
 
