@@ -34,7 +34,7 @@ class Shift(Spec):
     encoders: tuple[EncoderName, ...] = ("cnn", "vit")
     """Which; the claim is about these two."""
 
-    steps: int = Field(default=600, ge=1)
+    steps: int = Field(default=500, ge=1)
     """Updates."""
 
 
@@ -44,7 +44,7 @@ class Alignment(Spec):
     encoders: tuple[EncoderName, ...] = ("cnn", "vit")
     """Which; the claim is about these two."""
 
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=400, ge=1)
     """Updates."""
 
     batch: int = Field(default=64, ge=2)
@@ -70,7 +70,7 @@ class Encoders(Study):
     seeds: int = Field(default=3, ge=3)
     """Independent weights and pictures, seeded 0, 1, ...; all encoders of a seed get the same pictures."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=900, ge=1)
     """Updates of the main part and of the data sizes."""
 
     batch: int = Field(default=32, ge=2)
