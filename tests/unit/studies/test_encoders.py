@@ -19,7 +19,7 @@ from plait.models.towers.vit import VisionTransformer
 from plait.studies.encoders import ENCODERS, Alignment, DataSizes, EncoderName, Encoders, Probes, Shift
 from plait.studies.seeing.advice import advised
 from plait.studies.seeing.aligning import WORDS, Pair, align, aligned, texts_of
-from plait.studies.seeing.findings import findings, front, judged, seeds_of, slope
+from plait.studies.seeing.findings import crossover, findings, front, judged, seeds_of, slope
 from plait.studies.seeing.layers import READ, attention_distances, layer_scores, linear_probe, pixel_distances
 from plait.studies.seeing.moving import equivariances, moved_apart
 from plait.studies.seeing.scenes import CELL, COLORS, FINE, MOST, SIDE, SKIP, Scenes, draw_scenes
@@ -288,6 +288,24 @@ def test_advice_follows_the_rules_of_the_command() -> None:
     many = 10_000_000  # what the rule says nothing about
     assert advised("dense", many) == "cnn"  # maps of several sizes, as Swin has, in the order of the list
     assert advised("classify", many) == ENCODERS[0]
+
+
+@pytest.mark.row("S2-C01")
+def test_where_two_curves_cross() -> None:
+    def results(vit: tuple[float, ...]) -> dict[str, Any]:
+        rows = [("data", 10), ("data", 20), ("main", 0)]
+        scores = [
+            {"part": part, "pictures": n, "place": "as trained", "encoder": name, "task": task, "seeds": [value] * 3}
+            for name, values in (("cnn", (0.5, 0.6, 0.7)), ("vit", vit))
+            for (part, n), value in zip(rows, values, strict=True)
+            for task in TASKS
+        ]
+        return {"spec": {"data": {"pictures": (10, 20)}, "steps": 10, "batch": 4}, "scores": scores}
+
+    assert crossover(results((0.4, 0.5, 0.6))) is None
+    assert crossover(results((0.4, 0.5, 0.8))) == 40
+    assert crossover(results((0.6, 0.5, 0.8))) == 40
+    assert crossover(results((0.4, 0.6, 0.8))) == 20
 
 
 # --- the study -------------------------------------------------------------------------------------------------------

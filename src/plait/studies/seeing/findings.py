@@ -257,6 +257,16 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
     return math.fsum((a - center) * value for a, value in zip(x, values, strict=True)) / spread
 
 
+def crossover(results: Mapping[str, Any]) -> int | None:
+    """The least number of pictures from which on the mean of the ViT over all tasks is that of the CNN or more."""
+    found: int | None = None
+    for pictures, where in reversed(sizes_of(results)):
+        if math.fsum(seeds_of(results, "vit", ALL, **where)) < math.fsum(seeds_of(results, "cnn", ALL, **where)):
+            break
+        found = pictures
+    return found
+
+
 def _data(results: Mapping[str, Any]) -> list[Finding]:
     """S2-C01, and the half of S2-C02 that is about few pictures."""
     sizes = sizes_of(results)

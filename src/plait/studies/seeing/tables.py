@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plait.studies.seeing.findings import front, local_and_far
+from plait.studies.seeing.findings import crossover, front, local_and_far
 from plait.studies.text import percent, table
 
 Results = Mapping[str, Any]
@@ -68,7 +68,9 @@ def _data(results: Results) -> str:
             rows.append([name, str(pictures), *found])
         rows.append([name, many, *(percent(s) for s in _scores(results, part="main", encoder=name))])
     about = f"data: the same by the number of different training pictures, with as many updates; {_seeds(results)}"
-    return f"{about}\n\n{table(rows)}"
+    met = crossover(results)
+    where = f"from {met:,} pictures on" if met else f"none up to {int(many):,} pictures"
+    return f"{about}\n\n{table(rows)}\n\ncrossover of ViT and CNN, mean of all tasks: {where}"
 
 
 def _shift(results: Results) -> str:
