@@ -327,13 +327,15 @@ def _shift(results: Mapping[str, Any]) -> list[Finding]:
 
 
 def _layers(results: Mapping[str, Any]) -> list[Finding]:
-    """S3-C01."""
+    """S3-C01: what more layers make easier to read, and how much of that is there before any training."""
     found: list[Finding] = []
-    for what, says in (("left", "a relation"), ("far", "what is far"), ("color", "a color")):
+    for what, says in (("left", "a relation"), ("count", "a count"), ("far", "what is far"), ("color", "a color")):
         first, last = _ends(results, what)
-        found.append(
-            _difference("S3-C01", f"{says} can be read better from the last layer than before the first", (last, first))
-        )
+        gain = f"{says}: read from the last layer less before the first"
+        found.append(_difference("S3-C01", gain, (last, first)))
+        before = [b - a for a, b in zip(*_ends(results, what, when="start"), strict=True)]
+        after = [b - a for a, b in zip(first, last, strict=True)]
+        found.append(_difference("S3-C01", f"{says}: that gain less the same before training", (after, before)))
     return found
 
 
@@ -350,7 +352,7 @@ def _advice(results: Mapping[str, Any]) -> list[Finding]:
     return [_number("S0-06", says, [hit / len(ALL) for hit in hits], limit=1 / len(results["costs"]))]
 
 
-def _ends(results: Mapping[str, Any], what: str) -> tuple[list[float], list[float]]:
-    """Of the first and of the last layer after training."""
-    rows = [one for one in results["layers"] if (one["when"], one["what"]) == ("end", what)]
+def _ends(results: Mapping[str, Any], what: str, *, when: str = "end") -> tuple[list[float], list[float]]:
+    """Of the first and of the last layer, at the start or at the end of training."""
+    rows = [one for one in results["layers"] if (one["when"], one["what"]) == (when, what)]
     return rows[0]["seeds"], rows[-1]["seeds"]
