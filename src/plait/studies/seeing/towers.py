@@ -78,7 +78,7 @@ def tower_cost(name: EncoderName) -> TowerCost:
 
     Example:
         >>> tower_cost("vit").flops, tower_cost("vit").weights
-        (8585216, 54496)
+        (8585216, 52448)
     """
     return _counted(name, _TOWERS[name], SIDE)
 
