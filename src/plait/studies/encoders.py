@@ -67,7 +67,7 @@ class Encoders(Study):
     name: Literal["encoders"] = "encoders"
     """Which study."""
 
-    seeds: int = Field(default=3, ge=3)
+    seeds: int = Field(default=5, ge=3)
     """Independent weights and pictures, seeded 0, 1, ...; all encoders of a seed get the same pictures."""
 
     steps: int = Field(default=900, ge=1)
@@ -76,8 +76,9 @@ class Encoders(Study):
     batch: int = Field(default=32, ge=2)
     """Pictures an update."""
 
-    lr: float = Field(default=3e-3, gt=0.0)
-    """Peak learning rate."""
+    lrs: tuple[Annotated[float, Field(gt=0.0)], ...] = (7e-4, 1.5e-3, 3e-3)
+    """Peak learning rates that every encoder may have: the best with a seed that does not count, of the main part and
+    of the alignment each; data sizes and shift take that of the main part."""
 
     rows: int = Field(default=1000, ge=10)
     """Test pictures for each seed, which no training sees."""

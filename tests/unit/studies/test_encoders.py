@@ -37,7 +37,15 @@ def scenes(rows: int = 400, *, seed: int = 0, **where: Any) -> Scenes:
 
 
 def tiny(**given_: Any) -> Encoders:
-    few: dict[str, Any] = {"seeds": 3, "steps": 2, "batch": 6, "rows": 20, "workers": 1, "sizes": (28, 56)}
+    few: dict[str, Any] = {
+        "seeds": 3,
+        "steps": 2,
+        "batch": 6,
+        "rows": 20,
+        "workers": 1,
+        "sizes": (28, 56),
+        "lrs": (1e-3, 3e-3),
+    }
     parts = {
         "data": DataSizes(pictures=(8,)),
         "shift": Shift(steps=1),
@@ -324,14 +332,26 @@ CLAIMS = ("S0-06", "S0-C04", "S0-C05", "S0-C06", "S0-C07", "S0-C08", "S2-C01", "
 @pytest.mark.row("S3-C01")
 @pytest.mark.row("S0-06")
 def test_the_command_says_a_verdict_for_every_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["steps=2", "batch=6", "rows=20", "workers=1", "sizes=[28,56]", "data.pictures=[8]", "shift.steps=1"]
-    quick += ["align.steps=1", "align.batch=4", "align.rows=8"]
+    quick = [
+        "seeds=3",
+        "steps=2",
+        "batch=6",
+        "rows=20",
+        "workers=1",
+        "sizes=[28,56]",
+        "data.pictures=[8]",
+        "shift.steps=1",
+    ]
+    quick += ["lrs=[0.001,0.003]", "align.steps=1", "align.batch=4", "align.rows=8"]
     assert main(["study", "encoders", *quick, "probes.rows=60", "--runs", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "encoders-0001"
     found = read_json(folder / "results.json")
     assert Encoders(**found["spec"]) == tiny()
-    assert found["trained"] == 3 * (4 + 2 + 2 + 2) == len(jobs_of(tiny()))
+    assert len(jobs_of(tiny())) == 3 * (4 + 2 + 2 + 2)
+    assert found["trained"] == len(jobs_of(tiny())) + 2 * (4 + 2)
+    taken = [(row["part"], row["encoder"]) for row in found["rates"] if row["taken"]]
+    assert sorted(taken) == [("align", "cnn"), ("align", "vit"), *(("main", name) for name in sorted(ENCODERS))]
     assert len(found["scores"]) == len(TASKS) * (4 + 2 + 2 * 2) + 2 * 2
     for score in found["scores"]:
         assert len(score["seeds"]) == 3
@@ -344,7 +364,7 @@ def test_the_command_says_a_verdict_for_every_claim(tmp_path: Path, capsys: pyte
 
 
 def test_a_training_depends_on_nothing_before_it() -> None:
-    jobs = [Job(part="main", encoder="vit", seed=1), Job(part="shift", encoder="cnn", seed=0)]
+    jobs = [Job(part="main", encoder="vit", seed=1, lr=1e-3), Job(part="shift", encoder="cnn", seed=0, lr=1e-3)]
     first, again = [[trial(tiny(), job) for job in order] for order in (jobs, jobs[::-1])]
     for one, other in zip(first, again[::-1], strict=True):
         assert (one.loss, one.scores, one.moved, one.layers) == (other.loss, other.scores, other.moved, other.layers)

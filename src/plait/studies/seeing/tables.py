@@ -17,7 +17,7 @@ def markdown(results: Results) -> str:
     Args:
         results: As :meth:`plait.studies.encoders.Encoders.run` gives them.
     """
-    parts = [_claims, _costs, _main, _data, _shift, _align, _moving, _growth, _published, _layers]
+    parts = [_claims, _costs, _main, _data, _shift, _align, _moving, _growth, _published, _layers, _rates]
     return "\n\n".join(part(results) for part in parts) + "\n"
 
 
@@ -143,6 +143,16 @@ def _layers(results: Results) -> str:
         f"layers: mean distance of attention of the next block in pixels (uniform: {uniform:.1f}), and % right of a "
         f"linear layer on what so many blocks give; {_seeds(results)}"
     )
+    return f"{about}\n\n{table(rows)}"
+
+
+def _rates(results: Results) -> str:
+    lrs = list(dict.fromkeys(row["lr"] for row in results["rates"]))
+    rows = [["part", "encoder", *(f"{lr:g}" for lr in lrs)]]
+    for part, name in dict.fromkeys((row["part"], row["encoder"]) for row in results["rates"]):
+        mine = [row for row in results["rates"] if (row["part"], row["encoder"]) == (part, name)]
+        rows.append([part, name, *(f"{100 * row['score']:.0f}{' *' if row['taken'] else ''}" for row in mine)])
+    about = "learning rates: % with the seed that chooses, mean over tasks or R@1 (* taken)"
     return f"{about}\n\n{table(rows)}"
 
 

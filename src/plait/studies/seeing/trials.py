@@ -31,6 +31,9 @@ TASKS: tuple[str, ...] = (*QUESTIONS, "marks")
 _FIRST = 1_000_003
 """Seeds of pictures begin here, far from those of weights."""
 
+_TUNING = 10_000
+"""The seed with which learning rates are chosen."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -41,12 +44,14 @@ class Job:
         encoder: Which.
         seed: Of pictures and weights.
         pictures: Different training pictures; 0: every update has new ones.
+        lr: Peak learning rate; 0: not chosen yet.
     """
 
     part: Part
     encoder: EncoderName
     seed: int
     pictures: int = 0
+    lr: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +89,12 @@ def trial(study: Encoders, job: Job) -> Outcome:
         training = Training(
             steps=study.shift.steps if shifted else study.steps,
             batch=study.batch,
-            lr=study.lr,
+            lr=job.lr,
             pictures=job.pictures,
             region="left" if shifted else "anywhere",
         )
-        layers = {"start": _layers(study, student, first)} if job.part == "main" else {}
+        looked = job.part == "main" and job.seed != _TUNING
+        layers = {"start": _layers(study, student, first)} if looked else {}
         loss = train(student, training, generator=torch.Generator().manual_seed(first))
         tests = torch.Generator().manual_seed(first + 1)
         scores = ask(student, draw_scenes(study.rows, tests, region=training.region))
@@ -105,7 +111,7 @@ def _aligned(study: Encoders, job: Job) -> Outcome:
     begun, first = time.process_time(), _FIRST + 3 * job.seed
     torch.manual_seed(job.seed)
     pair = Pair(job.encoder)
-    training = Training(steps=study.align.steps, batch=study.align.batch, lr=study.lr)
+    training = Training(steps=study.align.steps, batch=study.align.batch, lr=job.lr)
     loss = align(pair, training, generator=torch.Generator().manual_seed(first))
     scores = aligned(pair, draw_scenes(study.align.rows, torch.Generator().manual_seed(first + 1)))
     return Outcome(job=job, loss=loss, cpu_s=time.process_time() - begun, scores=scores)
@@ -134,12 +140,44 @@ def jobs_of(study: Encoders) -> list[Job]:
     return found
 
 
+def tries_of(study: Encoders) -> list[Job]:
+    """Trainings that choose learning rates."""
+    several: tuple[tuple[Part, tuple[EncoderName, ...]], ...] = (("main", ENCODERS), ("align", study.align.encoders))
+    return [
+        Job(part=part, encoder=encoder, seed=_TUNING, lr=lr)
+        for part, encoders in several
+        for encoder in encoders
+        for lr in study.lrs
+    ]
+
+
+def chosen(tried: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Every rate that was tried, with its score, and whether it is the best of its encoder; ties go to the lower."""
+    found: list[dict[str, Any]] = []
+    for one in sorted(tried, key=lambda one: (one.job.part != "main", one.job.encoder, one.job.lr)):
+        # Of an alignment R@1 alone: CKA is high whatever was learned.
+        score = one.scores["r@1"] if one.job.part == "align" else sum(one.scores.values()) / len(one.scores)
+        score = score if math.isfinite(score) else 0.0
+        found.append({"part": one.job.part, "encoder": one.job.encoder, "lr": one.job.lr, "score": score})
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found:
+        known = best.setdefault((row["part"], row["encoder"]), row)
+        if row["score"] > known["score"]:
+            best[row["part"], row["encoder"]] = row
+    return [{**row, "taken": best[row["part"], row["encoder"]] is row} for row in found]
+
+
 def collect(study: Encoders, *, events: Events) -> dict[str, Any]:
     """All trainings, scored: plain data."""
     begun = time.monotonic()
+    run = partial(trial, study)
+    tried = list(finished(run, tries_of(study), workers=study.workers, events=events))
+    rates = chosen(tried)
+    rate = {(row["part"], row["encoder"]): row["lr"] for row in rates if row["taken"]}
     jobs = jobs_of(study)
+    wanted = [replace(j, lr=rate["align" if j.part == "align" else "main", j.encoder]) for j in jobs]
     done: dict[Job, Outcome] = {
-        outcome.job: outcome for outcome in finished(partial(trial, study), jobs, workers=study.workers, events=events)
+        replace(outcome.job, lr=0.0): outcome for outcome in finished(run, wanted, workers=study.workers, events=events)
     }
     for job in jobs:
         if not math.isfinite(done[job].loss):
@@ -153,6 +191,7 @@ def collect(study: Encoders, *, events: Events) -> dict[str, Any]:
         "growth": growing_costs(study.sizes),
         "moving": equivariances(),
         "chance": _chance(study),
+        "rates": rates,
         "scores": _scores(study, done),
         "layers": _of_layers(study, done),
         "uniform_distance": float(pixel_distances().mean()),
@@ -161,9 +200,9 @@ def collect(study: Encoders, *, events: Events) -> dict[str, Any]:
         **found,
         "findings": findings(found),
         "diverged": sum(not math.isfinite(outcome.loss) for outcome in done.values()),
-        "trained": len(done),
+        "trained": len(done) + len(tried),
         "seconds": round(time.monotonic() - begun, 1),
-        "cpu_seconds": round(sum(outcome.cpu_s for outcome in done.values()), 1),
+        "cpu_seconds": round(sum(outcome.cpu_s for outcome in (*tried, *done.values())), 1),
         "torch": str(torch.__version__),
     }
 
