@@ -23,6 +23,8 @@ STUDIES = {
     "transformer": "plait.studies.transformer:TransformerStudy",
     # Projections, queries and layers inside the decoder between the same frozen tower and decoder.
     "connectors": "plait.studies.connectors:ConnectorStudy",
+    # Four picture towers of equal operations: data, moves, details, the whole, alignment, layers.
+    "encoders": "plait.studies.encoders:Encoders",
 }
 """Name → settings that run."""
 
