@@ -98,6 +98,19 @@ class Dual:
             return torch.zeros(0, self.sizes.d_shared)
         return self.model.embed_text(rows(self.text.encoder(texts).float().to(self.model.log_scale.device)))
 
+    def check_hears(self, *, place: str) -> None:
+        """See that the model embeds sounds.
+
+        Raises:
+            DataError: It does not hear.
+        """
+        if self.audio is None:
+            raise DataError(
+                "this model embeds pictures and texts, it does not hear",
+                place=place,
+                remedy="train one with stages.pretrain.spoken",
+            )
+
     @torch.inference_mode()
     def embed_sounds(self, sounds: Sequence[Sound]) -> Tensor:
         """Unit vectors, ``sound d``.
@@ -110,12 +123,8 @@ class Dual:
         """
         if not sounds:
             return torch.zeros(0, self.sizes.d_shared)
-        if self.audio is None:
-            raise DataError(
-                "this model embeds pictures and texts, it does not hear",
-                place=sounds[0].place,
-                remedy="train one with stages.pretrain.spoken",
-            )
+        self.check_hears(place=sounds[0].place)
+        assert self.audio is not None
         device = self.model.log_scale.device
         found = [self.audio.encoder(self.audio.prepare(sound)) for sound in sounds]  # one by one: lengths differ
         parts = [Patches(values=one.values.float().to(device), grid=one.grid.to(device)) for one in found]

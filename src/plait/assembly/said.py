@@ -29,10 +29,12 @@ class _Sounds:
     Attributes:
         of_name: Digests of the sounds that say each name.
         unsaid: Names without a sound, by reason.
+        long: Takes that were left out because they take too long, of names that have others.
     """
 
     of_name: Mapping[str, tuple[str, ...]]
     unsaid: Counter[str]
+    long: int
 
 
 def say_names(
@@ -87,19 +89,20 @@ def _say_all(
     """Say the names of a split; what each sound is made of is put into ``made``, under its digest."""
     of_name: dict[str, tuple[str, ...]] = {}
     unsaid: Counter[str] = Counter()
+    long = 0
     for name in names:
+        if reason := refusal(name):
+            unsaid[reason] += 1
+            continue
         takes = [(name, voice, speed) for voice, speed in saying.takes_of(name, trained=trained)]
-        refs: list[MediaRef] = []
-        for take in takes:
-            ref = _say(take, most=saying.max_seconds)
-            if isinstance(ref, str):
-                unsaid[ref] += 1
-                break
-            refs.append(ref)
-        else:
-            made.update({ref.sha256: (ref, take) for ref, take in zip(refs, takes, strict=True)})
-            of_name[name] = tuple(ref.sha256 for ref in refs)
-    return _Sounds(of_name=of_name, unsaid=unsaid)
+        found = {take: ref for take in takes if (ref := _say(take, most=saying.max_seconds)) is not None}
+        if not found:
+            unsaid["too-long"] += 1
+            continue
+        long += len(takes) - len(found)
+        made.update({ref.sha256: (ref, take) for take, ref in found.items()})
+        of_name[name] = tuple(ref.sha256 for ref in found.values())
+    return _Sounds(of_name=of_name, unsaid=unsaid, long=long)
 
 
 def _with_sounds(pairs: Pairs, sounds: _Sounds, store: FeatureStore) -> Pairs:
@@ -113,15 +116,13 @@ def _with_sounds(pairs: Pairs, sounds: _Sounds, store: FeatureStore) -> Pairs:
     )
 
 
-def _say(take: tuple[str, str, int], *, most: float) -> MediaRef | str:
-    """The sound of a name by a voice at a speed, by its digest; or why there is none."""
+def _say(take: tuple[str, str, int], *, most: float) -> MediaRef | None:
+    """The sound of a name by a voice at a speed, by its digest; None if it takes too long."""
     name, voice, _ = take
-    if reason := refusal(name):
-        return reason
     data = _spoken(take)
     sound = decode_sound(data, place=name)
     if sound.seconds > most:
-        return "too-long"
+        return None
     sha256 = hashlib.sha256(data).hexdigest()
     return MediaRef(modality="audio", sha256=sha256, uri=f"{name!r}, {voice}", length=len(sound.samples))
 
@@ -137,7 +138,9 @@ def _tell(sounds: Mapping[str, _Sounds], refs: Sequence[MediaRef], events: Event
     seconds = sum(ref.length for ref in refs) / RATE
     text = f"{said:,} of {said + unsaid.total():,} names said aloud: {len(refs):,} sounds of {seconds:,.0f} s"
     text += f"; not said: {_reasons(unsaid)}" if unsaid else ""
-    events.note(text, sounds=len(refs), seconds=round(seconds, 1), unsaid=dict(unsaid))
+    long = sum(one.long for one in sounds.values())
+    text += f"; {long:,} further takes are left out, because they take too long" if long else ""
+    events.note(text, sounds=len(refs), seconds=round(seconds, 1), unsaid=dict(unsaid), long=long)
 
 
 def _reasons(unsaid: Counter[str]) -> str:

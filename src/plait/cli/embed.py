@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from plait.assembly.dual import Dual
     from plait.data.sounds import Sound
 
     Embedded = tuple[list[str], Tensor]
@@ -35,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="sounds (WAV), where the model was trained with `spoken`",
+        help="sounds (mono WAV, at the rate of the model's audio tower), where it was trained with `spoken`",
     )
     parser.add_argument(
         "--top", type=int, default=5, metavar="N", help="how many of the nearest are shown (default: 5)"
@@ -65,8 +67,10 @@ def main(args: argparse.Namespace, out: Out) -> int:
     folder = find_dual_folder(args.model, args.runs)
     refused: list[DataError] = []
     names, pictures = _opened(args.image, _picture, refused)
-    heard, sounds = _opened(args.sound, _sound, refused)
     dual = load_dual(folder, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if args.sound:
+        dual.check_hears(place=args.sound[0])
+    heard, sounds = _opened(args.sound, partial(_sound, dual=dual), refused)
     items: dict[str, Embedded] = {
         "image": (names, dual.embed_pictures(pictures).cpu()),
         "text": (args.text, dual.embed_texts(args.text).cpu()),
@@ -79,8 +83,9 @@ def main(args: argparse.Namespace, out: Out) -> int:
         _write(args.out, items, model=folder)
         counts = ", ".join(f"{len(items[kind][0])} {what}" for kind, what in _KINDS.items())
         out.line(f"{args.out}: {counts}; {dimension} numbers each")
-    faults = [fault.as_dict() for fault in refused]
-    out.result({"model": str(folder), "dimension": dimension, **_record(items), "refused": faults})
+    if out.json:  # cosines of all with all take memory
+        faults = [fault.as_dict() for fault in refused]
+        out.result({"model": str(folder), "dimension": dimension, **_record(items), "refused": faults})
     if refused:
         given = len(args.image) + len(args.sound)
         print(f"{len(refused)} of {given} files could not be read", file=sys.stderr)
@@ -130,7 +135,7 @@ def _opened(
     paths: Sequence[str], decode: Callable[[bytes, str], Opened], refused: list[DataError]
 ) -> tuple[list[str], list[Opened]]:
     """Those that can be read; what was wrong with the others is said at once, and put into ``refused``."""
-    from plait.data.media import MediaError, read_media
+    from plait.data.media import read_media
 
     names: list[str] = []
     found: list[Opened] = []
@@ -139,7 +144,7 @@ def _opened(
         try:
             found.append(decode(read_media(file, allowed_root=Path(file.anchor)), path))
             names.append(path)
-        except MediaError as fault:
+        except DataError as fault:
             refused.append(fault)
             print(f"left out: {fault}", file=sys.stderr)
     return names, found
@@ -151,10 +156,13 @@ def _picture(data: bytes, place: str) -> Image.Image:
     return decode_image(data, place=place)
 
 
-def _sound(data: bytes, place: str) -> Sound:
+def _sound(data: bytes, place: str, *, dual: Dual) -> Sound:
     from plait.data.sounds import decode_sound
 
-    return decode_sound(data, place=place)
+    sound = decode_sound(data, place=place)
+    if dual.audio is not None:  # another rate, or too long: of this one alone
+        dual.audio.prepare(sound)
+    return sound
 
 
 def _write(path: Path, items: Mapping[str, Embedded], *, model: Path) -> None:

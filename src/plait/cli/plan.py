@@ -47,14 +47,16 @@ def main(args: argparse.Namespace, out: Out) -> int:
     out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
     machine = plan.survey(args.runs, probe=not args.no_probe)
     stages = [("data", recipe.data), *recipe.stages.items()]
-    refused: PlaitError | None = None
-    try:
-        for _, stage in stages:
+    faults: list[PlaitError] = []
+    for _, stage in stages:
+        try:
             stage.check(machine)
-    except PlaitError as error:
-        refused = error
-        if isinstance(error, ConfigError) and not out.json:
-            raise  # a table of other parts than those that are meant would mislead
+        except PlaitError as error:
+            faults.append(error)
+    faults.sort(key=lambda fault: not isinstance(fault, ConfigError))  # a wrong setting before what is only missing
+    refused = faults[0] if faults else None
+    if isinstance(refused, ConfigError) and not out.json:
+        raise refused  # a table of other parts than those that are meant would mislead
     sums = plan.total(plan.estimate_all(stages, machine), machine)
     for line in describe(sums, machine):
         out.line(line)

@@ -85,10 +85,12 @@ def _announce(listener: socket.socket, name: str, key: Key, *, out: Out) -> None
     url = f"http://[{reach}]:{port}" if ":" in reach else f"http://{reach}:{port}"
     question = "What can you see?"
     data = _quoted({"model": name, "messages": [{"role": "user", "content": question}]})
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,PIXELS"}}
+    mark = "data:image/png;base64,"
+    picture = {"type": "image_url", "image_url": {"url": mark}}
     content = [picture, {"type": "text", "text": question}]
     seen = _quoted({"model": name, "messages": [{"role": "user", "content": content}]})
-    before, after = seen.split("PIXELS")
+    before, _, after = seen.rpartition(mark)  # the last of them: a name could hold it, too
+    before += mark
     if key.warning:
         _say(f"warning: {key.warning}")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:

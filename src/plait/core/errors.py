@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def pip_install(what: str) -> str:
     """
     python = Path(sys.executable)
     if shutil.which(python.name) == str(python):
-        return f"{python.name} -m pip install '{what}'"
-    short = os.path.relpath(python)
-    return f"{python if short.startswith(os.pardir) else short} -m pip install '{what}'"
+        called = python.name
+    else:
+        short = os.path.relpath(python)
+        called = str(python) if short.startswith(os.pardir) else short
+    return f"{shlex.quote(called)} -m pip install '{what}'"

@@ -145,7 +145,7 @@ def _places() -> tuple[str, Path]:
     except ImportError as error:
         raise ResourceError(
             "speaking texts needs the package espeakng-loader (10 MB, with espeak-ng inside)",
-            place="questions.spoken",
+            place="spoken",
             remedy=pip_install("plait[speech]"),
         ) from error
     return espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path())
@@ -214,7 +214,7 @@ def _resampled(samples: np.ndarray, rate: int) -> np.ndarray:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise ResourceError(
-            "speaking texts needs the package scipy", place="questions.spoken", remedy=pip_install("plait[speech]")
+            "speaking texts needs the package scipy", place="spoken", remedy=pip_install("plait[speech]")
         ) from error
     common = gcd(rate, RATE)
     return resample_poly(samples / 32768.0, RATE // common, rate // common)

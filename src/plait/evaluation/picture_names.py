@@ -11,7 +11,7 @@ from plait.assembly.pairs import Named, Pairs
 from plait.core.types import Score
 from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
-from plait.evaluation.space import LEAST, Vectors, space_scores
+from plait.evaluation.space import Vectors, space_scores
 from plait.evaluation.statistics import paired_difference
 from plait.models.dual import DualEncoder, rows
 
@@ -28,6 +28,33 @@ class RetrievalResult:
     def recall_at_1(self) -> float:
         """Share of pictures whose name came first."""
         return float((self.directions["image-to-text"].ranks <= 1).mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """Two modalities of one split in the shared space, one pair a row: what its shape is measured on.
+
+    Attributes:
+        name: Prefix of score names: ``space/<split>``, or ``space/<split>/<side>-audio``.
+        first: Unit vectors.
+        second: Unit vectors.
+        groups: Concept of each pair.
+        sides: What the two are.
+    """
+
+    name: str
+    first: Vectors
+    second: Vectors
+    groups: tuple[str, ...]
+    sides: tuple[str, str]
+
+    def scores(self, *, seed: int) -> list[Score]:
+        """All measures of :mod:`plait.evaluation.space`.
+
+        Raises:
+            DataError: There are too few concepts, or vectors that do not differ.
+        """
+        return space_scores(self.first, self.second, name=self.name, groups=self.groups, sides=self.sides, seed=seed)
 
 
 class NamedTask:
@@ -106,29 +133,22 @@ class RetrievalTask(NamedTask):
         return result
 
     @torch.no_grad()
-    def space(self, model: DualEncoder) -> list[Score]:
-        """The shape of the space (:mod:`plait.evaluation.space`): each picture and its own name, without dropout.
-
-        Names are ``space/<split>/<measure>``; of pictures and names with their sounds, where there are any,
-        ``space/<split>/image-audio/<measure>`` and ``space/<split>/text-audio/<measure>``.
-
-        Raises:
-            DataError: The split has too few concepts.
-        """
+    def halves(self, model: DualEncoder) -> list[Halves]:
+        """Each picture and its own name, without dropout; where there are sounds, each of both with its sound, too."""
         image, text = self._vectors(model)
         place = {name: number for number, name in enumerate(self.gallery.texts)}
         own = text[[place[name] for name in self.pairs.names]]
-        scores = space_scores(image, own, name=f"space/{self.name}", groups=self.pairs.concepts, seed=self.seed)
+        name, concepts = f"space/{self.name}", self.pairs.concepts
+        found = [Halves(name=name, first=image, second=own, groups=concepts, sides=("image", "text"))]
         if self.features.audio is None:
-            return scores
+            return found
         heard = [pair for pair, listed in enumerate(self.features.sounds_of) if listed]
-        groups = [self.pairs.concepts[pair] for pair in heard]
-        if len(set(groups)) >= LEAST:
-            sound = self._heard(model, self.features.audio[[self.features.sounds_of[pair][0] for pair in heard]])
-            for side, vectors in (("image", image), ("text", own)):
-                name, sides = f"space/{self.name}/{side}-audio", (side, "audio")
-                scores += space_scores(vectors[heard], sound, name=name, groups=groups, sides=sides, seed=self.seed)
-        return scores
+        groups = tuple(concepts[pair] for pair in heard)
+        sound = self._heard(model, self.features.audio[[self.features.sounds_of[pair][0] for pair in heard]])
+        for side, vectors in (("image", image[heard]), ("text", own[heard])):
+            of = f"{name}/{side}-audio"
+            found.append(Halves(name=of, first=vectors, second=sound, groups=groups, sides=(side, "audio")))
+        return found
 
     @staticmethod
     def _heard(model: DualEncoder, features: Float[torch.Tensor, "sound f"]) -> Float[np.ndarray, "sound d"]:

@@ -132,6 +132,7 @@ class Gallery:
         for text, concept in zip(texts, concepts, strict=True):
             named[known[concept], column[text]] = True
         self.correct: Bool[np.ndarray, "picture text"] = named[[known[concept] for concept in concepts]]
+        self._alike: Bool[np.ndarray, "text text"] = named.T @ named  # texts of one concept
         first = dict(zip(reversed(texts), reversed(concepts), strict=True))
         self._text_concepts = tuple(first[text] for text in self.texts)
 
@@ -164,7 +165,7 @@ class Gallery:
         """
         of_sound = tuple(self._text_concepts[column] for column in said)
         by_image: Bool[np.ndarray, "picture sound"] = self.correct[:, list(said)]
-        by_text = np.array([[text == sound for sound in of_sound] for text in self._text_concepts])
+        by_text: Bool[np.ndarray, "text sound"] = self._alike[:, list(said)]
         found: dict[str, Direction] = {}
         for name, scores, correct, owners in (
             ("image", images, by_image, self.concepts),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.core.errors import CheckpointError, DataError, UsageError
+from plait.core.errors import CheckpointError, DataError, PlaitError, UsageError
 from plait.core.events import Event, Events
 from plait.core.files import RUNS, find_model, find_run, find_stage, read_done
 
@@ -52,8 +52,8 @@ def find_model_folder(name: str, root: Path = RUNS) -> Path:
     try:
         return _model_of(_stages(run))
     except CheckpointError as error:
-        if older := _newest_with_model(run):
-            error.remedy += f"; {older.name} has a model: name it instead"
+        if other := _newest_with_model(run):
+            error.remedy += f"; {other.name} has a model: name it instead"
         raise
 
 
@@ -61,7 +61,7 @@ def _newest_with_model(beside: Path) -> Path | None:
     """The run that was made last, in the same folder, of those with a model."""
     runs = {path.parent for path in beside.parent.glob(f"*/{_RECIPE}") if not path.parent.is_symlink()}
     for run in sorted(runs - {beside}, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(PlaitError):  # what is wrong with a neighbor is not the fault that is told
             _model_of(_stages(run))
             return run
     return None

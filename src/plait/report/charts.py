@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait.core.errors import pip_install
 from plait.report.folder import RunFolder, number_of
 from plait.report.markup import Html, el, fold, join, number, table
 
 Figure = dict[str, Any]
 """``data`` and ``layout``, as plotly takes them."""
 
-MISSING = pip_install("plait[report]")
+MISSING = "pip install 'plait[report]'"
 """What brings plotly."""
 
 COLORS = ("var(--accent)", "var(--accent-2)", "var(--accent-3)", "var(--soft)")

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 TESTS = ("test-concept", "test-style", "test-both")
 """Splits that are scored, as far as the data stage made them."""
 
+WHISPER = "whisper-tiny-en"
+"""The packaged audio tower."""
+
 _HEADS_ONLY = ("d_hidden", "dropout")
 """Settings of a dual encoder's heads, which a Q-Former has not."""
 
@@ -40,18 +43,30 @@ _HEADS_ONLY = ("d_hidden", "dropout")
 class SpokenNames(Voices):
     """Names said aloud: sounds as a third modality of the space. Needs the extra `speech` (espeak-ng)."""
 
-    audio_tower: str = "whisper-tiny-en"
+    audio_tower: str = WHISPER
     """Frozen tower that hears: `whisper-tiny-en`, or a local Hugging Face folder of an audio family."""
-    window_s: float = Field(default=4.0, ge=0.0, le=30.0)
-    """Of Whisper: seconds it hears at once. 0 is the 30 of its training; less takes less time, and gives other
-    features."""
-    takes: int = Field(default=3, ge=1, le=100)
+    window_s: float = Field(default=0.0, ge=0.0, le=30.0)
+    """Of Whisper: seconds it hears at once; 4 of `whisper-tiny-en`, unless said otherwise. 0 is the 30 of its training;
+    less takes less time, and gives other features."""
+    takes: int = Field(default=3, ge=1)
     """In how many ways, each with its voice and speed, a name of training is said."""
     max_seconds: float = Field(default=4.0, gt=0.0, le=30.0)
-    """Names that take longer have no sound, and are counted."""
+    """What takes longer to say is left out, and counted."""
+
+    @classmethod
+    def derive(cls, given: Mapping[str, Any]) -> Mapping[tuple[str, ...], Derived]:
+        """Names are short: the packaged Whisper need not hear 30 s of silence behind each."""
+        packaged = given.get("audio_tower", WHISPER) == WHISPER
+        return {("window_s",): Derived(4.0, "audio_tower")} if packaged else {}
 
     @model_validator(mode="after")
     def _fits(self) -> SpokenNames:
+        ways = len({*self.voices}) * len({*self.speeds})
+        if self.takes > ways:
+            raise ValueError(
+                f"takes is {self.takes}: {len({*self.voices})} voices at {len({*self.speeds})} speeds are "
+                f"{ways}; give fewer takes, or more voices or speeds"
+            )
         if self.window_s and self.max_seconds > self.window_s:
             raise ValueError(
                 f"max_seconds is {self.max_seconds:g}, but window_s only {self.window_s:g}: raise window_s"
@@ -200,12 +215,14 @@ class Pretrain(Stage):
             find_tower(self.text_tower, TEXT_TOWER)
         if self.spoken is not None:
             from plait.data.speech import check_voice
+            from plait.stages.pretraining.needs import check_hearing
 
             with named_setting(f"stages.{self.kind}.spoken.audio_tower"):
-                find_audio_tower(self.spoken.audio_tower)
-            with named_setting(f"stages.{self.kind}.spoken.voices"):
-                for voice in (*self.spoken.voices, *self.spoken.test_voices):
-                    check_voice(voice)
+                check_hearing(find_audio_tower(self.spoken.audio_tower), window_s=self.spoken.window_s)
+            for name in ("voices", "test_voices"):
+                with named_setting(f"stages.{self.kind}.spoken.{name}"):
+                    for voice in getattr(self.spoken, name):
+                        check_voice(voice)
         if self.device not in ("auto", "cpu", machine.device):
             from plait.core.device import choose_device  # imports torch
 
@@ -286,7 +303,7 @@ class Pretrain(Stage):
         scores = [
             s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
         ]
-        scores += [*shapes(tasks, dual.model, events=events), *shape]
+        scores += [*shapes(tasks, dual.model, events=events, again=True), *shape]
         write_json(folder / "scores.json", [asdict(score) for score in scores])
         write_jsonl(
             folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]

@@ -107,6 +107,13 @@ class AttentionStudy(Study):
     wide: tuple[int, int, int] = (512, 196, 16)
     """Width, regions and words of a table of costs at the size of real towers."""
 
+    @model_validator(mode="after")
+    def _leaves(self) -> AttentionStudy:
+        cells = self.scenes.rows * self.scenes.columns
+        if self.deleted >= cells:
+            raise ValueError(f"deleted is {self.deleted}, a scene has {cells} regions: fewer have to go")
+        return self
+
     def collect(self, *, events: Events) -> dict[str, Any]:
         """Train and ask: see :meth:`Study.collect`."""
         from plait.studies.attending.trials import collect

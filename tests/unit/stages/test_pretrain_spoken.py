@@ -15,14 +15,16 @@ from tests.tiny_towers import TinyTowers
 
 from plait.assembly.dual import load_dual
 from plait.cli.main import main as plait
-from plait.core.errors import CheckpointError, DataError
+from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.estimate import Machine
 from plait.core.events import Event, Events
 from plait.core.files import read_json, read_jsonl
 from plait.data.sounds import decode_sound
-from plait.data.speech import speak
+from plait.data.speech import encode_wav, speak
 from plait.data.spoken import Saying
 from plait.stages.pretrain import Pretrain, SpokenNames
 
+MACHINE = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**35, gemm_fp32=1e11, gemm_bf16=1e11, measured=True)
 VIT = {"kind": "vit", "size": 16, "patch": 8, "d": 16, "depth": 1, "heads": 2}
 WAYS = tuple(f"{one}-to-{other}" for one, other in permutations(("image", "text", "audio"), 2))
 
@@ -41,7 +43,7 @@ def settings(tiny_folders: dict[str, Path], hears: str) -> dict[str, Any]:
     return {
         "image_tower": VIT,
         "text_tower": str(tiny_folders["text"]),
-        "spoken": {"audio_tower": hears, "window_s": 0, "takes": 2},
+        "spoken": {"audio_tower": hears, "takes": 2},
         "max_tokens": 16,
         "steps": 4,
         "batch_size": 8,
@@ -165,8 +167,56 @@ def test_takes_differ_and_test_voices_are_others() -> None:
 def test_settings_that_contradict_each_other_are_refused() -> None:
     for given, says in (
         ({"spoken": {"window_s": 2.0}}, "raise window_s"),
+        ({"spoken": {"takes": 16}}, "5 voices at 3 speeds are 15"),
         ({"spoken": {"test_voices": ["en"]}}, "must not be trained on: en"),
         ({"spoken": {}, "qformer": {}}, "here a Q-Former learns"),
     ):
         with pytest.raises(ValidationError, match=says):
             Pretrain.model_validate(given)
+
+
+def test_the_packaged_tower_hears_short_windows_and_others_their_own(hears: str) -> None:
+    assert SpokenNames().window_s == 4.0
+    assert SpokenNames(audio_tower=hears).window_s == 0.0
+    assert SpokenNames(window_s=10.0).window_s == 10.0
+
+
+@pytest.mark.parametrize("change", [{}, {"window_s": 5.0}, {"rate": 48_000}])
+def test_what_a_tower_cannot_hear_is_seen_before_anything_runs(
+    change: dict[str, Any], hears: str, settings: dict[str, Any]
+) -> None:
+    if "rate" in change:
+        path = Path(hears) / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sampling_rate": change["rate"]}))
+    window = {key: value for key, value in change.items() if key != "rate"}
+    stage = Pretrain.model_validate(settings | {"spoken": settings["spoken"] | window})
+    if not change:
+        stage.check(MACHINE)
+        return
+    says = "48,000 samples a second" if "rate" in change else "hears sounds of any length"
+    with pytest.raises(ConfigError, match=says):
+        stage.check(MACHINE)
+
+
+def test_takes_that_are_too_long_leave_the_others(data_stage: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    lengths = [len(decode_sound(speak("red apple", voice="en", speed=speed), place="").samples) for speed in (80, 450)]
+    most = sum(lengths) / 2 / 16_000
+    spoken = settings["spoken"] | {"voices": ["en"], "speeds": [80, 450], "max_seconds": round(most, 3)}
+    said = pretrain(data_stage, tmp_path / "run", settings | {"spoken": spoken})
+    (told,) = [text for text in said if "names said aloud" in text]
+    assert "further takes are left out, because they take too long" in told
+
+
+def test_a_sound_of_another_rate_is_left_out_alone(
+    data_stage: Path, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(data_stage, tmp_path / "run", settings)
+    good, other = tmp_path / "good.wav", tmp_path / "other.wav"
+    good.write_bytes(speak("red", voice="en-us", speed=160))
+    other.write_bytes(encode_wav(np.zeros(4000, np.int16), 44_100))
+    capsys.readouterr()
+    model = str(tmp_path / "run" / "checkpoints" / "000004")
+    assert plait(["embed", model, "--sound", str(good), str(other), "--text", "red", "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["sounds"] == [str(good)]
+    assert "44,100 samples a second" in found["refused"][0]["cause"]

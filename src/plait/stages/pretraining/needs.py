@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
+from plait.core.files import read_json
+from plait.data.speech import RATE
 from plait.stages.stage import named_setting
 from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from plait.models.specs import QFormerShape, ScratchImage
     from plait.stages.pretrain import Pretrain, SpokenNames
 
+_CONFIG, _EXTRACTOR = "config.json", "preprocessor_config.json"
 # Sizes of the default towers; tests compare them with the weights.
 IMAGE_WEIGHTS, TEXT_WEIGHTS = 4_652_008, 22_565_376
 IMAGE_WIDTH, TEXT_WIDTH = 1280, 384
@@ -53,6 +58,34 @@ def tower_account(spec: ScratchImage) -> Account:
 
     with named_setting("stages.pretrain.image_tower"):
         return account(lambda: build_tower(spec), spec.size)
+
+
+def check_hearing(folder: Path, *, window_s: float) -> None:
+    """See, from its files alone, that a tower hears what is said, and that a window fits it.
+
+    Args:
+        folder: Of the tower.
+        window_s: Seconds it is to hear at once; 0: its own.
+
+    Raises:
+        ConfigError: It takes another rate, or has no windows.
+    """
+    if not (folder / _CONFIG).is_file() or not (folder / _EXTRACTOR).is_file():
+        return  # the packaged one
+    kind, rate = (
+        read_json(folder / _CONFIG).get("model_type"),
+        read_json(folder / _EXTRACTOR).get("sampling_rate", RATE),
+    )
+    if rate != RATE:
+        raise ConfigError(
+            f"the tower takes {rate:,} samples a second, names are said at {RATE:,}",
+            remedy="take a tower for speech, such as whisper-tiny-en",
+        )
+    if window_s and kind != "whisper":
+        raise ConfigError(
+            f"window_s is {window_s:g}: a tower of kind {kind} hears sounds of any length",
+            remedy="leave spoken.window_s out",
+        )
 
 
 def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:

@@ -76,18 +76,27 @@ def show(
         events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})
 
 
-def shapes(tasks: Sequence[RetrievalTask], model: DualEncoder, *, events: Events) -> list[Score]:
-    """The shape of the space on each split, as far as it has one; an event says of which it has none, and why."""
+def shapes(tasks: Sequence[RetrievalTask], model: DualEncoder, *, events: Events, again: bool = False) -> list[Score]:
+    """The shape of the space on each split, as far as it has one; an event says of which it has none, and why.
+
+    Args:
+        tasks: One a split.
+        model: Whose space.
+        events: Told.
+        again: What there is too little of was said before.
+    """
     scores: list[Score] = []
     for task in tasks:
-        number = len(set(task.pairs.concepts))
-        if number < LEAST:
-            events.note(f"{task.name}: {number} concepts are too few to measure the shape of the space ({LEAST})")
-            continue
-        try:
-            scores += task.space(model)
-        except DataError as error:
-            events.warning(f"{task.name}: the shape of the space has no value: {error.cause}")
+        for halves in task.halves(model):
+            number, of = len(set(halves.groups)), "/".join(halves.name.split("/")[1:])
+            if number < LEAST:
+                if not again:
+                    events.note(f"{of}: {number} concepts are too few to measure the shape of the space ({LEAST})")
+                continue
+            try:
+                scores += halves.scores(seed=task.seed)
+            except DataError as error:
+                events.warning(f"{of}: the shape of the space has no value: {error.cause}")
     return scores
 
 

@@ -21,6 +21,10 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in [*parts, *_findings(results)] if part) + "\n"
 
 
+_BESIDE = ("late", "late-tower")
+"""Of arms that do not attend across, those whose cost the others are held against."""
+
+
 def _answers(results: Results) -> list[str]:
     found: list[str] = []
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -74,14 +78,24 @@ def _falls(results: Results) -> str:
 def _costs(results: Results) -> list[str]:
     found: list[str] = []
     for regions, words in dict.fromkeys((c["regions"], c["words"]) for c in results["costs"]):
-        chosen = [c for c in results["costs"] if c["regions"] == regions]
+        chosen = [c for c in results["costs"] if (c["regions"], c["words"]) == (regions, words)]
         rows = [[c["arm"], f"{c['width']}", f"{c['weights']:,}", f"{c['flops']:,}"] for c in chosen]
-        ratio = {r["arm"]: r["ratio"] for r in ratios(chosen)}
-        rows = [[*row, f"{ratio[row[0]]:.2f}" if row[0] in ratio else ""] for row in rows]
+        for beside in _BESIDE:
+            ratio = {r["arm"]: r["ratio"] for r in ratios(chosen, beside)}
+            rows = [[*row, f"{ratio[row[0]]:.2f}" if row[0] in ratio else ""] for row in rows]
         about = f"cost of one sample forward, {words} words and {regions} regions, encoders and head and all"
-        found.append(f"{about}\n\n{table([['arm', 'width', 'weights', 'FLOPs', 'by late'], *rows])}")
-    said = "supported" if all(r["ratio"] > 1 for r in ratios(results["costs"])) else "contradicted"
-    return [*found, f"S0-C14, cross-1, cross-2 and joint cost more than late at both sizes (counted): {said}"]
+        head = ["arm", "width", "weights", "FLOPs", *(f"by {beside}" for beside in _BESIDE)]
+        found.append(f"{about}\n\n{table([head, *rows])}")
+    for beside in _BESIDE:
+        counted = ratios(results["costs"], beside)
+        more = sum(r["ratio"] > 1 for r in counted)
+        if counted:
+            arms = ", ".join(dict.fromkeys(r["arm"] for r in counted))
+            said = "supported" if more == len(counted) else "in part" if more else "contradicted"
+            found.append(
+                f"S0-C14, {arms} cost more than {beside}, counted: {more} of {len(counted)} times, which is {said}"
+            )
+    return found
 
 
 def _rates(results: Results) -> str:

@@ -23,8 +23,8 @@ class Training:
         steps: Updates, at most.
         batch: Sequences an update.
         lr: Peak learning rate of AdamW without decay, after 5 % of warm-up.
-        until: Stop when the mean loss of ten updates is no more; the rate then stays at its peak, so that the number
-            of steps that are allowed does not change the way. Without it the rate falls to 0 on a cosine.
+        until: Stop when the mean loss of ten updates is no more; the rate then stays at its peak, so that
+            the steps allowed change only its warm-up, which is 5 % of them. Without it the rate falls to 0 on a cosine.
     """
 
     steps: int
