@@ -13,7 +13,7 @@ from plait.core.errors import ConfigError
 from plait.core.events import Event, Events
 from plait.core.files import read_json
 from plait.models.fusion.streams import Fused, Inputs, Stream
-from plait.studies.attending.findings import findings, verdict
+from plait.studies.attending.findings import findings
 from plait.studies.attending.maps import chosen, fall, gradient_map, look, pointing
 from plait.studies.attending.scenes import KINDS, LENGTH, REGIONS, WORDS, Kind, World, draw_world, left_graph
 from plait.studies.attending.students import (
@@ -33,6 +33,7 @@ from plait.studies.attending.tables import markdown
 from plait.studies.attending.training import Arm, mixed
 from plait.studies.attending.trials import Job, trial
 from plait.studies.attention import ArmName, AttentionStudy, Scenes
+from plait.studies.verdicts import verdict
 
 ROOT = Path(__file__).parents[3]
 ARMS: tuple[ArmName, ...] = AttentionStudy.model_fields["arms"].default

@@ -17,7 +17,7 @@ from plait.models import specs
 from plait.models.connectors.measure import connector_account
 from plait.models.multimodal import MultimodalLM
 from plait.studies.connecting import scenes, training
-from plait.studies.connecting.claims import above, enough
+from plait.studies.connecting.claims import enough
 from plait.studies.connecting.costs import LARGE, LLAVA, Size, cost, costs, prefill_flops, size_of
 from plait.studies.connecting.parts import (
     draws,
@@ -36,6 +36,7 @@ from plait.studies.connecting.scenes import IDS, Scene, Thing
 from plait.studies.connecting.tables import markdown
 from plait.studies.connecting.training import KINDS
 from plait.studies.connectors import Arm, ConnectorStudy, Kind, Language, Sight
+from plait.studies.verdicts import verdict
 
 ROOT = Path(__file__).parents[3]
 ARMS: tuple[Arm, ...] = ConnectorStudy.model_fields["arms"].default
@@ -275,7 +276,7 @@ def test_every_connector_gets_the_same_frozen_weights(decoder: Path) -> None:
 
 
 def test_verdicts_follow_from_intervals_by_rule() -> None:
-    assert [above(low, high) for low, high in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.1))] == [
+    assert [verdict(low, high) for low, high in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.1))] == [
         "supported",
         "contradicted",
         "not shown",

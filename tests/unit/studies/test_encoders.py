@@ -19,7 +19,7 @@ from plait.models.towers.vit import VisionTransformer
 from plait.studies.encoders import ENCODERS, Alignment, DataSizes, EncoderName, Encoders, Probes, Shift
 from plait.studies.seeing.advice import advised
 from plait.studies.seeing.aligning import WORDS, Pair, align, aligned, texts_of
-from plait.studies.seeing.findings import crossover, findings, front, judged, seeds_of, slope
+from plait.studies.seeing.findings import crossover, findings, front, seeds_of, slope
 from plait.studies.seeing.layers import READ, attention_distances, layer_scores, linear_probe, pixel_distances
 from plait.studies.seeing.moving import equivariances, moved_apart
 from plait.studies.seeing.scenes import CELL, COLORS, FINE, MOST, SIDE, SKIP, Scenes, draw_scenes
@@ -28,6 +28,7 @@ from plait.studies.seeing.tables import markdown
 from plait.studies.seeing.towers import GRID, block_macs, growing_costs, maps, published_costs, tower, tower_cost
 from plait.studies.seeing.training import Training, average_precision, loss_of, train
 from plait.studies.seeing.trials import TASKS, Job, Outcome, jobs_of, trial
+from plait.studies.verdicts import verdict
 
 ROOT = Path(__file__).parents[3]
 
@@ -279,13 +280,13 @@ def test_readers_are_the_same_for_all_towers() -> None:
 
 
 def test_verdicts_follow_from_intervals() -> None:
-    assert [judged(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (float("nan"), 1.0))] == [
+    assert [verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (float("nan"), 1.0))] == [
         "supported",
         "contradicted",
         "not shown",
         "not shown",
     ]
-    assert judged(-0.01, 0.1, limit=-0.02) == "supported"
+    assert verdict(-0.01, 0.1, limit=-0.02) == "supported"
     assert front({"a": (1.0, 0.0), "b": (1.0, 0.0), "c": (0.9, 0.0), "d": (0.0, 0.1)}) == ["a", "b", "d"]
     assert slope([250, 1000, 4000], [0.5, 0.6, 0.7]) == pytest.approx(0.05)
 

@@ -19,7 +19,6 @@ from plait.core.errors import ConfigError
 from plait.core.events import Event, Events
 from plait.core.files import read_done, read_json
 from plait.models.transformer import Block, TransformerSizes
-from plait.studies.stacking.findings import verdict
 from plait.studies.stacking.probes import (
     gradient_norms,
     head_distance,
@@ -47,6 +46,7 @@ from plait.studies.stacking.tasks import SKIP, Task
 from plait.studies.stacking.training import WINDOW, Training, accuracy, train
 from plait.studies.stacking.trials import Job, ablation_arms, beside, made, task_of, trial
 from plait.studies.transformer import Ablation, Distance, Heads, ReaderName, TransformerStudy
+from plait.studies.verdicts import verdict
 
 ROOT = Path(__file__).parents[3]
 READERS: tuple[ReaderName, ...] = ("transformer", "gru", "cnn", "dilated")
@@ -387,7 +387,7 @@ def test_how_specialized_heads_can_be(heads: int, questions: int, seed: int) -> 
 @settings(deadline=None, max_examples=50)
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(-1, 1))
 def test_verdicts_follow_from_intervals(low: float, breadth: float, against: float) -> None:
-    found = verdict(low, low + breadth, against=against)
+    found = verdict(low, low + breadth, limit=against)
     assert (found == "supported") == (low > against)
     assert (found == "contradicted") == (low + breadth < against)
 
@@ -414,7 +414,7 @@ def test_a_run_publishes_every_score_with_its_settings(ran: Ran) -> None:
     assert [one["arm"] for one in found["heads"]] == ["4"]
     assert {claim["row"] for claim in found["claims"]} == {"S3-C02", "S3-C04", "S3-C05"}
     for claim in found["claims"]:
-        assert claim["verdict"] == verdict(claim["low"], claim["high"], against=claim["against"])
+        assert claim["verdict"] == verdict(claim["low"], claim["high"], limit=claim["against"])
     beyond = [one for one in found["influence"] if one["hops"] is None]
     assert all(one["value"] == 0 for one in beyond)
     tables = (ran.folder / "results.md").read_text()

@@ -3,27 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from plait.evaluation.statistics import seeds_mean
 from plait.studies.attending.students import ATTENTION, OTHERS
+from plait.studies.verdicts import verdict
 
-Verdict = Literal["supported", "contradicted", "not shown"]
 Results = Mapping[str, Any]
 
 KINDS = ("attribute", "relation", "detail")
-
-
-def verdict(low: float, high: float) -> Verdict:
-    """Of a difference that the claim says is above 0, from its 95 % interval.
-
-    Example:
-        >>> verdict(0.1, 0.2), verdict(-0.2, -0.1), verdict(-0.1, 0.1)
-        ('supported', 'contradicted', 'not shown')
-    """
-    if low > 0:
-        return "supported"
-    return "contradicted" if high < 0 else "not shown"
 
 
 @dataclass(slots=True)

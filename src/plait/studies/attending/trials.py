@@ -18,7 +18,7 @@ from plait.studies.attending.scenes import KINDS, Kind, draw_world
 from plait.studies.attending.students import GRAPHS, Shape, Size, cost, shape_of, size_for, student
 from plait.studies.attending.training import Arm, Training, right, train
 from plait.studies.attention import ArmName, AttentionStudy
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 _FIRST = 2_000_003
 """Seeds of codes and samples begin here, far from those of weights."""
@@ -69,9 +69,8 @@ def kinds_of(arm: ArmName) -> tuple[Kind, ...]:
 
 def trial(study: AttentionStudy, job: Job) -> Outcome:
     """Train once and ask."""
-    begun, threads = time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    begun = time.process_time()
+    with one_thread():
         first = _FIRST + 3 * job.seed
         world, ends = draw_world(study.scenes, seed=first), shape_of(study.scenes)
         generator = torch.Generator().manual_seed(first + 1)
@@ -84,8 +83,6 @@ def trial(study: AttentionStudy, job: Job) -> Outcome:
         accuracy = {kind: right(arm, tests[kind], generator=generator) for kind in kinds}
         mapped = () if job.arm in GRAPHS else kinds
         looked = {kind: look(arm, tests[kind], deleted=study.deleted, generator=generator) for kind in mapped}
-    finally:
-        torch.set_num_threads(threads)
     return Outcome(
         job=job,
         loss=loss,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from plait.evaluation.statistics import seeds_mean
 from plait.studies.connectors import ConnectorStudy
+from plait.studies.verdicts import Verdict, verdict
 
-Verdict = Literal["supported", "contradicted", "not shown"]
 Rows = Sequence[Mapping[str, Any]]
 
 _PAIRS = (
@@ -26,16 +26,6 @@ _PAIRS = (
     ("gated", "qformer-4"),
 )
 """Ours less theirs."""
-
-
-def above(low: float, high: float) -> Verdict:
-    """Of "ours is better": by the side of 0 on which the whole interval lies.
-
-    Example:
-        >>> above(0.01, 0.05), above(-0.05, -0.01), above(-0.01, 0.05)
-        ('supported', 'contradicted', 'not shown')
-    """
-    return "supported" if low > 0 else "contradicted" if high < 0 else "not shown"
 
 
 def enough(low: float, high: float, *, margin: float) -> Verdict:
@@ -77,9 +67,9 @@ def _fewer(costs: Rows) -> list[dict[str, Any]]:
             continue
         for what, name in (("slots", "tokens in the decoder"), ("flops", "FLOPs of connector and prefill")):
             a, b = at[size, ours][what], at[size, theirs][what]
-            verdict: Verdict = "supported" if a < b else "contradicted"
+            said: Verdict = "supported" if a < b else "contradicted"
             about = f"{ours} has fewer {name} than {theirs}, {size}"
-            found.append(_claim("S2-C04", about, f"{b:,} -> {a:,} ({b / a:.2f}x fewer)", verdict=verdict))
+            found.append(_claim("S2-C04", about, f"{b:,} -> {a:,} ({b / a:.2f}x fewer)", verdict=said))
     return found
 
 
@@ -91,8 +81,8 @@ def _compared(study: ConnectorStudy, compared: Rows) -> list[dict[str, Any]]:
             one = at.get((ours, theirs, kind))
             if one is not None:
                 about = f"fewer tokens cost nothing on {kind}: {theirs} gains {_points(study.margin)} or less on {ours}"
-                verdict = enough(-one["high"], -one["low"], margin=study.margin)
-                found.append(_claim("S2-C04", about, _said(one), verdict=verdict))
+                said = enough(-one["high"], -one["low"], margin=study.margin)
+                found.append(_claim("S2-C04", about, _said(one), verdict=said))
     for ours, theirs, about in (
         ("mlp", "linear", "one layer is enough: two gain {} or less"),
         ("mlp-4", "mlp", "two layers are enough: four gain {} or less"),
@@ -100,13 +90,13 @@ def _compared(study: ConnectorStudy, compared: Rows) -> list[dict[str, Any]]:
     ):
         one = at.get((ours, theirs, "mean"))
         if one is not None:
-            verdict = enough(one["low"], one["high"], margin=study.margin)
-            found.append(_claim("S2-C05", about.format(_points(study.margin)), _said(one), verdict=verdict))
+            said = enough(one["low"], one["high"], margin=study.margin)
+            found.append(_claim("S2-C05", about.format(_points(study.margin)), _said(one), verdict=said))
     for kind in dict.fromkeys(one["kind"] for one in compared):
         one = at.get(("gated", "mlp-wide", kind))
         if one is not None:
             about = f"layers inside the decoder are better than a projection with as many weights: {kind}"
-            found.append(_claim("S2-C06", about, _said(one), verdict=above(one["low"], one["high"])))
+            found.append(_claim("S2-C06", about, _said(one), verdict=verdict(one["low"], one["high"])))
     return found
 
 

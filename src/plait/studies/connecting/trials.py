@@ -37,7 +37,7 @@ from plait.studies.connecting.parts import (
 from plait.studies.connecting.scenes import Question, Scene
 from plait.studies.connecting.training import KINDS
 from plait.studies.connectors import Arm, ConnectorStudy, Kind
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 _T = TypeVar("_T")
 Use = Literal["tune", "test"]
@@ -108,12 +108,8 @@ class Outcome:
 
 def _alone(call: Any, *given: Any) -> Any:
     """With one thread of torch, so that a training is the same in any process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return call(*given)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def prepare(study: ConnectorStudy, folder: Path, work: tuple[Literal["language", "sight"], int]) -> Prepared:

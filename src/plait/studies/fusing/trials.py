@@ -16,7 +16,7 @@ from plait.studies.fusing.students import cost, size_for, student
 from plait.studies.fusing.tasks import A, Signals, TaskName, draw_truth
 from plait.studies.fusing.training import Training, dropped_at, gradient_shares, right, train, with_noise
 from plait.studies.fusion import FusionName, FusionStudy, Norm
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 _FIRST = 1_000_003
 """Seeds of truths and samples begin here, far from those of weights."""
@@ -79,9 +79,8 @@ class Outcome:
 
 def trial(study: FusionStudy, job: Job) -> Outcome:
     """Train once and ask."""
-    begun, threads = time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    begun = time.process_time()
+    with one_thread():
         size = size_for(job.fusion, study.d, study.weights)
         setting, first = job.setting, _FIRST + 3 * job.seed
         truth = draw_truth(setting.task, study.d, signals(study, setting), seed=first)
@@ -97,8 +96,6 @@ def trial(study: FusionStudy, job: Job) -> Outcome:
         gradients["end"] = gradient_shares(model, test)[A]
         whole, alone = right(model, test), right(model, test, lost=True)
         accuracy = {rate: dropped_at(rate, draws, whole=whole, alone=alone) for rate in {0.0, *study.missing.drops}}
-    finally:
-        torch.set_num_threads(threads)
     return Outcome(
         job=job,
         loss=loss,

@@ -18,7 +18,7 @@ from plait.studies.placing.reader import Reader, Training, answers, train
 from plait.studies.placing.tasks import Task, grid_task, sequence_task
 from plait.studies.placing.topology import Topology, topology
 from plait.studies.positions import Positions
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 Family = Literal["sequence", "grid"]
 
@@ -57,9 +57,8 @@ def trial(study: Positions, work: tuple[Family, str, int]) -> Trial:
         work: Family, code and seed.
     """
     family, code, seed = work
-    begun, threads = time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    begun = time.process_time()
+    with one_thread():
         torch.manual_seed(seed)
         task, sides, steps, times = _setting(study, family)
         sizes = TransformerSizes(d=study.d, depth=study.depth, heads=study.heads, d_ff=2 * study.d)
@@ -71,8 +70,6 @@ def trial(study: Positions, work: tuple[Family, str, int]) -> Trial:
             for question, marks in answers(reader, larger, rows=study.rows, seed=_TEST_SEED).items():
                 right[factor, question] = (sum(marks) / len(marks), len(marks))
         found = _topology_of(reader, sides)
-    finally:
-        torch.set_num_threads(threads)
     return Trial(
         family=family,
         code=code,

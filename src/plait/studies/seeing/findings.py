@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from plait.evaluation.statistics import seeds_mean
 from plait.studies.fusing.variance import by_chance, fusion_share
 from plait.studies.seeing.advice import advised
+from plait.studies.verdicts import Verdict, verdict
 
-Verdict = Literal["supported", "contradicted", "not shown"]
 LOCAL, ACROSS = "marks", "far"
 """The task of details, and the one that needs what is at the other end of the picture."""
 ATTRIBUTE, RELATIONS = ("shape",), ("left", "same")
@@ -29,7 +29,7 @@ class Finding:
         low: Of its 95 % interval; that of a counted number is the number.
         high: Likewise.
         limit: What it has to exceed.
-        verdict: By :func:`judged`.
+        verdict: By :func:`~plait.studies.verdicts.verdict`.
     """
 
     claim: str
@@ -39,18 +39,6 @@ class Finding:
     high: float
     limit: float
     verdict: Verdict
-
-
-def judged(low: float, high: float, *, limit: float = 0.0) -> Verdict:
-    """Supported where the whole interval is above the limit, contradicted where it is below, else not shown.
-
-    Example:
-        >>> judged(0.01, 0.2), judged(-0.2, -0.01), judged(-0.1, 0.1)
-        ('supported', 'contradicted', 'not shown')
-    """
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "not shown"
-    return "supported" if low > limit else "contradicted" if high < limit else "not shown"
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -99,13 +87,13 @@ def _number(claim: str, says: str, values: Sequence[float], *, limit: float = 0.
         low=score.low,
         high=score.high,
         limit=limit,
-        verdict=judged(score.low, score.high, limit=limit),
+        verdict=verdict(score.low, score.high, limit=limit),
     )
 
 
 def _counted(claim: str, says: str, value: float, *, limit: float) -> Finding:
-    verdict = judged(value, value, limit=limit)
-    return Finding(claim=claim, says=says, value=value, low=value, high=value, limit=limit, verdict=verdict)
+    said = verdict(value, value, limit=limit)
+    return Finding(claim=claim, says=says, value=value, low=value, high=value, limit=limit, verdict=said)
 
 
 def _questions(results: Mapping[str, Any]) -> list[Finding]:
@@ -142,7 +130,7 @@ def _choice(results: Mapping[str, Any]) -> list[Finding]:
             low=score.low,
             high=score.high,
             limit=limit,
-            verdict=judged(score.low, score.high, limit=limit),
+            verdict=verdict(score.low, score.high, limit=limit),
         )
     ]
 

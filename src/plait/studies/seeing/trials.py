@@ -22,7 +22,7 @@ from plait.studies.seeing.scenes import QUESTIONS, SIDE, draw_scenes
 from plait.studies.seeing.students import Student
 from plait.studies.seeing.towers import growing_costs, published_costs, tower_cost
 from plait.studies.seeing.training import Training, ask, train
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 Part = Literal["main", "data", "shift", "align"]
 TASKS: tuple[str, ...] = (*QUESTIONS, "marks")
@@ -77,9 +77,8 @@ class Outcome:
 
 def trial(study: Encoders, job: Job) -> Outcome:
     """Train once and ask."""
-    begun, threads = time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    begun = time.process_time()
+    with one_thread():
         if job.part == "align":
             return _aligned(study, job)
         first = _FIRST + 3 * job.seed
@@ -101,8 +100,6 @@ def trial(study: Encoders, job: Job) -> Outcome:
         moved = ask(student, draw_scenes(study.rows, tests, region="right")) if shifted else {}
         if layers:
             layers["end"] = _layers(study, student, first)
-    finally:
-        torch.set_num_threads(threads)
     cpu_s = time.process_time() - begun
     return Outcome(job=job, loss=loss, cpu_s=cpu_s, scores=scores, moved=moved, layers=layers)
 
@@ -209,9 +206,7 @@ def collect(study: Encoders, *, events: Events) -> dict[str, Any]:
 
 def _latency() -> list[dict[str, Any]]:
     """Milliseconds of one picture through each student, on one thread, all in turn; these depend on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         students = {name: Student(name).eval() for name in ENCODERS}
         picture = torch.rand(1, 3, SIDE, SIDE)
 
@@ -220,8 +215,6 @@ def _latency() -> list[dict[str, Any]]:
                 students[name](picture)
 
         times = interleaved({name: partial(call, name) for name in ENCODERS}, seconds=2.0, rounds=50)
-    finally:
-        torch.set_num_threads(threads)
     return [{"encoder": name, "ms": 1e3 * found.median, "rounds": found.rounds} for name, found in times.items()]
 
 

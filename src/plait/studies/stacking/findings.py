@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from plait.evaluation.statistics import seeds_mean
 from plait.studies.stacking.probes import specialization
+from plait.studies.verdicts import verdict
 
 Results = Mapping[str, Any]
-Verdict = Literal["supported", "contradicted", "not shown"]
 Claim = dict[str, Any]
 
 ALIKE = 0.05
@@ -18,18 +18,6 @@ MOST = 0.5
 """Of a question: heads have divided the work if one of them answers more."""
 
 
-def verdict(low: float, high: float, *, against: float = 0.0) -> Verdict:
-    """Of an interval of what the claim says is greater than a number.
-
-    Example:
-        >>> verdict(0.1, 0.3), verdict(-0.3, -0.1), verdict(-0.1, 0.1), verdict(0.0, 0.0)
-        ('supported', 'contradicted', 'not shown', 'not shown')
-    """
-    if low > against:
-        return "supported"
-    return "contradicted" if high < against else "not shown"
-
-
 def claims(results: Results) -> list[Claim]:
     """All claims, with what they were tried by."""
     return [*_distance(results), *_ablation(results), *_several(results)]
@@ -37,7 +25,7 @@ def claims(results: Results) -> list[Claim]:
 
 def _claim(row: str, name: str, values: Sequence[float], *, unit: str, against: float = 0.0) -> Claim:
     score = seeds_mean(values, name=name, rule="paired by seed")
-    found = verdict(score.low, score.high, against=against)
+    found = verdict(score.low, score.high, limit=against)
     return {"row": row, **asdict(score), "unit": unit, "against": against, "seeds": list(values), "verdict": found}
 
 

@@ -27,7 +27,7 @@ from plait.studies.stacking.students import (
 from plait.studies.stacking.tasks import SKIP, Task
 from plait.studies.stacking.training import Training, accuracy, train
 from plait.studies.transformer import NormPlace, ReaderName, TransformerStudy
-from plait.studies.workers import finished
+from plait.studies.workers import finished, one_thread
 
 Part = Literal["copy", "keep", "ablation", "three", "one"]
 
@@ -119,9 +119,8 @@ def beside(study: TransformerStudy, task: Task) -> Beside:
 
 def trial(study: TransformerStudy, job: Job) -> Outcome:
     """Train once and ask."""
-    begun, threads = time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    begun = time.process_time()
+    with one_thread():
         task, first = task_of(study, job), _FIRST + 2 * job.seed
         model = made(study, job)
         test = torch.Generator().manual_seed(first + 1)
@@ -141,8 +140,6 @@ def trial(study: TransformerStudy, job: Job) -> Outcome:
                 "end": _heads(model, task, job, rows=study.rows, seed=first + 1),
                 "without": without_heads(model, batch),
             }
-    finally:
-        torch.set_num_threads(threads)
     return Outcome(
         job=job, loss=done.loss, steps=done.steps, cpu_s=time.process_time() - begun, accuracy=shares, heads=heads
     )
