@@ -243,7 +243,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["folder"].endswith("positions-0002")
     assert main(["study", "positions", "sequence.step=1", "--runs", str(tmp_path)]) == 3
     assert "sequence.steps" in capsys.readouterr().err
-    assert main(["study", "encoders"]) == 2
+    assert main(["study", "no-such-study"]) == 2
 
 
 # --- what was published ----------------------------------------------------------------------------------------------
