@@ -30,7 +30,7 @@ VERBS: dict[str, str] = {
     "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
     "advise": "say which encoder: from costs counted, speed measured on this machine, and published evidence",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",
-    "study": "try claims of the field on small models: position codes, fusions of modalities",
+    "study": "try claims of the field on small models: positions, fusion, attention, connectors, encoders",
     "rows": "show which rows of the requirements checklist have tests (in a source checkout)",
     "completion": "print a completion script for bash, zsh or fish",
 }

@@ -6,7 +6,9 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from plait.cli.output import Out
 
@@ -44,10 +46,21 @@ def closing(run: Path, out: Out, *, lines: bool = True) -> int:
             out.line(line)
     out.line(f"run folder  {result['run']}")
     out.line(f"report      {result['run']}/report.html")
-    if any((stage["kind"], stage["state"]) == ("tune", "done") for stage in result["stages"]):
+    made = {stage["kind"]: stage for stage in result["stages"] if stage["state"] == "done"}
+    if "tune" in made:
         out.line(f"ask it      {_command()} chat {result['run']} --image PICTURE")
+    elif "pretrain" in made and _is_dual(run, made["pretrain"]):
+        out.line(f"compare     {_command()} embed {result['run']} --image PICTURE --text TEXT ...")
     out.result(result)
     return 0
+
+
+def _is_dual(run: Path, stage: Mapping[str, Any]) -> bool:
+    """Whether a pretrain stage made a dual encoder; a Q-Former embeds nothing by itself."""
+    from plait.core.files import read_json
+
+    record = run / stage["folder"] / str(stage["summary"].get("checkpoint")) / "plait.json"
+    return record.is_file() and read_json(record).get("kind") == "dual"
 
 
 def _command() -> str:

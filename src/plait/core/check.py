@@ -178,6 +178,8 @@ class Check:
             place = _places(node.value, problem) or place
         if not keys:
             return Fault(keys, problem, place, "change the settings it names")
+        if kind in ("value_error", "assertion_error") and isinstance(node.value, dict):  # of settings that it names
+            return Fault(keys, f"{path}: {problem}", place, _see(path))
         return Fault(keys, f"{path}: {problem}, came {came(error['input'])}", place, _see(path))
 
     def _wrong_kind(self, schema: Schema, node: Node, keys: Keys, *, tag: str) -> Fault:

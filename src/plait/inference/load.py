@@ -167,5 +167,6 @@ def _model_of(stages: list[Path]) -> Path:
         raise CheckpointError(
             f"no finished stage here made a multimodal model; there is {', '.join(states) or 'no stage'}",
             place=str(stages[0].parent) if stages else "",
-            remedy="let the run get past 'tune' (`plait resume`), or give the folder of a checkpoint",
+            remedy="let the run get past 'tune' (`plait resume`), or give the folder of a checkpoint"
+            + ("; `plait embed` takes what 'pretrain' made" if any("pretrain" in f.name for f in finished) else ""),
         ) from error

@@ -69,7 +69,8 @@ class SpokenNames(Voices):
             )
         if self.window_s and self.max_seconds > self.window_s:
             raise ValueError(
-                f"max_seconds is {self.max_seconds:g}, but window_s only {self.window_s:g}: raise window_s"
+                f"max_seconds is {self.max_seconds:g}, but window_s only {self.window_s:g}: "
+                "raise window_s or lower max_seconds"
             )
         return self
 

@@ -35,6 +35,8 @@ def enough(low: float, high: float, *, margin: float) -> Verdict:
         >>> [enough(low, high, margin=0.02) for low, high in ((-0.1, 0.01), (0.03, 0.06), (0.01, 0.03))]
         ['supported', 'contradicted', 'not shown']
     """
+    if low == high:  # all seeds alike to the last question: nothing was learned, or nothing is left to gain
+        return "not shown"
     return "supported" if high <= margin else "contradicted" if low > margin else "not shown"
 
 
