@@ -114,7 +114,8 @@ class RetrievalTask(NamedTask):
         self.features = pairs
         row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
         self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
-        said = {text: listed[0] for text, listed in zip(pairs.names, pairs.sounds_of, strict=False) if listed}
+        sounds_of = pairs.sounds_of or ((),) * len(pairs.names)  # none at all where nothing was said
+        said = {text: listed[0] for text, listed in zip(pairs.names, sounds_of, strict=True) if listed}
         self._said = [number for number, text in enumerate(self.gallery.texts) if text in said]
         self._sounds = [said[self.gallery.texts[number]] for number in self._said]
 

@@ -74,6 +74,8 @@ def test_pictures_texts_and_sounds_find_each_other_and_a_kill_changes_nothing(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     said = pretrain(data_stage, whole, settings)
     assert any(text.startswith("48 of 48 names said aloud: 84 sounds of ") for text in said)  # 36 twice, 12 once
+    (told,) = [text for text in said if "a name said aloud finds its picture first" in text]
+    assert told.count("chance 8.33%") == 3  # 1 of 12, of pictures, and of sounds both ways
     scores = {score["name"]: score for score in read_json(whole / "scores.json")}
     for way in WAYS:
         found, chance = (scores[f"retrieval/test-concept/{way}/R@1{end}"] for end in ("", "/chance"))

@@ -136,12 +136,12 @@ def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str,
 
 def _heard(named: Mapping[str, Score], split: str) -> str:
     """How often a name that is said aloud finds its picture and its text, where the model hears."""
-    found = {way: named.get(f"retrieval/{split}/audio-to-{way}/R@1") for way in ("image", "text")}
-    said = [
-        f"its {'picture' if way == 'image' else 'text'} first for {one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
-        for way, one in found.items()
-        if one is not None
-    ]
+    said: list[str] = []
+    for way, what in (("image", "picture"), ("text", "text")):
+        key = f"retrieval/{split}/audio-to-{way}/R@1"
+        if key in named:
+            one, chance = named[key], named[f"{key}/chance"].value
+            said.append(f"its {what} first for {one.value:.1%} ({one.low:.1%} to {one.high:.1%}; chance {chance:.2%})")
     return f"; a name said aloud finds {', '.join(said)}" if said else ""
 
 
