@@ -15,7 +15,7 @@ from plait.core.events import Events
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef, Modality, Sample
 from plait.data.augment.views import View
-from plait.data.features import FeatureStore, cached_features
+from plait.data.features import FeatureStore, FreshFeatures, cached_features
 from plait.data.shards import ShardReader
 
 Choice = Callable[[str, Sequence[Sample]], Sequence[Sample]]
@@ -55,7 +55,7 @@ def read_questions(
     image: ImageTower,
     *,
     choose: Choice,
-    cache: Path,
+    cache: Path | None,
     events: Events,
     views: Sequence[View] = (),
     audio: AudioTower | None = None,
@@ -67,7 +67,7 @@ def read_questions(
         splits: Which splits, without prefix; the first must be there.
         image: Tower that encodes.
         choose: Which questions of a split are kept.
-        cache: Folder of feature caches.
+        cache: Folder of feature caches; None encodes anew whenever features are asked for.
         events: Told progress.
         views: Further views of each picture of the *first* split; a cache each.
         audio: Tower that encodes sounds.
@@ -104,6 +104,9 @@ def read_questions(
         def encode(
             tower: ImageTower | AudioTower, media: Sequence[MediaRef], *, prepare: Prepare, key: str
         ) -> FeatureStore:
+            if cache is None:
+                again = ShardReader(shards, PREFIX + splits[0])  # open as long as features are asked for
+                return FreshFeatures(media, read=again.media, prepare=prepare, encoder=tower.encoder)
             return cached_features(
                 media,
                 read=reader.media,

@@ -17,19 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from plait.core.errors import DataError, NumericsError, PlaitError, ResourceError, UsageError
+from plait.core.errors import DataError, PlaitError, ResourceError, UsageError
 from plait.core.events import Events
 from plait.core.files import lock, read_json, sha256_file, write_atomic
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
-from plait.data.media import STORED, decode_image
-from plait.data.sounds import Sound, decode_sound
-from plait.data.videos import Video, open_video
+from plait.data.encode import encode_media
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -37,6 +34,7 @@ _BATCH = 16
 _FEW = 64  # below so many items the times say nothing about what the cache saves
 _PATIENCE_S = 7200.0  # another run may be encoding very many pictures
 _LOOK_EVERY_S = 0.5
+_ONE = "fit pictures into a square or at their own resolution; tiles are for models with a decoder"
 _PROBE = 256  # items read back to measure how long an epoch's reading takes
 
 
@@ -134,7 +132,7 @@ class FeatureStore:
             raise DataError(
                 f"the picture is {len(self._items[name][1])} items (grid {self._items[name][1]}), one is read here",
                 place=f"picture {name[:12]}",
-                remedy="fit pictures into a square or at their own resolution; tiles are for models with a decoder",
+                remedy=_ONE,
             )
         return found
 
@@ -151,6 +149,76 @@ class FeatureStore:
             stop = start + sum(frames * rows * columns for frames, rows, columns in grid)
             self._items[sha256] = (values[start:stop], grid)
             start = stop
+
+
+class FreshFeatures(FeatureStore):
+    """Features that are computed anew each time they are asked for: nothing is kept, on disk or in memory.
+
+    What comes is bit for bit what :func:`cached_features` keeps, if the encoder gives the same for a picture whatever
+    stands beside it in a batch.
+
+    Args:
+        media: All that may be asked for; equal bytes are one.
+        read: As in :func:`cached_features`.
+        prepare: As there.
+        encoder: As there.
+    """
+
+    def __init__(
+        self,
+        media: Sequence[MediaRef],
+        *,
+        read: Callable[[MediaRef], bytes],
+        prepare: Callable[[Any], Patches],
+        encoder: Encoder,
+    ) -> None:
+        super().__init__(encoder.d_out, torch.float16)
+        self._refs = {ref.sha256: ref for ref in media}
+        self._read, self._prepare, self._encoder = read, prepare, encoder
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._refs
+
+    def __call__(self, sha256s: Sequence[str]) -> Patches:
+        """Features of media, encoded now; each once, however often it is named.
+
+        Raises:
+            DataError: A medium is unknown, or cannot be read or decoded.
+            NumericsError: A feature is not finite in 16 bits.
+        """
+        if missing := [s for s in sha256s if s not in self._refs]:
+            raise DataError(
+                f"{len(missing)} of {len(sha256s)} items are unknown; the first is {missing[0][:12]}",
+                place="features",
+                remedy="hand all media of the run over at the start",
+            )
+        once = list(dict.fromkeys(sha256s))
+        now = FeatureStore(self.d_out, self.dtype)
+        if not once:
+            return now([])
+        values, grids = encode_media(
+            [self._refs[s] for s in once], read=self._read, prepare=self._prepare, encoder=self._encoder
+        )
+        now.add(values, [(s, *grid) for s, grid in zip(once, grids, strict=True)])
+        return now(sha256s)
+
+    def one_each(self, sha256s: Sequence[str]) -> Patches:
+        """As of a cache.
+
+        Raises:
+            DataError: As :meth:`__call__`, or a picture is several items.
+        """
+        found = self(sha256s)
+        if len(found.grid) != len(sha256s):
+            raise DataError(
+                f"{len(sha256s)} pictures are {len(found.grid)} items, one each is read here",
+                place="features",
+                remedy=_ONE,
+            )
+        return found
 
 
 def cached_features(
@@ -198,7 +266,7 @@ def cached_features(
         for start in range(0, len(missing), chunk_items):
             refs = missing[start : start + chunk_items]
             at = time.perf_counter()
-            values, grids = _encode(refs, read=read, prepare=prepare, encoder=encoder)
+            values, grids = encode_media(refs, read=read, prepare=prepare, encoder=encoder)
             pictures = [(ref.sha256, *grid) for ref, grid in zip(refs, grids, strict=True)]
             cache.append(values, pictures, time.perf_counter() - at)
             done = start + len(refs)
@@ -238,68 +306,6 @@ def _held(place: Path, events: Events) -> Generator[None]:
                 events.progress("features: waiting for another run", 0, 0, waited_s=round(waited))
                 time.sleep(_LOOK_EVERY_S)
         yield
-
-
-def _encode(
-    refs: Sequence[MediaRef],
-    *,
-    read: Callable[[MediaRef], bytes],
-    prepare: Callable[[Any], Patches],
-    encoder: Encoder,
-) -> tuple[Tensor, list[list[int]]]:
-    """Features of the pictures, and of each the grid of its items, one after the other."""
-    values: list[Tensor] = []
-    grids: list[list[int]] = []
-    for start in range(0, len(refs), _BATCH):
-        batch = refs[start : start + _BATCH]
-        prepared = [prepare(_decoded(ref, _bytes(ref, read))) for ref in batch]
-        raw = Patches(values=torch.cat([p.values for p in prepared]), grid=torch.cat([p.grid for p in prepared]))
-        with torch.inference_mode():
-            features = encoder(raw)
-        expected = encoder.grid_out(raw.grid)
-        if not features.grid.equal(expected) or len(features.values) != int(expected.prod(1).sum()):
-            raise DataError(
-                f"the encoder put out {len(features.values)} rows for a grid of {expected.prod(1).sum()}",
-                place=f"{batch[0].uri} and {len(batch) - 1} more",
-                remedy="mend the encoder's grid_out",
-            )
-        kept = _in_16_bits(features.values)
-        if not kept.isfinite().all():
-            bad = kept.isfinite().all(1).logical_not().nonzero()[0, 0]
-            ends = expected.prod(1).cumsum(0)[torch.tensor([len(p.grid) for p in prepared]).cumsum(0) - 1]
-            picture = int((ends <= bad).sum())
-            raise NumericsError(
-                f"features are not finite in {kept.dtype}; the encoder's largest is {features.values.abs().max():.3g}",
-                place=batch[picture].uri,
-                remedy="run the encoder in bfloat16 if they are merely large; else look at the picture and the weights",
-            )
-        values.append(kept)
-        grids += [part.flatten().tolist() for part in expected.split([len(p.grid) for p in prepared])]
-    return torch.cat(values), grids
-
-
-def _decoded(ref: MediaRef, data: bytes) -> Image.Image | Sound | Video:
-    if ref.modality == "audio":
-        return decode_sound(data, place=ref.uri)
-    if ref.modality == "video":
-        return open_video(data, place=ref.uri)
-    return decode_image(data, place=ref.uri, limits=STORED)
-
-
-def _bytes(ref: MediaRef, read: Callable[[MediaRef], bytes]) -> bytes:
-    data = read(ref)
-    found = hashlib.sha256(data).hexdigest()
-    if found != ref.sha256:
-        raise DataError(
-            f"{len(data):,} bytes with sha256 {found[:12]}, expected {ref.sha256[:12]}: not what it was",
-            place=ref.uri,
-            remedy="make the data stage again",
-        )
-    return data
-
-
-def _in_16_bits(values: Tensor) -> Tensor:
-    return values if values.dtype in (torch.bfloat16, torch.float16) else values.to(torch.float16)
 
 
 def _read_time(store: FeatureStore, sha256s: list[str]) -> float:

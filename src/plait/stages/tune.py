@@ -129,6 +129,9 @@ class Tune(Stage):
     """What turns the audio tower's features into what the decoder reads."""
     views: int = Field(default=4, ge=0)
     """Changed copies of each training picture (color, outline, angle, size), encoded and kept like the picture."""
+    cache: bool = True
+    """Keep the features of pictures (and of their views) and of sounds, so that each is encoded once; how soon that
+    pays is said when the cache is filled. Without, the towers run in every step."""
     decoder: str | NewDecoder = "smollm2"
     """Language model: `smollm2`; a local Hugging Face folder with a chat template; or one from scratch, such as
     `{kind: new, model_type: qwen2, d: 256}`, which is then trained as a whole."""

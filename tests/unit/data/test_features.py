@@ -24,7 +24,7 @@ from plait.core.files import lock
 from plait.core.tensors import Patches
 from plait.core.types import MediaRef
 from plait.data import features
-from plait.data.features import Fill, cached_features
+from plait.data.features import Fill, FreshFeatures, cached_features
 from plait.data.media import encode_png
 
 
@@ -104,6 +104,26 @@ def test_what_comes_out_is_what_the_encoder_gives(tmp_path_factory, count, chunk
     assert out.values.dtype == torch.bfloat16
     assert out.grid.tolist() == [p.grid[0].tolist() for p in parts]
     assert out.values.equal(torch.cat([p.values for p in parts]) if parts else torch.zeros(0, 3).bfloat16())
+
+
+@pytest.mark.row("S4-64")
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 9), order=st.lists(st.integers(0, 8), max_size=8))
+def test_encoded_anew_each_time_they_are_what_the_cache_keeps(tmp_path_factory, count, order):
+    album = Album(count)
+    store = fill(album, tmp_path_factory.mktemp("cache"), Halver())
+    fresh = FreshFeatures(album.refs, read=album.read, prepare=prepare, encoder=(again := Halver()))
+    wanted = [album.refs[i % count].sha256 for i in order]
+    for _ in range(2):
+        kept, now = store(wanted), fresh(wanted)
+        assert now.values.equal(kept.values)
+        assert now.grid.equal(kept.grid)
+    assert again.seen == 2 * len(set(wanted))  # each once a call
+    assert len(fresh) == count
+    assert album.refs[0].sha256 in fresh
+    assert fresh.one_each(wanted).values.equal(kept.values)
+    with pytest.raises(DataError, match="1 of 1 items are unknown"):
+        fresh(["0" * 64])
 
 
 def test_pictures_as_large_as_the_data_stage_may_be_told_to_take_are_encoded(tmp_path):

@@ -151,6 +151,16 @@ def test_all_files_are_there_and_the_sealed_model_gives_the_answers_shown_last(
     assert_each_learned_in_its_phase(folder)
 
 
+@pytest.mark.row("S4-64")
+def test_without_a_cache_it_learns_the_same(data_stage: Path, tiny_folders: Folders) -> None:
+    cached = tune(data_stage, spec(tiny_folders))
+    fresh = tune(data_stage, spec(tiny_folders, cache=False), "02-fresh")
+    kept = weights(cached)
+    assert {
+        name for name, weight in weights(fresh).items() if not torch.allclose(weight, kept[name], atol=1e-6)
+    } == set()
+
+
 def test_a_connector_with_a_rate_learns_on_in_the_last_phase(data_stage: Path, tiny_folders: Folders) -> None:
     adapt = {"steps": 3, "rank": 2, "targets": ["q_proj"], "lr_connector": 1e-3}
     folder = tune(data_stage, spec(tiny_folders, adapt=adapt))

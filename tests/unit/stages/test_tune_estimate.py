@@ -73,6 +73,12 @@ def test_more_of_anything_costs_more() -> None:
     assert Tune().estimate(MACHINE, {}).params_trainable == base.params_trainable
 
 
+def test_without_a_cache_the_tower_runs_in_every_step_and_nothing_is_kept() -> None:
+    cached, fresh = (needs.estimate(Tune(cache=cache), MACHINE, {"data": DATA}) for cache in (True, False))
+    assert fresh.flops > cached.flops
+    assert cached.home_bytes > fresh.home_bytes == 0
+
+
 def test_the_tower_is_the_real_one() -> None:
     from plait.models.towers.convnet import EfficientNetLite
 

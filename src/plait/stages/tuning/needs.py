@@ -62,7 +62,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
 
     known = before["data"].samples if "data" in before else {}
     train = known.get("train", 0)
-    pictures = train * (1 + spec.views) + round(train * _CANVASES) * 2
+    kept = train * (1 + spec.views) + round(train * _CANVASES) * 2
+    pictures = kept if spec.cache else _encoded_anew(spec)
     picture, shape = _picture(spec, before), _shape(spec)
     with named_setting(f"stages.{spec.kind}.connector"):
         of = connector_account(
@@ -117,7 +118,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
         memory=memory,
         disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2) * 2,
-        home_bytes=2 * picture.side**2 * picture.width * pictures,
+        home_bytes=2 * picture.side**2 * picture.width * kept if spec.cache else 0,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
         slots=of.slots,
@@ -137,6 +138,12 @@ def _work(
     if isinstance(spec.connector, specs.Words):
         return flops, 3.0 * of.flops * spec.words.steps * spec.words.batch_size, trained
     return flops + 3.0 * of.flops * steps * spec.batch_size, 0.0, trained
+
+
+def _encoded_anew(spec: Tune) -> int:
+    """Pictures that go through the tower where no features are kept: those of every step."""
+    words = spec.words.steps * spec.words.batch_size if isinstance(spec.connector, specs.Words) else 0
+    return words + (spec.frozen.steps + spec.adapt.steps) * spec.batch_size
 
 
 def _picture(spec: Tune, before: Mapping[str, Estimate]) -> _Picture:

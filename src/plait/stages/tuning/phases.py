@@ -344,7 +344,7 @@ class _Tuning:
             ("train", *self.shown),
             image,
             choose=choose,
-            cache=home() / "features",
+            cache=home() / "features" if self.spec.cache else None,
             events=self.events,
             views=[View(number) for number in range(1, self.spec.views + 1)],
             audio=self.audio,
@@ -419,6 +419,7 @@ class _Tuning:
 
     def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
         unset = set() if self.spec.lr_gates else {"lr_gates"}  # phases begun before there was this setting go on
+        unset |= {"cache"} if self.spec.cache else set()
         context = self.spec.model_dump(mode="json", exclude={"save_every", "device"} | unset)
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         return Settings(
