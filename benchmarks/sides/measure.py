@@ -61,9 +61,13 @@ def read_job() -> dict[str, Any]:
 
 
 def read_questions(job: dict[str, Any]) -> list[dict[str, str]]:
-    """As many as the job wants of ``data.jsonl``: picture (path below the folder), sha256, question, answer."""
+    """Records of ``data.jsonl``: picture (path below the folder), sha256, question, answer.
+
+    The job's ``order`` says which ones (of all epochs, one after the other); without it, the first ``samples``.
+    """
     lines = Path(job["work"], "data.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[: job["samples"]]]
+    order = job.get("order") or range(job["samples"])
+    return [json.loads(lines[number]) for number in order]
 
 
 def write_result(job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from measure import Start, read_job, read_questions, write_result
 from safetensors.torch import load_file
+from start import start_adapters
 from torch import nn
 
 from plait import __version__
-from plait.adapters.lora import Lora, attach
+from plait.adapters.lora import Lora, attach, cast_inputs
 from plait.assembly.language import load_language
 from plait.assembly.smollm import LanguageModel
 from plait.assembly.towers import ImageTower, load_image_tower
 from plait.core.device import Compute, seed_everything, setup
 from plait.core.events import Events
+from plait.core.files import read_jsonl
 from plait.core.tensors import IGNORE
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.conversations import Conversation, ConversationBatches
@@ -33,6 +35,7 @@ from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.loop import fit
+from plait.training.monitor import METRICS
 from plait.training.optim import AdamW
 from plait.training.precision import autocast
 from plait.training.schedule import Cosine
@@ -133,6 +136,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         source = batches(loaded, job, Path(folder) / "features")
         seed_everything(job["seed"])
         attach(loaded.language.model, Lora(rank=job["rank"], alpha=job["alpha"], targets=tuple(job["targets"])))
+        start_adapters(loaded.language.model)
+        cast_inputs(loaded.language.model, enabled=loaded.compute.dtype == "float32")  # as the tune stage does
         loaded.connector.requires_grad_(requires_grad=True).train()
         loaded.language.model.train()
         settings = Settings(
@@ -144,11 +149,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         )
         result = fit(loaded.model, NextToken(), source, settings=settings, folder=Path(folder), events=Events())
         measured = start.stop()
+        losses = [record["loss"] for record in read_jsonl(Path(folder) / METRICS)]
     (store,) = source.stores
     return measured | {
         "steps": result.step,
         "trainable": sum(w.numel() for w in loaded.model.parameters() if w.requires_grad),
-        "loss": float(result.values["loss"]),
+        "losses": losses,
         "skipped": result.skipped,
         "cache_seconds": store.fill.seconds,
         "rows": source.rows,
@@ -158,20 +164,20 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of one epoch, and the loss on them before any update."""
+    """Tokens of one epoch, the loss on them before any update, and the order of the samples of all epochs."""
     loaded = load(Path(job["work"]), job["dtype"])
     loss = NextToken()
     total = 0.0
     tokens = trained = 0
     with tempfile.TemporaryDirectory(dir=job["work"]) as folder:
-        source = batches(loaded, job | {"epochs": 1}, Path(folder))
+        source = batches(loaded, job, Path(folder))
         with torch.inference_mode(), autocast("cpu", loaded.compute.dtype):
-            for step in range(source.steps):
+            for step in range(source.steps // job["epochs"]):
                 for batch in source.step_batches(step):
                     total += float(loss(loaded.model, batch)["next_token"])
                     tokens += int((batch.segment_ids != 0).sum())
                     trained += int((batch.labels[:, 1:] != IGNORE).sum())
-    return {"loss": total / trained, "tokens": tokens, "trained": trained}
+    return {"loss": total / trained, "tokens": tokens, "trained": trained, "order": list(source.plan)}
 
 
 def main() -> None:

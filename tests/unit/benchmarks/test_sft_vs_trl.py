@@ -54,20 +54,33 @@ def test_the_same_work_within_bfloat16(bench: Any) -> None:
 
 
 def test_a_summary_by_hand(bench: Any) -> None:
-    runs = {"plait": [run(3.0, 6.0), run(1.0, 60.0), run(2.0, 2.0)], "trl": [run(1.0, 12.0), run(1.0, 12.0)]}
+    runs = {"plait": [run(3.0, 6.0), run(1.0, 60.0), run(2.0, 2.0)], "peer": [run(1.0, 12.0), run(1.0, 12.0)]}
     summary = bench.summarize(runs)
     assert summary["medians"]["plait"]["samples_per_s"] == 2.0
-    assert summary["above_range"] == {"plait": [2.0, 60.0], "trl": [12.0, 12.0]}
+    assert summary["above_range"] == {"plait": [2.0, 60.0], "peer": [12.0, 12.0]}
     assert summary["ratios"] == {"samples_per_s": 2.0, "above": 0.5, "peak": 0.7}
-    assert bench.kept(summary)
-    slow = bench.summarize({"plait": [run(1.4, 1.0)], "trl": [run(1.0, 12.0)]})
-    large = bench.summarize({"plait": [run(9.0, 9.0)], "trl": [run(1.0, 12.0)]})
+    assert not bench.kept(summary)  # twice as fast is not enough
+    assert bench.kept(bench.summarize({"plait": [run(2.5, 6.0)], "peer": [run(1.0, 12.0)]}))
+    slow = bench.summarize({"plait": [run(2.4, 1.0)], "peer": [run(1.0, 12.0)]})
+    large = bench.summarize({"plait": [run(9.0, 9.0)], "peer": [run(1.0, 12.0)]})
     assert not bench.kept(slow)
     assert not bench.kept(large)
-    rows = bench.table({"1 epoch": summary}).splitlines()
+    rows = bench.table({"1 epoch": summary | {"peer": "TRL"}}).splitlines()
     assert len(rows) == 5
     assert {row.count("|") for row in rows} == {7}
     assert "**2.00** | | **0.50** | 0.70" in rows[-1]
+
+
+def test_loss_curves_are_laid_together(bench: Any) -> None:
+    assert bench.apart([10.0, 5.05], [10.0, 5.0]) == pytest.approx(0.01)
+    assert bench.apart([10.0], [10.0, 5.0]) == float("inf")
+
+
+def test_switches_beside_none(bench: Any) -> None:
+    rows = bench.switches_table({"nothing off": run(4.0, 8.0), "float32": run(1.0, 16.0)}).splitlines()
+    assert rows[-1].startswith("| float32 | 1.00 | 0.25 |")
+    assert rows[-1].endswith("| 2.00 |")
+    assert next(iter(bench.SWITCHES.values())) == {}
 
 
 def test_the_peer_is_measured_at_its_fastest(bench: Any) -> None:
@@ -75,4 +88,4 @@ def test_the_peer_is_measured_at_its_fastest(bench: Any) -> None:
     tried = {name: {"samples_per_s": float(number)} for number, name in enumerate(names)}
     assert bench.fastest(tried) == names[-1]
     assert all(bench.SETTINGS["batch_size"] % peer["micro_batch"] == 0 for peer in bench.PEER.values())
-    assert bench.LEAN in bench.PEER
+    assert {bench.LEAN, *bench.OTHERS} <= set(bench.PEER)
