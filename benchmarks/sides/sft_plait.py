@@ -36,7 +36,7 @@ from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.loop import fit
 from plait.training.monitor import METRICS
-from plait.training.optim import AdamW
+from plait.training.optim import Rates
 from plait.training.precision import autocast
 from plait.training.schedule import Cosine
 from plait.training.settings import Settings
@@ -144,7 +144,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             steps=source.steps,
             compute=loaded.compute,
             seed=job["seed"],
-            optimizer=AdamW(lr=job["lr"]),
+            rates=Rates(lr=job["lr"]),
             schedule=Cosine(),
         )
         result = fit(loaded.model, NextToken(), source, settings=settings, folder=Path(folder), events=Events())

@@ -21,7 +21,7 @@ from plait.core.events import Events
 from plait.core.tensors import IGNORE, Batch
 from plait.training.checkpoint import verify
 from plait.training.loop import fit
-from plait.training.optim import AdamW
+from plait.training.optim import Rates
 from plait.training.settings import FitResult, Hooks, Settings
 
 CPU = Compute(device="cpu", dtype="float32", threads=torch.get_num_threads(), why=())
@@ -61,7 +61,7 @@ def train(
         Counted(),
         Stream(),
         settings=Settings(
-            steps=steps, compute=CPU, optimizer=AdamW(lr=0.05), save_every=2, keep_last=2, context={"steps": steps}
+            steps=steps, compute=CPU, rates=Rates(lr=0.05), save_every=2, keep_last=2, context={"steps": steps}
         ),
         folder=folder,
         events=Events(listeners=(seen.append,) if seen is not None else ()),

@@ -32,7 +32,7 @@ from plait.core.events import Event, Events
 from plait.core.tensors import IGNORE, Batch
 from plait.training.loop import fit
 from plait.training.monitor import Monitor
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 from plait.training.settings import Hooks, Settings
 
@@ -114,7 +114,8 @@ def train(
         steps=steps,
         compute=Compute(device="cpu", dtype="float32", threads=1, why=()),
         seed=11,
-        optimizer=AdamW(lr=0.05, weight_decay=0.01),
+        rates=Rates(lr=0.05),
+        optimizer=AdamW(weight_decay=0.01),
         schedule=Cosine(warmup=2),
         save_every=save_every,
         keep_last=1,

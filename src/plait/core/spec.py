@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema, NoDefault
@@ -44,6 +44,19 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    moved: ClassVar[Mapping[str, Keys]] = {}
+    """Settings that once stood here: old name -> path, from here, of where they stand now. Recipes and runs from before
+    the move go on."""
+
+    @classmethod
+    def renew(cls, tree: Node) -> Node:
+        """Settings as given, those of :attr:`moved` put where they stand now; one given in both places is a fault."""
+        for name, keys in cls.moved.items():
+            node = tree.get(name)
+            if node is not None and tree.nearest(keys)[1] < len(keys):
+                tree = put(tree.without(name), keys, node)
+        return tree
+
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:
         """Settings that follow from others; each is used only where nobody gives one.
@@ -61,6 +74,9 @@ class Spec(BaseModel):
         if not isinstance(given, Mapping):
             return given
         filled = cast("Mapping[str, Any]", given)
+        for name, keys in cls.moved.items():
+            if name in filled and keys[0] not in given:
+                filled = _with({key: value for key, value in filled.items() if key != name}, keys, filled[name])
         for keys, derived in cls.derive(filled).items():
             filled = _with(filled, keys, derived.value)
         for name, field in cls.model_fields.items():
@@ -142,6 +158,7 @@ def resolve(kind: type[S], tree: Node, overrides: Iterable[str] = ()) -> Resolve
     """Lay overrides over settings already read, and check them; see :func:`load`."""
     for text in overrides:
         tree = put(tree, *read_override(text))
+    tree = kind.renew(tree)
     check = Check(catalogue(kind), tree)
     plain = check.clean.plain()
     try:

@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema
 from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
-from plait.core.yamltext import Keys, Source
+from plait.core.yamltext import Keys, Node, Source
 from plait.models.specs import QFormer
 from plait.stages.align import Align
 from plait.stages.compress import Compress
@@ -25,6 +25,9 @@ from plait.stages.tune import Tune
 
 AnyStage: TypeAlias = Annotated[Pretrain | Tune | Align | Compress | Evaluate, Field(discriminator="kind")]
 """Every stage kind that may follow the data: ``Pretrain | Tune | …``. This union is the catalogue."""
+
+_MOVED_FROM: Mapping[str, type[Spec]] = {"pretrain": Pretrain, "align": Align}
+"""Kinds of stages of which a setting has moved."""
 
 _FOLDER = Path(__file__).parent
 _PATHS = (("data", "source"), ("data", "source", "path"), ("data", "source", "root"))
@@ -71,6 +74,19 @@ class Recipe(Spec):
             elif isinstance(stage, Tune) and isinstance(stage.connector, QFormer) and stage.connector.start != "drawn":
                 _check_start(f"stages.{name}", stage, stage.connector, before=before)
         return self
+
+    @classmethod
+    def renew(cls, tree: Node) -> Node:
+        """Settings of every stage under their present names; see :meth:`plait.core.spec.Spec.renew`."""
+        stages = tree.get("stages")
+        if stages is None or not isinstance(stages.value, dict) or not isinstance(tree.value, dict):
+            return tree
+        found: dict[str, Node] = {}
+        for name, node in stages.value.items():
+            word = node.get("kind")
+            kind = _MOVED_FROM.get(str(word.value) if word else name)
+            found[name] = kind.renew(node) if kind else node
+        return Node({**tree.value, "stages": Node(found, stages.source)}, tree.source)
 
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,10 @@ from plait.core.errors import DataError
 from plait.core.estimate import Estimate, Machine, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
+from plait.core.yamltext import Keys
 from plait.stages.stage import Stage, Task, named_setting
+from plait.training.schedule import Cosine
+from plait.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
@@ -50,6 +53,7 @@ class Align(Stage):
         16
     """
 
+    moved: ClassVar[Mapping[str, Keys]] = {"warmup": ("trainer", "schedule", "warmup")}
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["align"] = "align"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
@@ -62,8 +66,8 @@ class Align(Stage):
     """How strongly the model is held to where it began."""
     lr: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
-    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the steps in which the rate rises."""
+    trainer: Trainer = Trainer(schedule=Cosine(warmup=0.1))
+    """Optimizer, schedule and what else is common to all training."""
     steps: int = Field(default=12, ge=1)
     """Updates in all."""
     batch_size: int = Field(default=16, ge=1)
@@ -368,22 +372,21 @@ class Align(Stage):
 
     def _settings(self, compute: Compute, origin: Mapping[str, Any]) -> Settings:
         from plait.objectives.preference import DirectPreference
-        from plait.training.optim import AdamW
-        from plait.training.schedule import Cosine
         from plait.training.settings import Settings
 
-        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
-        context = self.model_dump(mode="json", exclude={"steps", "save_every", "device", "test_split", "test_pairs"})
+        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself, and
+        # records what the trainer says.
+        mutable = {"steps", "save_every", "device", "test_split", "test_pairs", "trainer"}
+        context = self.model_dump(mode="json", exclude=mutable)
+        context |= {"warmup": self.trainer.schedule.warmup}  # under this name older runs recorded it
         return Settings(
             steps=self.steps,
             compute=compute,
             seed=self.seed,
-            optimizer=AdamW(lr=self.lr),
-            schedule=Cosine(warmup=self.warmup),
             weights=dict.fromkeys(DirectPreference.REPORTED, 0.0),
             save_every=self.save_every,
             context={**context, **origin},
-        )
+        ).with_trainer(self.trainer, lr=self.lr)
 
 
 def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> dict[str, float]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,10 +17,14 @@ from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.core.spec import Derived
+from plait.core.yamltext import Keys
 from plait.models.specs import Part, QFormerShape, ScratchImage
 from plait.report import names
 from plait.stages.stage import Stage, named_setting
 from plait.stages.voices import Voices
+from plait.training.optim import AdamW
+from plait.training.schedule import Cosine
+from plait.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from plait.assembly.dual import Dual
@@ -92,6 +96,10 @@ class Pretrain(Stage):
         512
     """
 
+    moved: ClassVar[Mapping[str, Keys]] = {
+        "weight_decay": ("trainer", "optimizer", "weight_decay"),
+        "warmup": ("trainer", "schedule", "warmup"),
+    }
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["pretrain"] = "pretrain"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
@@ -129,10 +137,8 @@ class Pretrain(Stage):
     """Pairs that are told apart from each other in a step; with fewer pairs than this, all of them."""
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decay of the heads' matrices."""
-    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of the steps in which the rate rises."""
+    trainer: Trainer = Trainer(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup=0.05))
+    """Optimizer, schedule and what else is common to all training."""
     save_every: int = Field(default=25, ge=0)
     """Steps between checkpoints; 0 saves only the last step."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -246,23 +252,22 @@ class Pretrain(Stage):
             towers: Digests of what is frozen.
             data: Digest of the data stage's seal.
         """
-        from plait.training.optim import AdamW
-        from plait.training.schedule import Cosine
         from plait.training.settings import Settings
 
-        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself.
-        mutable = {"steps", "epochs", "save_every", "device"}
+        # How long to train and how often to save may change when a run is resumed; the loop sees to them itself, and
+        # records what the trainer says.
+        mutable = {"steps", "epochs", "save_every", "device", "trainer"}
         unused = {name for name in ("qformer", "spoken") if getattr(self, name) is None}  # once there were none
         context = self.model_dump(mode="json", exclude=mutable | unused)
+        # Under these names older runs recorded them.
+        context |= {"weight_decay": self.trainer.optimizer.weight_decay, "warmup": self.trainer.schedule.warmup}
         return Settings(
             steps=steps,
             compute=compute,
             seed=self.seed,
-            optimizer=AdamW(lr=self.lr, weight_decay=self.weight_decay),
-            schedule=Cosine(warmup=self.warmup),
             save_every=self.save_every,
             context=context | {"towers": list(towers), "data": data},
-        )
+        ).with_trainer(self.trainer, lr=self.lr)
 
     def steps_for(self, pairs: int) -> int:
         """Updates in all over so many training pairs."""

@@ -17,6 +17,8 @@ from plait.models import specs
 from plait.models.composition import NewDecoder
 from plait.models.specs import Connector
 from plait.stages.stage import Stage, Task, named_setting
+from plait.training.schedule import Cosine
+from plait.training.trainer import Trainer
 
 PRETRAIN = "pretrain"
 """Name of what this run's own pretrain stage trained: a picture tower from scratch, the start of a Q-Former."""
@@ -39,6 +41,8 @@ class Words(Spec):
     """Pictures a step."""
     lr: float = Field(default=2e-3, gt=0.0)
     """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decay in this phase, instead of that of `trainer.optimizer`."""
 
 
 class Frozen(Spec):
@@ -157,6 +161,8 @@ class Tune(Stage):
     """Second phase."""
     adapt: Adapt = Field(default_factory=Adapt)
     """Third phase."""
+    trainer: Trainer = Trainer(schedule=Cosine(warmup=0.08))
+    """Optimizer, schedule and what else is common to all training; the phases say how long and how fast."""
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)

@@ -100,7 +100,9 @@ class _Run:
             )
         if turned := hold_masters(self.train_state.weights.values()):
             events.note(f"{turned} trainable tensors are held in float32 while training")
-        self.optimizer = settings.optimizer.build(self.train_state.weights, self.train_state.norms)
+        self.optimizer = settings.optimizer.build(
+            self.train_state.weights, self.train_state.norms, rates=settings.rates
+        )
         self.origin = Origin(
             settings=settings.plain(),
             fingerprint=fingerprint(settings.compute),
@@ -194,8 +196,8 @@ class _Run:
 
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
-        values |= {"grad_norm": norm, "lr": self.settings.optimizer.lr * factor}
-        values |= {f"lr/{part}": rate * factor for part, rate in self.settings.optimizer.parts.items()}
+        values |= {"grad_norm": norm, "lr": self.settings.rates.lr * factor}
+        values |= {f"lr/{part}": rate * factor for part, rate in self.settings.rates.parts.items()}
         values |= {f"units/{term}": count for term, count in sums.counts.items()}
         return values | {"skipped": self.progress.skipped}
 
@@ -276,7 +278,7 @@ class _Run:
             )
         schedule = self.settings.schedule
         before = read_state(found)["settings"]["steps"]
-        rates = [self.settings.optimizer.lr * schedule.factor(step, count) for count in (before, total)]
+        rates = [self.settings.rates.lr * schedule.factor(step, count) for count in (before, total)]
         if rates[0] != rates[1]:
             self.events.warning(
                 f"{total} steps, not {before}, bend the schedule: the next rate is {rates[1]:.3g}, not {rates[0]:.3g}"

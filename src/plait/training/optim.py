@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,27 +17,55 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
 
 
-class _Rates(Spec):
-    """What every optimizer has: a peak rate, rates by part, and decay."""
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Memory of a running mean: the share of the old value that stays."""
 
-    lr: float = Field(default=1e-3, gt=0.0)
-    """Peak learning rate of every part that ``parts`` does not name."""
 
-    parts: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
-    """Peak rate by name prefix, such as ``{"connector": 1e-3, "decoder.layers": 1e-4}``; the longest match wins."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How fast which weights learn; what a stage or a phase sets, whatever the optimizer.
+
+    Attributes:
+        lr: Peak learning rate of every weight that ``parts`` does not name.
+        parts: Peak rate by name prefix, such as ``{"connector": 1e-3, "decoder.layers": 1e-4}``; the longest match
+            wins.
+        no_decay: Name prefixes of further weights that do not decay, such as ``position``.
+
+    Raises:
+        ConfigError: ``lr`` is not above 0, or a rate of a part is below it.
+    """
+
+    lr: float = 1e-3
+    parts: Mapping[str, float] = field(default_factory=dict)
+    no_decay: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"lr is {self.lr}", place="lr", remedy="set it above 0")
+        for part, rate in self.parts.items():
+            if not rate >= 0:
+                raise ConfigError(f"the rate of {part!r} is {rate}", place="parts", remedy="set it to 0 or above")
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for the checkpoint."""
+        return {"lr": self.lr, "parts": dict(self.parts), "no_decay": list(self.no_decay)}
+
+
+class _Optimizer(Spec):
+    """What every optimizer has."""
 
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decay of matrices and embeddings; norms, biases, scalars and vectors (temperature) never decay."""
 
-    no_decay: tuple[str, ...] = ()
-    """Name prefixes of further weights that do not decay, such as ``position``."""
-
-    def groups(self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    def groups(
+        self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset(), *, rates: Rates
+    ) -> list[dict[str, Any]]:
         """Split trainable weights by part and by decay, in a fixed order.
 
         Args:
             weights: Trainable weights by name.
             norms: Names of weights that belong to normalization layers, whatever their shape.
+            rates: How fast they learn.
 
         Returns:
             Groups for :mod:`torch.optim`, each also with ``part`` (its prefix, or ``rest``) and ``peak_lr``.
@@ -49,33 +78,33 @@ class _Rates(Spec):
             raise ConfigError(
                 "no weight is trainable", place="model", remedy="set requires_grad_(True) on the parts that learn"
             )
-        for setting, prefixes in (("parts", tuple(self.parts)), ("no_decay", self.no_decay)):
+        for setting, prefixes in (("parts", tuple(rates.parts)), ("no_decay", rates.no_decay)):
             for prefix in prefixes:
                 if not any(_under(name, prefix) for name in weights):
                     heads = sorted({name.split(".")[0] for name in weights})
                     raise ConfigError(
                         f"{prefix!r} matches none of {len(weights)} trainable weights",
-                        place=f"optimizer.{setting}",
+                        place=f"rates.{setting}",
                         remedy=f"use the beginning of a trainable weight's name: {', '.join(heads[:8])}",
                     )
         found: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, weight in weights.items():
-            part = max((p for p in self.parts if _under(name, p)), key=len, default="rest")
-            decays = weight.ndim >= 2 and name not in norms and not any(_under(name, p) for p in self.no_decay)
+            part = max((p for p in rates.parts if _under(name, p)), key=len, default="rest")
+            decays = weight.ndim >= 2 and name not in norms and not any(_under(name, p) for p in rates.no_decay)
             found.setdefault((part, decays), []).append((name, weight))
         return [
             {
                 "params": named,
                 "part": part,
-                "peak_lr": self.parts.get(part, self.lr),
-                "lr": self.parts.get(part, self.lr),
+                "peak_lr": rates.parts.get(part, rates.lr),
+                "lr": rates.parts.get(part, rates.lr),
                 "weight_decay": self.weight_decay if decays else 0.0,
             }
             for (part, decays), named in sorted(found.items(), key=lambda item: item[0])
         ]
 
 
-class AdamW(_Rates):
+class AdamW(_Optimizer):
     """Adam with decay apart from the gradient.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -84,13 +113,15 @@ class AdamW(_Rates):
     kind: Literal["adamw"] = "adamw"
     """Which optimizer."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Memory of the gradient's mean and of its square."""
 
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
 
-    def build(self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset()) -> TorchOptimizer:
+    def build(
+        self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset(), *, rates: Rates
+    ) -> TorchOptimizer:
         """Make the torch optimizer; see :meth:`groups`.
 
         Raises:
@@ -100,10 +131,11 @@ class AdamW(_Rates):
 
         # Fused: one kernel a weight instead of ten; a third of the time on a CPU for 300 LoRA matrices.
         fused = all(w.device.type in ("cpu", "cuda", "mps") for w in weights.values())
-        return torch.optim.AdamW(self.groups(weights, norms), lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        groups = self.groups(weights, norms, rates=rates)
+        return torch.optim.AdamW(groups, lr=rates.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
-class SGD(_Rates):
+class SGD(_Optimizer):
     """Gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
@@ -112,7 +144,9 @@ class SGD(_Rates):
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the last update that carries on."""
 
-    def build(self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset()) -> TorchOptimizer:
+    def build(
+        self, weights: Mapping[str, nn.Parameter], norms: frozenset[str] = frozenset(), *, rates: Rates
+    ) -> TorchOptimizer:
         """Make the torch optimizer; see :meth:`groups`.
 
         Raises:
@@ -120,7 +154,7 @@ class SGD(_Rates):
         """
         import torch
 
-        return torch.optim.SGD(self.groups(weights, norms), lr=self.lr, momentum=self.momentum)
+        return torch.optim.SGD(self.groups(weights, norms, rates=rates), lr=rates.lr, momentum=self.momentum)
 
 
 Optimizer = Annotated[AdamW | SGD, Field(discriminator="kind")]

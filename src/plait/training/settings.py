@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,8 +12,9 @@ import torch
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
 from plait.core.tensors import Batch
-from plait.training.optim import AdamW, Optimizer
+from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
+from plait.training.trainer import Trainer
 
 
 @runtime_checkable
@@ -45,7 +46,8 @@ class Settings:
         steps: Updates in all.
         compute: Device, dtype and threads, from :func:`plait.core.device.setup`.
         seed: Seeds Python, NumPy and torch before the first step.
-        optimizer: Which, with its rates.
+        rates: Peak learning rates.
+        optimizer: Which.
         schedule: How the rates move.
         weights: Weight of each loss term; 1 where none is given, 0 only reports the term.
         clip_norm: Largest norm of the whole gradient; None never clips.
@@ -59,6 +61,7 @@ class Settings:
     steps: int
     compute: Compute
     seed: int = 0
+    rates: Rates = field(default_factory=Rates)
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -79,13 +82,40 @@ class Settings:
                 f"clip_norm is {self.clip_norm}", place="clip_norm", remedy="set it above 0, or to null for no clipping"
             )
 
+    def with_trainer(
+        self,
+        trainer: Trainer,
+        *,
+        lr: float,
+        parts: Mapping[str, float] | None = None,
+        weight_decay: float | None = None,
+    ) -> Settings:
+        """A copy that trains as a recipe's ``trainer`` says.
+
+        Args:
+            trainer: What the recipe gives.
+            lr: Peak learning rate of every weight that ``parts`` does not name.
+            parts: Peak rate by name prefix.
+            weight_decay: Instead of the optimizer's.
+        """
+        optimizer = trainer.optimizer
+        if weight_decay is not None:
+            optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
+        return replace(
+            self,
+            rates=Rates(lr=lr, parts=parts or {}),
+            optimizer=optimizer,
+            schedule=trainer.schedule,
+            clip_norm=trainer.clip_norm,
+        )
+
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint. Device and threads are in the fingerprint instead."""
-        skip = {"compute", "optimizer", "schedule", "weights", "context"}
+        skip = {"compute", "rates", "optimizer", "schedule", "weights", "context"}
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,
-            "optimizer": self.optimizer.model_dump(mode="json"),
+            "optimizer": self.optimizer.model_dump(mode="json") | self.rates.plain(),
             "schedule": self.schedule.model_dump(mode="json"),
             "weights": dict(self.weights),
             "context": dict(self.context),

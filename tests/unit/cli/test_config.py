@@ -74,6 +74,14 @@ def test_explain_of_a_group_lists_what_is_below(capsys: pytest.CaptureFixture[st
     assert {"data.source", "data.seed"} <= set(json.loads(out)["below"])
 
 
+def test_explain_knows_the_trainers_choices(capsys: pytest.CaptureFixture[str], mine: str) -> None:
+    _, out, _ = run(capsys, "explain", "stages.pretrain.trainer.optimizer.weight_decay", "--json", "--recipe", mine)
+    (record,) = json.loads(out)["settings"]
+    assert (record["value"], record["from"]) == (0.1, "default")
+    _, out, _ = run(capsys, "explain", "stages.tune.trainer.optimizer.momentum")
+    assert "stages.tune.trainer.optimizer.kind = sgd" in out
+
+
 def test_explain_of_an_unknown_key_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "explain", "pretrain.seed")
     assert (code, out) == (3, "")

@@ -16,11 +16,14 @@ from plait.core.estimate import Machine
 from plait.core.events import Event, Events
 from plait.core.files import find_model, read_done, read_json, read_jsonl
 from plait.stages.align import REFERENCE, Align
+from plait.training.trainer import Trainer
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
 )
-SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 4, "lr": 0.02, "warmup": 0.0, "test_pairs": 8, "save_every": 2}
+SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 4, "lr": 0.02, "test_pairs": 8, "save_every": 2} | {
+    "trainer": Trainer()
+}
 
 
 def align(previous: Path, name: str = "03-align", *, stop: str = "", **settings: Any) -> tuple[Path, list[str]]:

@@ -12,6 +12,7 @@ from plait.core.estimate import Machine
 from plait.core.events import Event, Events
 from plait.core.files import find_model, read_done, read_json, read_jsonl
 from plait.stages.compress import Compress
+from plait.training.trainer import Trainer
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
@@ -79,7 +80,7 @@ def test_the_aligned_model_is_the_one_that_is_compressed(tuned_stage: Path) -> N
 
     aligned = tuned_stage.parent / "03-align"
     aligned.mkdir()
-    Align(steps=2, batch_size=2, lr=0.05, warmup=0.0, test_pairs=2).run(tuned_stage, aligned, events=Events())
+    Align(steps=2, batch_size=2, lr=0.05, trainer=Trainer(), test_pairs=2).run(tuned_stage, aligned, events=Events())
     tuned, after = (
         compress(stage, name)[0] for stage, name in ((tuned_stage, "tuned-int8"), (aligned, "aligned-int8"))
     )

@@ -19,7 +19,7 @@ from plait.training.checkpoint import (
     verify,
     write_manifest,
 )
-from plait.training.optim import SGD, AdamW
+from plait.training.optim import SGD, AdamW, Rates
 from plait.training.state import Origin, Progress, TrainState, restore_state, rng_kept, save_state
 
 ORIGIN = Origin(
@@ -51,7 +51,7 @@ class Model(nn.Module):
 def trained(spec=None, *, steps: int = 3, seed: int = 0, width: int = 3):
     model = Model(seed, width)
     trainee = TrainState(model)
-    optimizer = (spec or AdamW(lr=0.1)).build(trainee.weights, trainee.norms)
+    optimizer = (spec or AdamW()).build(trainee.weights, trainee.norms, rates=Rates(lr=0.1, parts={"head": 0.2}))
     for _ in range(steps):
         model(torch.randn(8, 3)).square().sum().backward()
         optimizer.step()
@@ -82,7 +82,7 @@ def draw() -> list:
 # --- state ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [AdamW(lr=0.1, parts={"head": 0.2}), SGD(lr=0.1), SGD(lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("spec", [AdamW(), SGD(), SGD(momentum=0.9)])
 def test_everything_comes_back_to_the_bit(tmp_path, spec):
     model, trainee, optimizer = trained(spec)
     random.gauss(0, 1)  # leaves half a pair cached, as does the next line
@@ -147,7 +147,7 @@ def test_an_objective_may_hold_the_model_and_adds_only_what_is_its_own():
     model = Model()
     trainee = TrainState(model, Objective(model))
     assert set(trainee.weights) == {"norm.weight", "norm.bias", "head.weight", "objective.scale"}
-    AdamW().build(trainee.weights, trainee.norms)  # torch refuses a weight that comes twice
+    AdamW().build(trainee.weights, trainee.norms, rates=Rates())  # torch refuses a weight that comes twice
 
 
 @pytest.mark.row("S4-64")

@@ -19,7 +19,7 @@ from plait.core.files import read_jsonl
 from plait.core.tensors import IGNORE, Batch
 from plait.training.loop import fit
 from plait.training.monitor import TIMING
-from plait.training.optim import SGD, AdamW
+from plait.training.optim import SGD, AdamW, Rates
 from plait.training.precision import autocast
 from plait.training.schedule import Constant, Cosine
 from plait.training.settings import Hooks, Settings
@@ -83,7 +83,8 @@ def settings(steps: int = 4, **changes) -> Settings:
     plain = {
         "steps": steps,
         "compute": CPU,
-        "optimizer": AdamW(lr=0.02, weight_decay=0.1),
+        "rates": Rates(lr=0.02),
+        "optimizer": AdamW(weight_decay=0.1),
         "schedule": Cosine(warmup=1),
     }
     return Settings(**(plain | changes))
@@ -152,7 +153,8 @@ def test_fit_takes_the_steps_of_a_loop_written_by_hand(tmp_path):
 @pytest.mark.row("S4-60")
 def test_the_gradient_is_clipped_to_its_global_norm(tmp_path):
     before = weights(Language())
-    model, result = train(tmp_path, Language(), steps=1, clip_norm=0.01, optimizer=SGD(lr=1.0), schedule=Constant())
+    plain = {"rates": Rates(lr=1.0), "optimizer": SGD(), "schedule": Constant()}
+    model, result = train(tmp_path, Language(), steps=1, clip_norm=0.01, **plain)
     moved = math.sqrt(sum(float((weights(model)[n] - before[n]).square().sum()) for n in before))
     assert result.values["grad_norm"] > 0.01  # what is recorded is the norm before
     assert moved == pytest.approx(0.01, rel=1e-3)

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from plait.core.errors import ConfigError
-from plait.training.optim import SGD, AdamW, Optimizer, norm_weights
+from plait.training.optim import SGD, AdamW, Optimizer, Rates, norm_weights
 
 
 class Model(nn.Module):
@@ -30,7 +30,7 @@ def by_name(optimizer: torch.optim.Optimizer, key: str) -> dict[str, object]:
 
 def test_only_matrices_and_embeddings_decay():
     model = Model()
-    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model)), "weight_decay")
+    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model), rates=Rates()), "weight_decay")
     assert set(decay) == set(named(model))  # each weight in exactly one group
     assert {n for n, d in decay.items() if d} == {
         "vision.0.weight",
@@ -53,7 +53,7 @@ def test_decay_split_is_that_of_the_transformers_trainer(kind):
         "intermediate_size": 16,
     }
     model = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llama" else BertModel(BertConfig(**sizes))
-    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model)), "weight_decay")
+    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model), rates=Rates()), "weight_decay")
     # As transformers 5.23 Trainer.get_decay_parameter_names does.
     theirs = get_parameter_names(
         model, [nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -66,8 +66,8 @@ def test_adamw_takes_the_steps_of_its_paper():
     generator = np.random.default_rng(0)
     start, grads = generator.normal(size=(3, 2)), generator.normal(size=(6, 3, 2))
     weight = nn.Parameter(torch.tensor(start))
-    spec = AdamW(lr=0.1, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
-    optimizer = spec.build({"w": weight})
+    spec = AdamW(weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
+    optimizer = spec.build({"w": weight}, rates=Rates(lr=0.1))
     x, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
     for t, grad in enumerate(grads, 1):
         weight.grad = torch.tensor(grad)
@@ -79,7 +79,8 @@ def test_adamw_takes_the_steps_of_its_paper():
 
 def test_sgd_is_torchs():
     ours, theirs = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    mine, reference = SGD(lr=0.1, momentum=0.9).build({"w": ours}), torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
+    mine = SGD(momentum=0.9).build({"w": ours}, rates=Rates(lr=0.1))
+    reference = torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
     for _ in range(3):
         ours.grad, theirs.grad = ours.detach() * 0.3, theirs.detach() * 0.3
         mine.step()
@@ -89,8 +90,8 @@ def test_sgd_is_torchs():
 
 def test_rates_by_part_longest_prefix_wins_at_dots():
     model = Model()
-    spec = AdamW(lr=1e-3, parts={"connector": 1e-2, "decoder": 1e-4, "decoder.norm": 0.0})
-    rates = by_name(spec.build(named(model), norm_weights(model)), "peak_lr")
+    given = Rates(lr=1e-3, parts={"connector": 1e-2, "decoder": 1e-4, "decoder.norm": 0.0})
+    rates = by_name(AdamW().build(named(model), norm_weights(model), rates=given), "peak_lr")
     assert rates["connector.weight"] == 1e-2
     assert rates["connector2.weight"] == 1e-3  # not under "connector"
     assert rates["decoder.embed.weight"] == 1e-4
@@ -100,25 +101,31 @@ def test_rates_by_part_longest_prefix_wins_at_dots():
 
 def test_groups_do_not_depend_on_hashing_or_order():
     model = Model()
-    spec = AdamW(parts={"decoder": 1e-4, "connector": 1e-2})
-    forward = spec.groups(named(model))
-    again = AdamW(parts={"connector": 1e-2, "decoder": 1e-4}).groups(named(model))
+    forward = AdamW().groups(named(model), rates=Rates(parts={"decoder": 1e-4, "connector": 1e-2}))
+    again = AdamW().groups(named(model), rates=Rates(parts={"connector": 1e-2, "decoder": 1e-4}))
     assert [[n for n, _ in g["params"]] for g in forward] == [[n for n, _ in g["params"]] for g in again]
 
 
 @pytest.mark.parametrize(("field", "value"), [("parts", {"conector": 1e-2}), ("no_decay", ("conector",))])
 def test_a_prefix_that_matches_nothing_is_named(field, value):
     with pytest.raises(ConfigError, match="'conector' matches none of 11 trainable weights") as error:
-        AdamW(**{field: value}).build(named(Model()))
+        AdamW().build(named(Model()), rates=Rates(**{field: value}))
     assert "connector" in error.value.remedy
-    assert error.value.place == f"optimizer.{field}"
+    assert error.value.place == f"rates.{field}"
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ConfigError, match="no weight is trainable"):
-        AdamW().build({})
+        AdamW().build({}, rates=Rates())
 
 
 def test_chosen_by_kind():
-    chosen = TypeAdapter(Optimizer).validate_python({"kind": "sgd", "lr": 0.5})
-    assert chosen == SGD(lr=0.5)
+    chosen = TypeAdapter(Optimizer).validate_python({"kind": "sgd", "momentum": 0.5})
+    assert chosen == SGD(momentum=0.5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("lr", float("nan")), ("parts", {"connector": -1.0})])
+def test_a_rate_that_cannot_be_is_refused(field, value):
+    with pytest.raises(ConfigError) as error:
+        Rates(**{field: value})
+    assert error.value.place == field

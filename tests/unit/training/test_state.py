@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.state import Origin, Progress, TrainState, restore_state, save_state
 
 
@@ -19,7 +19,7 @@ def test_moments_of_channels_last_filters_go_on_as_if_nothing_had_happened(tmp_p
         model = nn.Conv2d(3, 4, 3)
         model.weight.data = model.weight.data.contiguous(memory_format=torch.channels_last)
         state = TrainState(model)
-        return model, AdamW(lr=0.1).build(state.weights), state
+        return model, AdamW().build(state.weights, rates=Rates(lr=0.1)), state
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
         pixels = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))

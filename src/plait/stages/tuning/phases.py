@@ -46,14 +46,12 @@ from plait.models.crossattend import plain
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.stage import named_setting
-from plait.stages.tune import Tune
+from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
 from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.loop import fit
 from plait.training.monitor import METRICS
-from plait.training.optim import AdamW
 from plait.training.precision import autocast
-from plait.training.schedule import Cosine
 from plait.training.settings import Batches, FitResult, Hooks, OnDevice, Settings
 
 _SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
@@ -205,7 +203,7 @@ class _Tuning:
             reader,
             objective=WordTargets(),
             batches=batches,
-            settings=self._settings(spec.steps, AdamW(lr=spec.lr, weight_decay=0.1), dtype="float32"),
+            settings=self._settings(spec),
         )
         reader.eval()
         self.show(self._done(result), "words")
@@ -223,7 +221,7 @@ class _Tuning:
             self.built.model,
             objective=NextToken(),
             batches=batches,
-            settings=self._settings(spec.steps, AdamW(lr=spec.lr, parts=self._gate_rates())),
+            settings=self._settings(spec, parts=self._gate_rates()),
         )
         self.built.model.eval()
         self.show(self._done(result), "connector")
@@ -260,7 +258,7 @@ class _Tuning:
             self.built.model,
             objective=NextToken(),
             batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
-            settings=self._settings(spec.steps, AdamW(lr=spec.lr, parts=parts)),
+            settings=self._settings(spec, parts=parts),
             on_step=on_step,
         )
         self.built.model.eval()
@@ -417,20 +415,22 @@ class _Tuning:
             dropout=dropout,
         )
 
-    def _settings(self, steps: int, optimizer: AdamW, *, dtype: str = "") -> Settings:
-        unset = set() if self.spec.lr_gates else {"lr_gates"}  # phases begun before there was this setting go on
-        unset |= {"cache"} if self.spec.cache else set()
-        context = self.spec.model_dump(mode="json", exclude={"save_every", "device"} | unset)
+    def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
+        # Phases begun before there was a setting go on. What the trainer says, the loop itself records.
+        unset = {name for name, once in (("lr_gates", 0.0), ("cache", True)) if getattr(self.spec, name) == once}
+        context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"} | unset)
+        context["words"].pop("weight_decay")
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
-        return Settings(
-            steps=steps,
-            compute=replace(self.compute, dtype=dtype or self.compute.dtype),
+        first = isinstance(phase, Words)  # short and small: in float32, and without checkpoints on the way
+        settings = Settings(
+            steps=phase.steps,
+            compute=replace(self.compute, dtype="float32") if first else self.compute,
             seed=self.spec.seed,
-            optimizer=optimizer,
-            schedule=Cosine(warmup=0.08),
-            save_every=self.spec.save_every if not dtype else 0,
+            save_every=0 if first else self.spec.save_every,
             context=context | {"row": self.row, "parts": keys, "data": self.data},
         )
+        decay = phase.weight_decay if first else None
+        return settings.with_trainer(self.spec.trainer, lr=phase.lr, parts=parts, weight_decay=decay)
 
     def _fit(
         self,

@@ -11,7 +11,7 @@ from plait.models.fusion.streams import Inputs
 from plait.studies.attending.scenes import WORDS, Batch, Kind, World, left_graph
 from plait.studies.attending.students import Answered, Student
 from plait.studies.attention import ArmName
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 
@@ -73,7 +73,7 @@ def mixed(graph: Bool[Tensor, "b n n"], *, generator: torch.Generator) -> Bool[T
 def train(arm: Arm, training: Training, *, generator: torch.Generator) -> float:
     """Train on fresh samples; returns the mean loss of the last tenth of the steps."""
     model = arm.student.train()
-    optimizer = AdamW(lr=training.lr).build(dict(model.named_parameters()))
+    optimizer = AdamW().build(dict(model.named_parameters()), rates=Rates(lr=training.lr))
     schedule = Cosine(warmup=0.05)
     losses: list[Tensor] = []
     for step in range(training.steps):

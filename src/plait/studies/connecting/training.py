@@ -17,7 +17,7 @@ from plait.studies.connecting import scenes
 from plait.studies.connecting.parts import CELLS, Row, learning, make_batch
 from plait.studies.connecting.scenes import IDS, Question, Scene
 from plait.studies.connectors import ConnectorStudy, Kind, Language, Sight
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,7 +44,7 @@ def descend(
     Returns:
         The mean loss of the last tenth of the steps.
     """
-    optimizer = AdamW(lr=lr, parts=dict(parts or {})).build(dict(weights))
+    optimizer = AdamW().build(dict(weights), rates=Rates(lr=lr, parts=parts or {}))
     schedule = Cosine(warmup=0.05)
     seen: list[Tensor] = []
     for step in range(steps):

@@ -11,7 +11,7 @@ from plait.models.fusion.missing import ModalityDropout
 from plait.models.fusion.streams import Stream, only
 from plait.studies.fusing.students import Student
 from plait.studies.fusing.tasks import MODALITIES, A, B, Batch, Truth
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 
@@ -38,7 +38,7 @@ def train(student: Student, truth: Truth, training: Training, *, generator: torc
     The one loop of :mod:`plait.training` would keep checkpoints and metrics of hundreds of tiny runs; this one keeps
     nothing.
     """
-    optimizer = AdamW(lr=training.lr).build(dict(student.named_parameters()))
+    optimizer = AdamW().build(dict(student.named_parameters()), rates=Rates(lr=training.lr))
     schedule = Cosine(warmup=0.05)
     drop = ModalityDropout(dict.fromkeys(MODALITIES, training.dropped)).train()
     student.train()

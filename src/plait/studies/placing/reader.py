@@ -13,7 +13,7 @@ from plait.models.position.relative import BucketBias, GridBias
 from plait.models.transformer import Block, Transformer, TransformerSizes
 from plait.studies.placing.codes import Code, Sides, fit
 from plait.studies.placing.tasks import SKIP, Task
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 BIAS_RATE = 10
@@ -90,7 +90,7 @@ def train(reader: Reader, sides: Sides, training: Training, *, seed: int) -> flo
     generator = torch.Generator().manual_seed(seed)
     weights = dict(reader.named_parameters())
     faster = {name: BIAS_RATE * training.lr for name in weights if name.endswith("relative.table")}
-    optimizer = AdamW(lr=training.lr, parts=faster if _has_bias(reader) else {}).build(weights)
+    optimizer = AdamW().build(weights, rates=Rates(lr=training.lr, parts=faster if _has_bias(reader) else {}))
     schedule = Cosine(warmup=0.05)
     places = reader.places(sides)
     reader.train()

@@ -14,7 +14,7 @@ from plait.studies.encoders import EncoderName
 from plait.studies.seeing.scenes import CELL, COLORS, SHAPES, SIDE, SKIP, Scenes, draw_scenes
 from plait.studies.seeing.students import Student
 from plait.studies.seeing.training import Training
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 _COLUMNS = SIDE // CELL
@@ -71,7 +71,7 @@ def align(pair: Pair, training: Training, *, generator: torch.Generator) -> floa
         for name, weight in pair.named_parameters()
         if name.startswith(("student.tower", "student.neck", "student.norm", "words", "picture", "text", "log_scale"))
     }
-    optimizer = AdamW(lr=training.lr, weight_decay=0.05).build(weights)
+    optimizer = AdamW(weight_decay=0.05).build(weights, rates=Rates(lr=training.lr))
     schedule = Cosine(warmup=0.05)
     pair.train()
     losses: list[Tensor] = []

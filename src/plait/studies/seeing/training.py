@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from plait.studies.seeing.scenes import QUESTIONS, SKIP, Region, Scenes, draw_scenes
 from plait.studies.seeing.students import Said, Student
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Cosine
 
 MARKS_WEIGHT = 8.0
@@ -38,7 +38,7 @@ class Training:
 
 def train(student: Student, training: Training, *, generator: torch.Generator) -> float:
     """Train; returns the mean loss of the last tenth of the steps."""
-    optimizer = AdamW(lr=training.lr, weight_decay=0.05).build(dict(student.named_parameters()))
+    optimizer = AdamW(weight_decay=0.05).build(dict(student.named_parameters()), rates=Rates(lr=training.lr))
     schedule = Cosine(warmup=0.05)
     pool = draw_scenes(training.pictures, generator, region=training.region) if training.pictures else None
     student.train()

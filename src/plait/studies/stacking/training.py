@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from plait.studies.stacking.students import Reader
 from plait.studies.stacking.tasks import SKIP, Batch, Task, right
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.schedule import Constant, Cosine
 
 WINDOW = 10
@@ -52,7 +52,7 @@ def train(reader: Reader, task: Task, training: Training, *, generator: torch.Ge
     The one loop of :mod:`plait.training` would keep checkpoints and metrics of hundreds of tiny runs; this one keeps
     nothing.
     """
-    optimizer = AdamW(lr=training.lr).build(dict(reader.named_parameters()))
+    optimizer = AdamW().build(dict(reader.named_parameters()), rates=Rates(lr=training.lr))
     schedule = Cosine(warmup=0.05) if training.until is None else Constant(warmup=0.05)
     reader.train()
     losses: list[float] = []
