@@ -19,6 +19,7 @@ from plait.assembly.local import quiet
 from plait.assembly.smollm import LanguageModel
 from plait.core.errors import CheckpointError
 from plait.core.files import sha256_file
+from plait.models.documents import read_by_document
 from plait.models.quantized import Int8Linear, quantized_layers, swap
 
 DECODER = "decoder.safetensors"
@@ -88,7 +89,7 @@ def load_decoder(
         ) from error
     model.eval()
     model.requires_grad_(requires_grad=False)
-    model.set_attn_implementation("eager")
+    read_by_document(model)
     return LanguageModel(model=model, tokenizer=tokenizer, folder=folder, key=found)
 
 

@@ -11,6 +11,7 @@ from plait.assembly.smollm import LanguageModel, load_smollm, smollm_folder
 from plait.core.errors import CheckpointError
 from plait.core.events import Events
 from plait.models.composition import Decoder, NewDecoder
+from plait.models.documents import read_by_document
 from plait.models.output_head import changed_scores
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def new_language(spec: NewDecoder, *, events: Events | None = None) -> LanguageM
 
 def _ready(found: LanguageModel) -> LanguageModel:
     found.model.requires_grad_(requires_grad=False)
-    # Rows are short here; torch's fused attention for CPUs is slower on them in the backward pass.
-    found.model.set_attn_implementation("eager")
+    read_by_document(found.model)
     return found
 
 

@@ -32,6 +32,7 @@ from plait.core.events import Events
 from plait.core.files import check_empty, folder_atomic
 from plait.models import specs
 from plait.models.composition import Connectors, PretrainedDecoder
+from plait.models.documents import read_by_document
 from plait.models.hub import llava
 from plait.models.quantized import quantized_layers
 from plait.models.towers.pretrained import PretrainedVision
@@ -417,7 +418,7 @@ def _decoder(whole: Any) -> Any:
     decoder.lm_head = whole.lm_head
     decoder.config = base.config
     decoder.generation_config = copy.deepcopy(whole.generation_config)
-    decoder.set_attn_implementation("eager")
+    read_by_document(decoder)
     return decoder.eval()
 
 

@@ -12,6 +12,7 @@ from plait.core.tensors import IGNORE, Batch, Output, Patches
 from plait.models.attention import causal_mask, positions
 from plait.models.crossattend import GatedCrossAttention, MediaView, install, latest_item
 from plait.models.decoding import Decoding
+from plait.models.documents import documents_for
 from plait.models.output_head import float32_scores
 
 
@@ -148,6 +149,7 @@ class MultimodalLM(nn.Module):
             attention_mask=causal_mask(batch.segment_ids, embedded.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
+            **documents_for(self.decoder, batch.segment_ids),
         ).last_hidden_state
 
     def prefill(self, batch: Batch) -> Decoding:

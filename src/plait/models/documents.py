@@ -1,0 +1,166 @@
+"""Attention of packed rows, document by document: scores between documents of one row are never computed.
+
+A row of length t that holds documents of lengths l needs ``sum l**2`` scores a head, not ``t**2``. On a GPU kernels for
+ragged rows do this (FlashAttention's "varlen", arXiv 2307.08691); torch has none for CPUs. Here documents are gathered
+into a few batches of nearly equal length, and each batch is one ordinary causal attention. Values are those of the
+family's own eager attention under a block-diagonal mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+NAME = "plait_documents"
+"""What transformers calls this attention."""
+
+_WASTE = 0.75  # a document shorter than this share of the longest of its batch begins a new batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """Where the documents of packed rows are.
+
+    Attributes:
+        places: Of each batch of documents (``doc l``), the places of their tokens in the flattened ``b t``; what is
+            beyond a document's end repeats its first place.
+        real: Which of these are tokens.
+        longest: Tokens of the longest document.
+    """
+
+    places: Sequence[Int[Tensor, "_ _"]]
+    real: Sequence[Bool[Tensor, "_ _"]]
+    longest: int
+
+    @classmethod
+    def of(cls, segment_ids: Int[Tensor, "b t"]) -> Documents:
+        """Find them: runs of one segment in a row; segment 0 is padding.
+
+        Example:
+            >>> found = Documents.of(torch.tensor([[1, 1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0, 0]]))
+            >>> [places.tolist() for places in found.places]
+            [[[0, 1, 2], [3, 4, 5]], [[7]]]
+        """
+        rows, t = segment_ids.shape
+        number = (torch.arange(rows, device=segment_ids.device)[:, None] * (t + 1) + segment_ids).flatten()
+        at = segment_ids.flatten().nonzero()[:, 0]
+        _, lengths = number[at].unique_consecutive(return_counts=True)
+        starts = at[lengths.cumsum(0) - lengths]
+        order = lengths.argsort(descending=True, stable=True)
+        sizes: list[int] = lengths[order].tolist()
+        bounds = [i for i, size in enumerate(sizes) if i == 0 or size < _WASTE * sizes[_first(sizes, i)]]
+        places, real = [], []
+        for begin, end in pairwise([*bounds, len(sizes)]):
+            chosen = order[begin:end]
+            offsets = torch.arange(sizes[begin], device=segment_ids.device)
+            inside = offsets < lengths[chosen, None]
+            places.append(starts[chosen, None] + offsets * inside)
+            real.append(inside)
+        return cls(places=places, real=real, longest=max(sizes, default=0))
+
+
+def _first(sizes: Sequence[int], stop: int) -> int:
+    """Where the batch begins that the document before ``stop`` is in."""
+    first = 0
+    for i in range(1, stop):
+        if sizes[i] < _WASTE * sizes[first]:
+            first = i
+    return first
+
+
+def read_by_document(decoder: nn.Module) -> bool:
+    """Let a Hugging Face decoder attend document by document where it is told the documents, eagerly elsewhere.
+
+    (Torch's fused attention for CPUs is slower on documents of some hundred tokens, in the backward pass.)
+
+    Args:
+        decoder: Any causal language model.
+
+    Returns:
+        Whether it can: its attention goes through transformers' interface. If not, it is always eager.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    able = hasattr(sys.modules[type(decoder).__module__], "eager_attention_forward")
+    if able:
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    decoder.set_attn_implementation(NAME if able else "eager")  # pyright: ignore[reportCallIssue]
+    return able
+
+
+def documents_for(decoder: nn.Module, segment_ids: Int[Tensor, "b t"]) -> dict[str, Documents]:
+    """What to call a decoder with: the documents, if :func:`read_by_document` was done."""
+    told = getattr(getattr(decoder, "config", None), "_attn_implementation", "") == NAME
+    return {"documents": Documents.of(segment_ids)} if told else {}
+
+
+def attention(  # noqa: PLR0917 (transformers calls it so)
+    module: nn.Module,
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b k s d"],
+    value: Float[Tensor, "b k s d"],
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Float[Tensor, "b t h d"], Tensor | None]:
+    """What transformers calls in each layer.
+
+    Without ``documents`` among the options, or with one that this attention does not know, the family's own eager
+    attention runs under the mask.
+    """
+    documents: Documents | None = options.pop("documents", None)
+    window = options.get("sliding_window")
+    plain = options.get("softcap") is None and options.get("s_aux") is None and not options.get("dropout")
+    if documents is None or not plain or (window is not None and window < documents.longest):
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        return eager(module, query, key, value, attention_mask, **options)
+    return attend_documents(query, key, value, documents=documents, scaling=options["scaling"]), None
+
+
+def attend_documents(
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b k t d"],
+    value: Float[Tensor, "b k t d"],
+    *,
+    documents: Documents,
+    scaling: float,
+) -> Float[Tensor, "b t h d"]:
+    """``softmax(scaling * q k^T) v``, causal within each document; zero at padding.
+
+    Args:
+        query: Of all heads.
+        key: Of as many heads or fewer: each serves ``h / k`` query heads in turn (grouped queries).
+        value: Likewise.
+        documents: Of these very rows.
+        scaling: Of the scores.
+    """
+    rows, heads, t, width = query.shape
+    groups, shared = key.shape[1], heads // key.shape[1]
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(rows * t, -1) for x in (query, key, value))
+    out = query.new_zeros(rows * t, heads * width)
+    for places, real in zip(documents.places, documents.real, strict=True):
+        count, length = places.shape
+        index = places.flatten()
+        q = flat_q.index_select(0, index).view(count, length, groups, shared, width)
+        k = flat_k.index_select(0, index).view(count, length, groups, width)
+        v = flat_v.index_select(0, index).view(count, length, groups, width)
+        q = q.permute(0, 2, 3, 1, 4).reshape(count * groups, shared * length, width)
+        k = k.permute(0, 2, 3, 1).reshape(count * groups, width, length)
+        v = v.transpose(1, 2).reshape(count * groups, length, width)
+        # Tokens beyond a document's end come last, so that the causal mask alone hides them.
+        later = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+        scores = torch.baddbmm(later.repeat(shared, 1), q, k, alpha=scaling)
+        # Of 16-bit scores, torch takes the softmax in float32 and rounds once; backward keeps that one result.
+        found = torch.bmm(scores.softmax(-1), v).view(count, groups, shared, length, width)
+        found = found.permute(0, 3, 1, 2, 4).reshape(count * length, heads * width)
+        kept = real.flatten()
+        out = out.index_copy(0, index[kept], found[kept])
+    return out.view(rows, t, heads, width)
