@@ -1,4 +1,4 @@
-"""The processes that train together: rank, world, sum over ranks, barrier. All no-ops in a single process.
+"""The processes that train together: rank, world, sums and gathers over ranks, barrier. No-ops in a single process.
 
 Launch with ``torchrun`` (or anything that sets its environment); without it ``torch.distributed`` is never initialized.
 
@@ -46,6 +46,31 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if active():
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
     return value
+
+
+def all_gather(value: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor, in the order of ranks; their first sizes may differ, the others and the dtype must agree."""
+    if not active():
+        return [value]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
+    counts = [int(size) for size in sizes]
+    if not any(counts):
+        return [value for _ in counts]
+    padded = value.new_zeros(max(counts), *value.shape[1:])
+    padded[: len(value)] = value
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def all_gather_text(text: str) -> list[str]:
+    """Every rank's text, in the order of ranks."""
+    if not active():
+        return [text]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    parts = all_gather(torch.tensor(list(text.encode()), dtype=torch.uint8, device=device))
+    return [part.cpu().numpy().tobytes().decode() for part in parts]
 
 
 def barrier() -> None:

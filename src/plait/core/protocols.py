@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from plait.core.tensors import Batch, Patches
+from plait.core.tensors import Batch, Embedded, Patches
 from plait.core.types import Completion, Request, Score
 
 
@@ -32,8 +32,8 @@ class Encoder(Protocol):
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.
 
-    ``needs_global_batch`` is True for terms that do not add over rows (pairwise losses); these need the whole batch
-    at once, or cached gradients.
+    ``needs_global_batch`` is True for terms that do not add over rows; these need the whole batch at once, or to be
+    :class:`Pairwise`.
     """
 
     needs_global_batch: bool
@@ -44,6 +44,28 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sums of each term over the batch; the loop divides by the global count."""
+        ...
+
+
+@runtime_checkable
+class Pairwise(Objective, Protocol):
+    """A loss over vectors of all rows, such as a contrastive one: a sum over rows, each compared with every other row.
+
+    The model embeds each micro-batch by itself; the loss sees the vectors of all micro-batches and ranks together. Each
+    rank takes the sum over its own rows (anchors), so these sums add up however the batch is split.
+    """
+
+    def embed(self, model: nn.Module, batch: Batch) -> Embedded:
+        """Vectors of a batch. The same batch with the same random numbers must give the same vectors again."""
+        ...
+
+    def loss(self, found: Embedded, *, rows: range | None = None) -> Mapping[str, Tensor]:
+        """Sums of each term over some rows of the whole batch, each compared with all rows.
+
+        Args:
+            found: Vectors of the whole batch.
+            rows: Which rows are summed over; all by default. A part may hold none of a term's items: its sum is 0.
+        """
         ...
 
 

@@ -5,7 +5,7 @@ Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` widt
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -70,3 +70,25 @@ class Batch:
             media={m: Patches(values=p.values.to(device), grid=p.grid.to(device)) for m, p in self.media.items()},
             item_row={m: row.to(device) for m, row in self.item_row.items()},
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """What a pairwise loss compares: the vectors of a batch, and which rows they belong to.
+
+    Attributes:
+        vectors: By name, such as ``image``, ``text``, ``audio``: one vector an item.
+        row_of: Which row of the batch each item belongs to, by the same names.
+        classes: Of each row; rows of one class match. :data:`IGNORE` matches nothing but its own row.
+        factors: What the model learns beside the vectors and is the same for every row: a temperature, a bias.
+    """
+
+    vectors: Mapping[str, Float[Tensor, "_ _"]]
+    row_of: Mapping[str, Int[Tensor, " _"]]
+    classes: Int[Tensor, " b"]
+    factors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.classes)

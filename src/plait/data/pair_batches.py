@@ -1,12 +1,13 @@
 """Batches of picture-text pairs, as features computed before or as pixels: a function of seed and step alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from plait.core.errors import ConfigError
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Modality
 from plait.data.features import FeatureStore
@@ -61,7 +62,9 @@ def exact(values: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
 class PairBatches:
     """Source of contrastive batches for the training loop.
 
-    All pairs are gone through in a new random order each epoch (:class:`plait.data.order.Order`).
+    All pairs are gone through in a new random order each epoch (:class:`plait.data.order.Order`). The pairs of a step,
+    their texts and sounds are the same however the batch is split: over ranks into parts of equal size (to within one
+    pair), then into micro-batches.
 
     Attributes:
         image: Feature of each picture; or its pixels, where a tower learns.
@@ -69,10 +72,16 @@ class PairBatches:
         texts_of: Which rows of ``text`` may stand for each pair. The first is taken half the time, else any.
         classes: Class of each pair; pairs of one class are positives of each other.
         ids: Sample ids.
-        batch_size: Pairs in a batch.
+        batch_size: Pairs in a batch, that of all ranks together.
         seed: Seed of order and choice of text and sound.
         audio: Features of all sounds, where there are any.
         sounds_of: Which rows of ``audio`` may stand for each pair, any of them; none for a pair without a sound.
+        micro_batch: Pairs in a micro-batch at most; 0: all of a rank's pairs at once.
+        rank: Which part of each batch this process gets, from 0.
+        world: Parts of each batch.
+
+    Raises:
+        ConfigError: A rank would get no pair, or there is no such rank.
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
@@ -84,35 +93,57 @@ class PairBatches:
     seed: int
     audio: Float[Tensor, "sound f"] | None = None
     sounds_of: Sequence[Sequence[int]] = ()
+    micro_batch: int = 0
+    rank: int = 0
+    world: int = 1
     _order: Order = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.batch_size < self.world:
+            raise ConfigError(
+                f"a batch of {self.batch_size} pairs has no pair for some of {self.world} processes",
+                place="batch_size",
+                remedy=f"set it to {self.world} or more, or start fewer processes",
+            )
+        if not 0 <= self.rank < self.world or self.micro_batch < 0:
+            raise ConfigError(
+                f"rank {self.rank} of {self.world}, micro-batches of {self.micro_batch} pairs",
+                place="PairBatches",
+                remedy="ranks count from 0, and micro_batch is 0 or more",
+            )
         object.__setattr__(self, "_order", Order(number=len(self.ids), batch_size=self.batch_size, seed=self.seed))
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The one batch of the update after ``step`` finished steps; always the same one."""
-        chosen = self.pairs_of(step)
-        rows: list[int] = chosen.tolist()
+        """The micro-batches of this rank for the update after ``step`` finished steps; always the same ones."""
+        rows: list[int] = self.pairs_of(step).tolist()
         texts = drawn_texts(self.texts_of, rows, seed=self.seed, step=step)
-        device = self.text.device
-        ones = torch.ones(len(rows), 3, dtype=torch.long, device=device)
-        place = torch.arange(len(rows), device=device)
-        text = self.text[torch.tensor(texts, device=device)]
-        media: dict[Modality, Patches] = {"image": picked(self.image, rows), "text": Patches(values=text, grid=ones)}
-        item_row: dict[Modality, Tensor] = {"image": place, "text": place}
-        if self.audio is not None and (heard := drawn_sounds(self.sounds_of, rows, seed=self.seed, step=step)):
-            media["audio"] = picked(self.audio, list(heard.values()))
-            item_row["audio"] = torch.tensor(list(heard), device=device)
+        heard = drawn_sounds(self.sounds_of, rows, seed=self.seed, step=step) if self.audio is not None else {}
+        first, last = (len(rows) * part // self.world for part in (self.rank, self.rank + 1))
+        size = self.micro_batch or last - first
         return [
-            Batch(
-                token_ids=torch.zeros(len(rows), 1, dtype=torch.long, device=device),
-                labels=self.classes[chosen.to(device)][:, None],
-                segment_ids=ones[:, :1],
-                media=media,
-                item_row=item_row,
-                sample_ids=tuple(self.ids[row] for row in rows),
-            )
+            self._batch(rows, texts, heard, places=range(start, min(start + size, last)))
+            for start in range(first, last, size)
         ]
+
+    def _batch(self, rows: Sequence[int], texts: Sequence[int], heard: Mapping[int, int], *, places: range) -> Batch:
+        """Some places of the batch of a step."""
+        pairs, device = rows[places.start : places.stop], self.text.device
+        ones = torch.ones(len(pairs), 3, dtype=torch.long, device=device)
+        place = torch.arange(len(pairs), device=device)
+        text = self.text[torch.tensor(texts[places.start : places.stop], device=device)]
+        media: dict[Modality, Patches] = {"image": picked(self.image, pairs), "text": Patches(values=text, grid=ones)}
+        item_row: dict[Modality, Tensor] = {"image": place, "text": place}
+        if self.audio is not None and (here := {at - places.start: heard[at] for at in places if at in heard}):
+            media["audio"] = picked(self.audio, list(here.values()))
+            item_row["audio"] = torch.tensor(list(here), device=device)
+        return Batch(
+            token_ids=torch.zeros(len(pairs), 1, dtype=torch.long, device=device),
+            labels=self.classes[torch.tensor(pairs, device=device)][:, None],
+            segment_ids=ones[:, :1],
+            media=media,
+            item_row=item_row,
+            sample_ids=tuple(self.ids[pair] for pair in pairs),
+        )
 
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
         """Which pairs are in the batch of a step."""

@@ -113,14 +113,22 @@ def peak_bytes(build: Callable[[], nn.Module], size: int, *, pictures: int = 1) 
     with torch.device("meta"):
         encoder = build().eval()
         media = _media((1, size, size), pictures, channels=3)
-        with torch.no_grad(), _Alive((*encoder.parameters(), *encoder.buffers())) as alive:
+        with torch.no_grad(), Alive((*encoder.parameters(), *encoder.buffers())) as alive:
             alive.add(media.values)
             encoder(media)
     return alive.most
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, as long as they live."""
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, as long as they live.
+
+    Args:
+        known: Tensors that are not counted, such as weights.
+
+    Attributes:
+        now: Bytes alive.
+        most: Most bytes that were alive at once.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -140,6 +148,7 @@ class _Alive(TorchDispatchMode):
         return found
 
     def add(self, tensor: Tensor) -> None:
+        """Count a tensor from now on."""
         storage = tensor.untyped_storage()
         if storage not in self._seen:
             self._seen.add(storage)

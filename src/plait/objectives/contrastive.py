@@ -5,14 +5,20 @@ sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343). Both take the relation o
 where two pictures show one concept, or two captions read the same, the plain losses push equals apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from plait.core.tensors import IGNORE, Batch
+from plait.core.tensors import IGNORE, Batch, Embedded
+
+CELLS = 2**22
+"""Scores that are held at once, 16 MiB in float32; a larger table is computed in blocks of rows."""
 
 _HEARD = ("contrastive-image-audio", "contrastive-text-audio")
 
@@ -100,7 +106,12 @@ class Contrastive:
     The model returns vectors of images and texts, a scale, and vectors of sounds with the pair of each, or None twice
     (:class:`plait.models.dual.Embeddings`).
     ``batch.labels``, ``b 1``, holds the class of each pair: pairs of equal class are positives of each other. The loss
-    of a batch is not the sum of its parts' losses, so the loop must see the whole batch (``needs_global_batch``).
+    of a batch is not the sum of its parts' losses (``needs_global_batch``), but a sum over pairs each of which is
+    compared with all others (:class:`plait.core.protocols.Pairwise`).
+
+    Args:
+        cells: Scores that are held at once: a larger table is computed in blocks of rows, once in the forward and once
+            in the backward pass, for each of the two directions; the value and the gradient are the same.
 
     Example:
         >>> Contrastive().needs_global_batch
@@ -109,23 +120,176 @@ class Contrastive:
 
     needs_global_batch = True
 
+    def __init__(self, *, cells: int = CELLS) -> None:
+        super().__init__()
+        self.cells = cells
+
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
         """Number of pairs, and of sounds."""
-        counts = {"contrastive": torch.tensor(len(batch.sample_ids), device=batch.labels.device)}
-        if (sounds := batch.media.get("audio")) is not None:
-            counts |= dict.fromkeys(_HEARD, torch.tensor(len(sounds.grid), device=batch.labels.device))
-        return counts
+        return _count(batch)
+
+    def embed(self, model: nn.Module, batch: Batch) -> Embedded:
+        """Vectors of both sides, and of the sounds."""
+        return _embed(model, batch)
+
+    def loss(self, found: Embedded, *, rows: range | None = None) -> Mapping[str, Tensor]:
+        """Sum over pairs, and over sounds."""
+        return _terms(found, partial(_nce, scale=found.factors["scale"], cells=self.cells), rows=rows)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sum over pairs, and over sounds."""
-        image, text, scale, audio, pair_of = model(batch)
-        positives = same_class(batch.labels[:, 0])
-        terms = {"contrastive": info_nce(image, text, scale, positives=positives)}
-        if audio is not None:
-            among = positives[pair_of][:, pair_of]
-            for term, side in zip(_HEARD, (image, text), strict=True):
-                terms[term] = info_nce(side[pair_of], audio, scale, positives=among)
-        return terms
+        return self.loss(self.embed(model, batch))
+
+
+class SigmoidContrastive(nn.Module):
+    """Objective: SigLIP's loss over a batch of pairs; terms, counts, model and batch are those of :class:`Contrastive`.
+
+    The bias is learned: a weight of the objective (``objective.bias``), saved with the run and not with the model.
+
+    Args:
+        bias: Added to every score at the start. The paper's -10 fits batches of some 20,000; log(1 / b) one of b.
+        cells: Scores that are held at once, see :class:`Contrastive`.
+
+    Example:
+        >>> SigmoidContrastive(bias=-3.0).bias.item()
+        -3.0
+    """
+
+    needs_global_batch = True
+
+    def __init__(self, *, bias: float = -10.0, cells: int = CELLS) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(bias))
+        self.cells = cells
+
+    def count(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Number of pairs, and of sounds."""
+        return _count(batch)
+
+    def embed(self, model: nn.Module, batch: Batch) -> Embedded:
+        """Vectors of both sides, and of the sounds."""
+        return _embed(model, batch)
+
+    def loss(self, found: Embedded, *, rows: range | None = None) -> Mapping[str, Tensor]:
+        """Sum over pairs, and over sounds."""
+        return _terms(
+            found, partial(_judged, scale=found.factors["scale"], bias=self.bias, cells=self.cells), rows=rows
+        )
+
+    def forward(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Sum over pairs, and over sounds."""
+        return self.loss(self.embed(model, batch))
+
+
+def match_groups(classes: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """A number for each row, equal for rows that match; :func:`same_class` is ``groups[:, None] == groups``.
+
+    Example:
+        >>> match_groups(torch.tensor([3, IGNORE, 3])).tolist()
+        [6, 3, 6]
+    """
+    return torch.where(classes != IGNORE, 2 * classes, 2 * torch.arange(len(classes), device=classes.device) + 1)
+
+
+def row_nce(logits: Float[Tensor, "a b"], positives: Bool[Tensor, "a b"]) -> Float[Tensor, ""]:
+    """Cross-entropy of each row with its mass shared equally among its positives, summed: one side of InfoNCE.
+
+    Args:
+        logits: Scores of some rows with all others, divided by the temperature.
+        positives: At least one a row.
+    """
+    own = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
+    return (logits.logsumexp(1) - own).sum()
+
+
+def sum_in_blocks(
+    one: Callable[[Tensor], Tensor], rows: Int[Tensor, " a"], *, width: int, cells: int
+) -> Float[Tensor, ""]:
+    """Sum of a function of rows over blocks of them, so that a table of scores is never there as a whole.
+
+    Several blocks are computed again in the backward pass (``torch.utils.checkpoint``).
+
+    Args:
+        one: Sum over the rows of which it is given the numbers.
+        rows: Their numbers.
+        width: Scores of a row.
+        cells: Scores in a block at most, but one row at least.
+    """
+    size = max(1, cells // max(1, width))
+    if len(rows) <= size:
+        return one(rows)
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    parts: list[Tensor] = [checkpoint(one, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sides:
+    """Two sides of which row i belongs to row i; rows of one group match. The loss sums over the anchors, or all."""
+
+    left: Float[Tensor, "k d"]
+    right: Float[Tensor, "k d"]
+    groups: Int[Tensor, " k"]
+    anchors: Int[Tensor, " a"] | None
+
+    @property
+    def rows(self) -> Int[Tensor, " a"]:
+        return torch.arange(len(self.left), device=self.left.device) if self.anchors is None else self.anchors
+
+    def positives(self, rows: Int[Tensor, " a"]) -> Bool[Tensor, "a k"]:
+        return self.groups[rows][:, None] == self.groups[None]
+
+
+def _count(batch: Batch) -> dict[str, Tensor]:
+    counts = {"contrastive": torch.tensor(len(batch.sample_ids), device=batch.labels.device)}
+    if (sounds := batch.media.get("audio")) is not None:
+        counts |= dict.fromkeys(_HEARD, torch.tensor(len(sounds.grid), device=batch.labels.device))
+    return counts
+
+
+def _embed(model: nn.Module, batch: Batch) -> Embedded:
+    image, text, scale, audio, pair_of = model(batch)
+    place = torch.arange(len(image), device=image.device)
+    vectors, row_of = {"image": image, "text": text}, {"image": place, "text": place}
+    if audio is not None:
+        vectors["audio"], row_of["audio"] = audio, pair_of
+    return Embedded(vectors=vectors, row_of=row_of, classes=batch.labels[:, 0], factors={"scale": scale})
+
+
+def _terms(found: Embedded, between: Callable[[_Sides], Tensor], *, rows: range | None) -> dict[str, Tensor]:
+    """Pairs, and each sound with its picture and with its text."""
+    groups, (image, text) = match_groups(found.classes), (found.vectors["image"], found.vectors["text"])
+    anchors = None if rows is None else torch.arange(rows.start, rows.stop, device=groups.device)
+    terms = {"contrastive": between(_Sides(left=image, right=text, groups=groups, anchors=anchors))}
+    if "audio" in found.vectors:
+        pair_of, audio = found.row_of["audio"], found.vectors["audio"]
+        if rows is not None:
+            anchors = ((pair_of >= rows.start) & (pair_of < rows.stop)).nonzero()[:, 0]
+        for term, side in zip(_HEARD, (image, text), strict=True):
+            sides = _Sides(left=side[pair_of], right=audio, groups=groups[pair_of], anchors=anchors)
+            terms[term] = between(sides)
+    return terms
+
+
+def _nce(sides: _Sides, *, scale: Tensor, cells: int) -> Float[Tensor, ""]:
+    left, right, rows, width = sides.left, sides.right, sides.rows, len(sides.left)
+    if sides.anchors is None and width**2 <= cells:
+        return info_nce(left, right, scale, positives=sides.positives(rows))
+
+    def one_way(own: Tensor, other: Tensor, block: Tensor) -> Tensor:
+        return row_nce(scale * own[block] @ other.T, sides.positives(block)) / 2
+
+    in_blocks = partial(sum_in_blocks, rows=rows, width=width, cells=cells)
+    return in_blocks(partial(one_way, left, right)) + in_blocks(partial(one_way, right, left))
+
+
+def _judged(sides: _Sides, *, scale: Tensor, bias: Tensor, cells: int) -> Float[Tensor, ""]:
+    def judged(block: Tensor) -> Tensor:
+        logits = scale * sides.left[block] @ sides.right.T + bias
+        signs = 2 * sides.positives(block).to(logits.dtype) - 1
+        return -functional.logsigmoid(signs * logits).sum()
+
+    return sum_in_blocks(judged, sides.rows, width=len(sides.left), cells=cells)
 
 
 def _with_own_pair(positives: Bool[Tensor, "b b"]) -> Bool[Tensor, "b b"]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.core.errors import DataError
 from plait.core.estimate import Estimate, Machine, picture_slots
@@ -85,6 +85,11 @@ class Align(Stage):
     """Steps between checkpoints; 0 saves only the last step."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model is trained: `auto`, `cpu`, `cuda` or `mps`."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Align:
+        self.trainer.check_whole(stage="the align stage")
+        return self
 
     def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:
         """Do the work; see :meth:`plait.stages.stage.Stage.run`.

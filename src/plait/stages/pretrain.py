@@ -178,6 +178,7 @@ class Pretrain(Stage):
                     f"{', '.join(given)}: settings of a dual encoder's heads, here a Q-Former learns (it has a dropout "
                     "of its own); take them out (set them to null where a parent recipe gives them)"
                 )
+            self.trainer.check_whole(stage="a Q-Former, which judges pairs of the whole batch,")
         return self
 
     @property
@@ -363,11 +364,13 @@ class Pretrain(Stage):
     ) -> FitResult:
         from plait.assembly.dual import save_dual
         from plait.objectives.contrastive import Contrastive
-        from plait.stages.pretraining.outcome import check_pairs, milestones, show
+        from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
         from plait.training.loop import fit
         from plait.training.settings import Hooks
 
         check_pairs(len(pairs.ids), folder)
+        batches = self._batches(pairs)
+        say_pieces(dual.model, batches.batch_size, batches.micro_batch, events=events)
         shown = milestones(settings.steps)
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
@@ -379,7 +382,7 @@ class Pretrain(Stage):
         return fit(
             dual.model,
             Contrastive(),
-            self._batches(pairs),
+            batches,
             settings=settings,
             folder=folder,
             events=events,
@@ -399,4 +402,5 @@ class Pretrain(Stage):
             seed=self.seed,
             audio=pairs.audio,
             sounds_of=pairs.sounds_of,
+            micro_batch=self.trainer.micro_batch,
         )

@@ -226,6 +226,7 @@ class Tune(Stage):
 
     @model_validator(mode="after")
     def _starts(self) -> Tune:
+        self.trainer.check_whole(stage="the tune stage")
         if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
             raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")
         begun = isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN

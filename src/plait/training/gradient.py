@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from plait.core import mesh
 from plait.core.errors import ConfigError, DataError
-from plait.core.protocols import Objective
+from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
+from plait.training.contrast import backward_pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,8 @@ def accumulate(
 
     Sums and counts run over all micro-batches of all ranks, so the result is the gradient of the whole batch in one
     piece: 8 trained tokens in one micro-batch and 500 in the next weigh as 508 equal tokens. (A mean of micro-batch
-    means weighs them 250 to 4 instead.)
+    means weighs them 250 to 4 instead.) A pairwise loss in several pieces takes cached gradients
+    (:mod:`plait.training.contrast`).
 
     Args:
         model: What the objective runs.
@@ -73,21 +76,12 @@ def accumulate(
             place=f"samples {named(tuple(i for b in micro for i in b.sample_ids))}",
             remedy="check that these samples have trained turns that fit the context",
         )
-    totals: dict[str, Tensor] = {}
-    reached, broken = False, ()
-    for batch in micro:
-        with around():
-            sums = objective(model, batch)
-        loss = _weighted(sums, used, weights, place=type(objective).__name__)
-        for name in used:
-            term = sums[name].detach()
-            totals[name] = totals[name] + term if name in totals else term
-        if not loss.isfinite():
-            broken = tuple(batch.sample_ids)
-            break
-        if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
-            reached = True
-            loss.backward()
+    weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__)
+    if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
+        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around)
+        totals, reached, broken = {name: share.sums[name] for name in used}, share.reached, share.broken
+    else:
+        totals, reached, broken = _each(model, objective, micro, weigh=weigh, used=used, around=around)
     if not reached and not broken:
         raise ConfigError(
             "the loss reaches no trainable weight",
@@ -101,12 +95,40 @@ def accumulate(
     return Sums(loss=loss_value, terms=terms, counts=counts, not_finite=broken)
 
 
+def _each(
+    model: nn.Module,
+    objective: Objective,
+    micro: Sequence[Batch],
+    *,
+    weigh: Callable[[Mapping[str, Tensor]], Tensor],
+    used: Mapping[str, float],
+    around: Callable[[], contextlib.AbstractContextManager[object]],
+) -> tuple[dict[str, Tensor], bool, tuple[str, ...]]:
+    """Forward and backward of one micro-batch after the other: sums, whether anything learns, ids that broke it off."""
+    totals: dict[str, Tensor] = {}
+    reached = False
+    for batch in micro:
+        with around():
+            sums = objective(model, batch)
+        loss = weigh(sums)
+        for name in used:
+            term = sums[name].detach()
+            totals[name] = totals[name] + term if name in totals else term
+        if not loss.isfinite():
+            return totals, reached, tuple(batch.sample_ids)
+        if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
+            reached = True
+            loss.backward()
+    return totals, reached, ()
+
+
 def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) -> None:
     """Refuse what cannot be added up.
 
     Raises:
         DataError: There is no batch at all.
-        ConfigError: The objective compares rows of the whole batch, and the batch comes in several pieces.
+        ConfigError: The objective compares rows of the whole batch, which comes in several pieces, and cannot say how
+            (:class:`plait.core.protocols.Pairwise`).
     """
     if not micro:
         raise DataError(
@@ -114,7 +136,16 @@ def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) ->
             place=f"step {step}",
             remedy="check that the data set is not empty and the batch not larger than it",
         )
-    if objective.needs_global_batch and len(micro) > 1:
+    if not objective.needs_global_batch or isinstance(objective, Pairwise):
+        return
+    if mesh.world() > 1:
+        raise ConfigError(
+            f"{type(objective).__name__} compares all rows of a batch with each other, but {mesh.world()} processes "
+            "hold a part of it each",
+            place="fit",
+            remedy="train it in one process",
+        )
+    if len(micro) > 1:
         rows = [len(batch.sample_ids) for batch in micro]
         raise ConfigError(
             f"{type(objective).__name__} compares all rows of a batch with each other, but the batch comes in "
@@ -135,7 +166,15 @@ def _counts(objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
         for name, count in objective.count(batch).items():
             exact = count.double() if count.is_floating_point() else count  # float32 stops counting at 2**24
             counts[name] = counts[name] + exact if name in counts else exact.clone()
-    return {name: float(mesh.all_reduce_sum(count)) for name, count in counts.items()}
+    if mesh.world() == 1:
+        return {name: float(count) for name, count in counts.items()}
+    # A rank may lack a term, such as that of sounds: all sum the same names in the same order.
+    told = [json.loads(text) for text in mesh.all_gather_text(json.dumps([*counts]))]
+    names: list[str] = list(dict.fromkeys(name for one in told for name in one))
+    here = [float(counts.get(name, 0)) for name in names]
+    device = next(iter(counts.values())).device
+    sums: Tensor = mesh.all_reduce_sum(torch.tensor(here, dtype=torch.float64, device=device))
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _weighted(

@@ -26,3 +26,17 @@ class Trainer(Spec):
     """How the learning rates move; one of another `kind` begins with its own defaults."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
+    micro_batch: int = Field(default=0, ge=0)
+    """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
+    (cached gradients: up to one forward pass more). 0 takes the whole batch."""
+
+    def check_whole(self, *, stage: str) -> None:
+        """See that batches are not to be split, for a stage that takes them whole.
+
+        Raises:
+            ValueError: ``micro_batch`` is set.
+        """
+        if self.micro_batch:
+            raise ValueError(
+                f"trainer.micro_batch is {self.micro_batch}: {stage} takes its batches whole; lower batch_size instead"
+            )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.core.errors import DataError
+from plait.core.errors import ConfigError, DataError
 from plait.data.features import FeatureStore
 from plait.data.pair_batches import PairBatches, StoredPixels, exact, picked
 
@@ -140,3 +140,51 @@ def test_pairs_have_one_of_their_sounds_and_those_without_are_left_out_of_them()
         sounds_of=[(), ()],
     )
     assert "audio" not in silent.step_batches(0)[0].media
+
+
+def heard(pairs: int, **changes: int) -> PairBatches:
+    """Pairs of which some have sounds, in a batch of all but one."""
+    whole = source(pairs, pairs - 1, extra=3)
+    return PairBatches(
+        image=whole.image,
+        text=whole.text,
+        texts_of=whole.texts_of,
+        classes=whole.classes,
+        ids=whole.ids,
+        batch_size=whole.batch_size,
+        seed=0,
+        audio=torch.arange(2 * pairs).float()[:, None],
+        sounds_of=[(i, pairs + i) if i % 3 else () for i in range(pairs)],
+        **changes,
+    )
+
+
+@given(st.integers(4, 12), st.integers(1, 3), st.integers(0, 12), st.integers(0, 5))
+def test_micro_batches_and_ranks_are_the_whole_batch_in_pieces(pairs: int, world: int, micro: int, step: int):
+    (whole,) = heard(pairs).step_batches(step)
+    shares = [heard(pairs, rank=rank, world=world, micro_batch=micro).step_batches(step) for rank in range(world)]
+    pieces = [piece for share in shares for piece in share]
+    sizes = [sum(len(piece.sample_ids) for piece in share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(piece.sample_ids) <= (micro or pairs) for piece in pieces)
+    assert tuple(i for piece in pieces for i in piece.sample_ids) == whole.sample_ids
+    assert torch.equal(torch.cat([piece.labels for piece in pieces]), whole.labels)
+    for side in ("image", "text"):
+        assert torch.equal(torch.cat([piece.media[side].values for piece in pieces]), whole.media[side].values)
+    said = [
+        (piece.sample_ids[int(row)], value)
+        for piece in pieces
+        if "audio" in piece.media
+        for row, value in zip(piece.item_row["audio"], piece.media["audio"].values[:, 0].tolist(), strict=True)
+    ]
+    expected = zip(whole.item_row["audio"], whole.media["audio"].values[:, 0].tolist(), strict=True)
+    assert said == [(whole.sample_ids[int(row)], value) for row, value in expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"world": 9}, "no pair for some of 9"), ({"rank": 2, "world": 2}, "rank 2 of 2"), ({"micro_batch": -1}, "of -1")],
+)
+def test_a_part_that_is_none_is_refused(changes: dict[str, int], match: str):
+    with pytest.raises(ConfigError, match=match):
+        heard(6, **changes)

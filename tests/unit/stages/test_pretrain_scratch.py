@@ -260,3 +260,83 @@ def test_the_estimate_counts_the_tower() -> None:
     small = needs(batch_size=10)
     assert small.memory["activations"] < 0.2 * base.memory["activations"]
     assert small.flops < base.flops
+
+
+# --- micro-batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("S2-26")
+def test_micro_batches_lead_to_the_weights_of_the_whole_batch(
+    data_stage: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Six steps of 8 pairs at once, and 3 at a time: the same losses, norms and weights, but for rounding."""
+    tower = {"image_tower": VIT, "dropout": 0.0, "batch_size": 8}
+    runs = {"whole": {}, "parts": {"trainer": {"micro_batch": 3}}}
+    said = {name: pretrain(data_stage, tmp_path / name, settings, **tower, **more) for name, more in runs.items()}
+    piecewise = "each batch of 8 pairs is embedded 3 at a time, in 3 micro-batches"
+    assert [any(piecewise in text for text in said[name]) for name in runs] == [False, True]
+    whole, parts, before = (
+        load_dual(tmp_path / name).model.state_dict()
+        for name in ("whole/checkpoints/000006", "parts/checkpoints/000006", "whole/checkpoints/000004")
+    )
+    for states in (whole, parts, before):  # The gradient of keys' bias is 0: AdamW makes whole steps of its rounding.
+        for name in [name for name in states if name.endswith("qkv.bias")]:
+            states[name] = states[name].view(3, -1)[[0, 2]]
+
+    def distance(one: dict[str, torch.Tensor]) -> float:
+        return sum(float((one[name] - value).square().sum()) for name, value in whole.items()) ** 0.5
+
+    assert distance(parts) < 1e-4 * distance(before)  # of what two steps move; 1e-5 was measured
+    losses = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in runs]
+    for one, other in zip(*losses, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.row("S2-26")
+def test_batch_norm_in_micro_batches_is_warned_of(data_stage: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    said = pretrain(
+        data_stage, tmp_path / "run", settings | {"steps": 1}, image_tower=TOWERS["resnet"], trainer={"micro_batch": 4}
+    )
+    assert any("batch norms take their statistics from 4 pairs at a time" in text for text in said)
+
+
+def test_a_stopped_run_may_go_on_in_smaller_pieces(data_stage: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        pretrain(data_stage, run, settings, stop="checkpoint 000004 saved", image_tower=VIT)
+    said = pretrain(data_stage, run, settings, image_tower=VIT, trainer={"micro_batch": 2})
+    assert any(text.startswith("resumed at step 4") for text in said)
+
+
+def test_the_estimate_counts_one_micro_batch() -> None:
+    from plait.objectives.contrastive import CELLS
+    from plait.stages.pretraining import needs
+
+    assert needs.SCORES == CELLS
+    data = Estimate(stage="data", samples={"train": 600, "test-concept": 10})
+
+    def estimate(micro: int, **changes: Any) -> Estimate:
+        given = {"image_tower": VIT, "steps": 10, "batch_size": 512, "trainer": {"micro_batch": micro}} | changes
+        return Pretrain.model_validate(given).estimate(MACHINE, {"data": data})
+
+    whole, parts, more = estimate(0), estimate(32), estimate(1024)
+    assert more.memory == whole.memory
+    assert more.flops == whole.flops
+    assert "all of which are held at once" in whole.notes[1]
+    assert "32 of which are held at once" in parts.notes[1]
+    kept = needs.tower_account(Pretrain.model_validate({"image_tower": VIT}).image_tower).kept_bytes
+    assert whole.memory["activations"] - parts.memory["activations"] > 480 * kept
+    assert whole.flops < parts.flops < (1 + 1 / 3) * whole.flops
+    frozen = {"image_tower": "efficientnet-lite0"}
+    assert estimate(32, **frozen).memory["activations"] < 0.6 * estimate(0, **frozen).memory["activations"]
+
+
+def test_a_stage_that_takes_its_batches_whole_refuses_pieces() -> None:
+    from plait.stages.align import Align
+    from plait.stages.tune import Tune
+
+    pieces = {"trainer": {"micro_batch": 4}}
+    for stage, given in ((Pretrain, {"qformer": {}}), (Align, {}), (Tune, {})):
+        with pytest.raises(ValueError, match=r"trainer\.micro_batch is 4: .* takes its batches whole"):
+            stage.model_validate(given | pieces)

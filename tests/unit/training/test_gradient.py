@@ -145,6 +145,12 @@ class Ranks:
         self.size = size
         self.barrier = threading.Barrier(size)
         self.values: dict[str, torch.Tensor] = {}
+        self.texts: dict[str, str] = {}
+
+    def all_gather_text(self, text: str) -> list[str]:
+        self.texts[threading.current_thread().name] = text
+        self.barrier.wait(timeout=20)
+        return [self.texts[name] for name in sorted(self.texts)]
 
     def world(self) -> int:
         return self.size
@@ -179,6 +185,9 @@ def test_ranks_with_unequal_batches_give_the_whole_batch_gradient(monkeypatch):
 
 def test_a_weight_without_a_gradient_here_takes_part_in_the_sum(monkeypatch):
     class Other(Ranks):
+        def all_gather_text(self, text):
+            return [text, text]
+
         def all_reduce_sum(self, value):
             return value.mul_(2)  # as if the other rank had the same
 
@@ -244,14 +253,17 @@ def test_a_broken_micro_batch_ends_the_step_and_is_named():
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_terms_over_the_whole_batch_refuse_micro_batches():
-    class Pairwise(NextToken):
+def test_terms_over_the_whole_batch_refuse_pieces_of_it(monkeypatch):
+    class Whole(NextToken):
         needs_global_batch = True
 
     with pytest.raises(ConfigError, match="2 micro-batches of 3 rows") as error:
-        check_batches([rows((5, 2, 3)), rows((1,))], Pairwise(), step=0)
+        check_batches([rows((5, 2, 3)), rows((1,))], Whole(), step=0)
     assert error.value.remedy == "set the micro-batch to the whole batch (4), or the batch to 3"
-    check_batches([rows((5, 2, 3))], Pairwise(), step=0)
+    check_batches([rows((5, 2, 3))], Whole(), step=0)
+    monkeypatch.setattr(module, "mesh", Ranks(2))
+    with pytest.raises(ConfigError, match="2 processes hold a part of it each"):
+        check_batches([rows((5, 2, 3))], Whole(), step=0)
     check_batches([rows((5, 2, 3)), rows((1,))], NextToken(), step=0)
 
 

@@ -44,6 +44,7 @@ _TOWER_EFFICIENCY = (0.12, 0.6)
 _TOWER_RUNTIME = 80 * 2**20
 _QUERY_EFFICIENCY = (0.15, 0.8)  # 0.5 was measured, 20 steps of 128 pairs at width 128
 _JUDGED = 16  # nearest names of a picture that are judged again
+SCORES = 2**22  # of a batch with itself, in a block; a test compares it with the objective's
 _EVALUATIONS = 7  # untrained, five times while training, at the end
 
 
@@ -215,11 +216,26 @@ def _heads(spec: Pretrain, widths: int) -> int:
 
 
 def _head_flops(spec: Pretrain, heads: int, *, batch: int, steps: int) -> float:
-    return linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * spec.d_shared * steps
+    found = linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * spec.d_shared * steps
+    return found + 2.0 * heads * again(spec, batch) * batch * steps
+
+
+def at_once(spec: Pretrain, batch: int) -> int:
+    """Pairs that go through the model together."""
+    return min(spec.trainer.micro_batch or batch, batch)
+
+
+def again(spec: Pretrain, batch: int) -> float:
+    """Which part of a batch is embedded twice: all but the last micro-batch."""
+    once = batch % at_once(spec, batch) or at_once(spec, batch)
+    return (batch - once) / batch
 
 
 def _head_activations(spec: Pretrain, widths: int, *, batch: int) -> int:
-    return 4 * batch * (widths + 4 * spec.d_hidden + 3 * spec.d_shared) + 20 * batch * batch
+    """Of the heads for what goes through them together; vectors of the whole batch, and a block of its scores."""
+    micro = at_once(spec, batch)
+    vectors = 2 * 2 * spec.d_shared * batch if micro < batch else 0  # with their gradients
+    return 4 * micro * (widths + 4 * spec.d_hidden + 3 * spec.d_shared) + 4 * vectors + 20 * min(batch * batch, SCORES)
 
 
 def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:
@@ -277,11 +293,14 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     heads = _heads(spec, widths)
     trained, still = heads + tower.trainable, tower.parameters - tower.trainable
     tests = _EVALUATIONS * (pictures - samples.get("train", 0))
-    tower_flops = tower.flops * (3.0 * batch * steps + tests)
+    passes = 3.0 + again(spec, batch)
+    tower_flops = tower.flops * (passes * batch * steps + tests)
     head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
     low, high = time_range(tower_flops + head_flops, machine, dtype="float32", efficiency=_TOWER_EFFICIENCY)
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PREPARED[i] + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)]
-    kept = tower.kept_bytes * batch
+    micro = at_once(spec, batch)
+    kept = tower.kept_bytes * micro
+    together = f"{micro:,} of which" if micro < batch else "all of which"
     text_dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
     memory = peak_memory(
         machine,
@@ -313,8 +332,9 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
             f"{steps:,} steps of {batch:,} pairs; the picture tower learns from scratch: "
             f"{spec.tower_name}, {tower.trainable:,} weights, "
             f"{tower.tokens:,} tokens a picture",
-            f"a step is 3 forward passes of {tower.flops / 1e9:,.2f} GFLOP for each of its pictures, all of which are "
-            f"held at once: {kept / 2**20:,.0f} MiB of activations; a smaller batch_size takes less",
+            f"a step is {passes:.3g} forward passes of {tower.flops / 1e9:,.2f} GFLOP for each of its pictures, "
+            f"{together} are held at once: {kept / 2**20:,.0f} MiB of activations; a smaller trainer.micro_batch takes "
+            "less",
             f"pixels are made once and kept in the cache ({2 * pixels * pictures / 2**20:,.0f} MiB outside the run "
             "folder); sizes and speeds of texts are those of minilm",
         ),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
@@ -37,6 +39,27 @@ def check_pairs(number: int, folder: Path) -> None:
             f"{number} training pairs: there is nothing to tell a picture's text from",
             place=str(folder),
             remedy="give the data stage at least two pairs",
+        )
+
+
+def say_pieces(model: nn.Module, batch: int, micro: int, *, events: Events) -> None:
+    """Say in what pieces batches go through the model, and warn where the gradient is not that of the whole.
+
+    Args:
+        model: What learns.
+        batch: Pairs of a step.
+        micro: Pairs at once; 0: all.
+        events: Told.
+    """
+    if not 0 < micro < batch:
+        return
+    pieces = -(-batch // micro)
+    events.note(f"each batch of {batch:,} pairs is embedded {micro:,} at a time, in {pieces:,} micro-batches")
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if norms := sum(isinstance(module, kinds) for module in model.modules()):
+        events.warning(
+            f"{norms} batch norms take their statistics from {micro:,} pairs at a time: the gradient is not that of "
+            f"{batch:,} at once, as it is of a tower with layer norms (vit, swin)"
         )
 
 
