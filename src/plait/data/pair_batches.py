@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Modality
 from plait.data.features import FeatureStore
-from plait.data.order import Order, generator
+from plait.data.order import Order, block, generator
 
 _LEVELS = 255  # of an 8-bit channel
 
@@ -73,6 +73,11 @@ class PairBatches:
         seed: Seed of order and choice of text and sound.
         audio: Features of all sounds, where there are any.
         sounds_of: Which rows of ``audio`` may stand for each pair, any of them; none for a pair without a sound.
+        rank: Which of the processes that train together this is: it takes its block of each batch.
+        world: How many there are; the batch of all of them is the same for any number.
+
+    Raises:
+        ConfigError: There are fewer pairs in a batch than processes, or no such rank.
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
@@ -84,29 +89,37 @@ class PairBatches:
     seed: int
     audio: Float[Tensor, "sound f"] | None = None
     sounds_of: Sequence[Sequence[int]] = ()
+    rank: int = 0
+    world: int = 1
     _order: Order = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        block(self.batch_size, rank=self.rank, world=self.world)
         object.__setattr__(self, "_order", Order(number=len(self.ids), batch_size=self.batch_size, seed=self.seed))
 
     def step_batches(self, step: int) -> list[Batch]:
         """The one batch of the update after ``step`` finished steps; always the same one."""
-        chosen = self.pairs_of(step)
-        rows: list[int] = chosen.tolist()
-        texts = drawn_texts(self.texts_of, rows, seed=self.seed, step=step)
+        mine = block(self.batch_size, rank=self.rank, world=self.world)
+        whole: list[int] = self.pairs_of(
+            step
+        ).tolist()  # draws are for the whole batch: the same for any number of ranks
+        texts = drawn_texts(self.texts_of, whole, seed=self.seed, step=step)[mine]
+        rows = whole[mine]
         device = self.text.device
         ones = torch.ones(len(rows), 3, dtype=torch.long, device=device)
         place = torch.arange(len(rows), device=device)
         text = self.text[torch.tensor(texts, device=device)]
         media: dict[Modality, Patches] = {"image": picked(self.image, rows), "text": Patches(values=text, grid=ones)}
         item_row: dict[Modality, Tensor] = {"image": place, "text": place}
-        if self.audio is not None and (heard := drawn_sounds(self.sounds_of, rows, seed=self.seed, step=step)):
+        heard = drawn_sounds(self.sounds_of, whole, seed=self.seed, step=step) if self.audio is not None else {}
+        heard = {at - mine.start: sound for at, sound in heard.items() if mine.start <= at < mine.stop}
+        if self.audio is not None and heard:
             media["audio"] = picked(self.audio, list(heard.values()))
             item_row["audio"] = torch.tensor(list(heard), device=device)
         return [
             Batch(
                 token_ids=torch.zeros(len(rows), 1, dtype=torch.long, device=device),
-                labels=self.classes[chosen.to(device)][:, None],
+                labels=self.classes[torch.tensor(rows, device=device)][:, None],
                 segment_ids=ones[:, :1],
                 media=media,
                 item_row=item_row,
@@ -115,7 +128,7 @@ class PairBatches:
         ]
 
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
-        """Which pairs are in the batch of a step."""
+        """Which pairs are in the batch of a step, of all ranks together."""
         return self._order.batch(step)
 
 

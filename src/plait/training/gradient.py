@@ -88,7 +88,8 @@ def accumulate(
         if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
             reached = True
             loss.backward()
-    if not reached and not broken:
+    flag = next(iter(totals.values())).new_tensor(float(reached or bool(broken)))
+    if not float(mesh.all_reduce_sum(flag)):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
             place=type(objective).__name__,
