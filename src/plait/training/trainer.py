@@ -26,3 +26,7 @@ class Trainer(Spec):
     """How the learning rates move; one of another `kind` begins with its own defaults."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
+    their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
+    and cores are left; each process takes about 60 MiB and a copy of the texts."""
