@@ -387,6 +387,7 @@ class Pretrain(Stage):
             return fit(dual.model, Contrastive(), ahead, settings=settings, folder=folder, events=events, hooks=hooks)
 
     def _batches(self, pairs: Pairs) -> PairBatches:
+        from plait.core import mesh
         from plait.data.pair_batches import PairBatches
 
         return PairBatches(
@@ -399,4 +400,6 @@ class Pretrain(Stage):
             seed=self.seed,
             audio=pairs.audio,
             sounds_of=pairs.sounds_of,
+            rank=mesh.rank(),
+            world=mesh.world(),
         )
