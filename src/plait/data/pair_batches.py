@@ -1,7 +1,7 @@
 """Batches of picture-text pairs, as features computed before or as pixels: a function of seed and step alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from plait.core.errors import ConfigError
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Modality
 from plait.data.features import FeatureStore
-from plait.data.order import Order, generator
+from plait.data.order import Order, block, generator
 
 _LEVELS = 255  # of an 8-bit channel
 
@@ -77,11 +77,11 @@ class PairBatches:
         audio: Features of all sounds, where there are any.
         sounds_of: Which rows of ``audio`` may stand for each pair, any of them; none for a pair without a sound.
         micro_batch: Pairs in a micro-batch at most; 0: all of a rank's pairs at once.
-        rank: Which part of each batch this process gets, from 0.
-        world: Parts of each batch.
+        rank: Which of the processes that train together this is: it takes its block of each batch.
+        world: How many there are; the batch of all of them is the same for any number.
 
     Raises:
-        ConfigError: A rank would get no pair, or there is no such rank.
+        ConfigError: There are fewer pairs in a batch than processes, no such rank, or ``micro_batch`` is negative.
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
@@ -99,17 +99,10 @@ class PairBatches:
     _order: Order = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size < self.world:
+        block(self.batch_size, rank=self.rank, world=self.world)
+        if self.micro_batch < 0:
             raise ConfigError(
-                f"a batch of {self.batch_size} pairs has no pair for some of {self.world} processes",
-                place="batch_size",
-                remedy=f"set it to {self.world} or more, or start fewer processes",
-            )
-        if not 0 <= self.rank < self.world or self.micro_batch < 0:
-            raise ConfigError(
-                f"rank {self.rank} of {self.world}, micro-batches of {self.micro_batch} pairs",
-                place="PairBatches",
-                remedy="ranks count from 0, and micro_batch is 0 or more",
+                f"micro-batches of {self.micro_batch} pairs", place="micro_batch", remedy="set 0 (all at once) or more"
             )
         object.__setattr__(self, "_order", Order(number=len(self.ids), batch_size=self.batch_size, seed=self.seed))
 
@@ -118,11 +111,11 @@ class PairBatches:
         rows: list[int] = self.pairs_of(step).tolist()
         texts = drawn_texts(self.texts_of, rows, seed=self.seed, step=step)
         heard = drawn_sounds(self.sounds_of, rows, seed=self.seed, step=step) if self.audio is not None else {}
-        first, last = (len(rows) * part // self.world for part in (self.rank, self.rank + 1))
-        size = self.micro_batch or last - first
+        mine = block(len(rows), rank=self.rank, world=self.world)
+        size = self.micro_batch or mine.stop - mine.start
         return [
-            self._batch(rows, texts, heard, places=range(start, min(start + size, last)))
-            for start in range(first, last, size)
+            self._batch(rows, texts, heard, places=range(start, min(start + size, mine.stop)))
+            for start in range(mine.start, mine.stop, size)
         ]
 
     def _batch(self, rows: Sequence[int], texts: Sequence[int], heard: Mapping[int, int], *, places: range) -> Batch:
@@ -145,8 +138,19 @@ class PairBatches:
             sample_ids=tuple(self.ids[pair] for pair in pairs),
         )
 
+    def to(self, device: torch.device) -> "PairBatches":
+        """The same batches on a device."""
+        image = self.image
+        return replace(
+            self,
+            image=replace(image, device=device) if isinstance(image, StoredPixels) else image.to(device),
+            text=self.text.to(device),
+            classes=self.classes.to(device),
+            audio=None if self.audio is None else self.audio.to(device),
+        )
+
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
-        """Which pairs are in the batch of a step."""
+        """Which pairs are in the batch of a step, of all ranks together."""
         return self._order.batch(step)
 
 

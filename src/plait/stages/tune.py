@@ -168,6 +168,10 @@ class Tune(Stage):
     row: int = Field(default=0, ge=0)
     """Tokens a packed row holds; 0 weighs padding against longer attention
     (:func:`plait.data.packing.row_length`)."""
+    group_by_length: int = Field(default=0, ge=0)
+    """Within windows of so many batches, put questions of like length into one batch, whose rows are as long as suits
+    them: less padding and shorter attention where lengths differ much. 1 only fits the rows to each batch; 0 gives all
+    batches the same rows."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -225,8 +229,16 @@ class Tune(Stage):
         return self
 
     @model_validator(mode="after")
+    def _encodes_where_it_trains(self) -> Tune:
+        if self.trainer.workers and not self.cache:
+            raise ValueError(
+                f"trainer.workers is {self.trainer.workers}, but cache is false: the towers that encode in every step "
+                "are not in these processes; set workers to 0, or cache to true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _starts(self) -> Tune:
-        self.trainer.check_whole(stage="the tune stage")
         if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
             raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")
         begun = isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN

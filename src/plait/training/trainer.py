@@ -5,6 +5,8 @@ Numbers of steps, batch sizes and peak rates are the stage's own, since they dif
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from plait.core.spec import Spec
@@ -26,9 +28,18 @@ class Trainer(Spec):
     """How the learning rates move; one of another `kind` begins with its own defaults."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
+    their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
+    and cores are left; each process takes about 60 MiB and a copy of the texts."""
     micro_batch: int = Field(default=0, ge=0)
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
-    (cached gradients: up to one forward pass more). 0 takes the whole batch."""
+    (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
+    the whole batch."""
+
+    def pieces(self, batch_size: int) -> int:
+        """Micro-batches that a batch of so many samples comes in."""
+        return math.ceil(batch_size / self.micro_batch) if self.micro_batch else 1
 
     def check_whole(self, *, stage: str) -> None:
         """See that batches are not to be split, for a stage that takes them whole.

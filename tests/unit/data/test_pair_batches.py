@@ -183,7 +183,11 @@ def test_micro_batches_and_ranks_are_the_whole_batch_in_pieces(pairs: int, world
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"world": 9}, "no pair for some of 9"), ({"rank": 2, "world": 2}, "rank 2 of 2"), ({"micro_batch": -1}, "of -1")],
+    [
+        ({"world": 9}, "samples for 9 processes"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"micro_batch": -1}, "of -1"),
+    ],
 )
 def test_a_part_that_is_none_is_refused(changes: dict[str, int], match: str):
     with pytest.raises(ConfigError, match=match):
