@@ -45,14 +45,12 @@ class Share:
 
     Attributes:
         sums: Of each term over this rank's rows.
-        reached: Whether the loss depends on anything that learns.
-        finite: Whether the loss of the whole batch is finite; if not, there are no gradients of vectors.
+        reached: Whether the loss depends on anything that learns, or is not finite: then there are no gradients.
         broken: Sample ids of the micro-batches whose vectors are not finite.
     """
 
     sums: Mapping[str, Tensor]
     reached: bool
-    finite: bool
     broken: tuple[str, ...] = ()
 
 
@@ -101,7 +99,7 @@ def backward_pairwise(
     total = mesh.all_reduce_sum(loss.detach().clone())
     detached = {name: value.detach() for name, value in sums.items()}
     if not bool(total.isfinite()):
-        return Share(sums=detached, reached=True, finite=False, broken=_not_finite(parts))
+        return Share(sums=detached, reached=True, broken=_not_finite(parts))
     loss.backward()
     _hand_out(whole, parts, first=first)
     kept, reached = {name: buffer.clone() for name, buffer in _live_buffers(model).items()}, _learns(objective)
@@ -110,7 +108,7 @@ def backward_pairwise(
     for name, buffer in _live_buffers(model).items():
         buffer.copy_(kept[name])
     set_rng_state(*after)
-    return Share(sums=detached, reached=reached, finite=True)
+    return Share(sums=detached, reached=reached)
 
 
 def _embed(
