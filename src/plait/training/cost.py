@@ -51,6 +51,10 @@ SmolLM2's shape, 16 to 64 rows of 20 tokens, seen here: 0.45 to 0.86 in float32;
 makes products so fast that everything else dominates (0.22 to 0.30 on a quiet machine).
 """
 
+HEAD_SCORES = 2**24
+"""Scores that :mod:`plait.models.fused_head` holds at once."""
+
+_WIDENED = 2_048  # words of a 16-bit head that are widened at once
 _UNMEASURED = 3.0
 _FACTOR: dict[Gradients, int] = {"none": 2, "through": 4, "full": 6}
 _INPUT_OF = {
@@ -284,6 +288,39 @@ def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, att
 def logits_bytes(shape: DecoderShape, positions: int, *, gradients: Gradients = "through") -> int:
     """Peak bytes of float32 logits; for a loss also of log-probabilities and two gradients."""
     return positions * shape.vocab * (4 if gradients == "none" else 16)
+
+
+def head_bytes(
+    shape: DecoderShape,
+    positions: int,
+    *,
+    dtype: str,
+    gradients: Gradients = "through",
+    head: Literal["fused", "full"] = "fused",
+    scores: int = HEAD_SCORES,
+) -> int:
+    """Peak live bytes of output head and loss in a training step.
+
+    Fused: the scores of some positions; the gradient of the hidden states, and of a head that learns its own; for
+    16-bit hidden states these in float32, and a piece of their frozen head widened. In the backward pass the gradients
+    are there twice, and the scores no more. ``tests/unit/models/test_fused_head.py`` counts them.
+
+    Args:
+        shape: The decoder.
+        positions: Positions at which the next token is trained.
+        dtype: Format of the hidden states and of a frozen head; one that learns has float32 masters.
+        gradients: Of the head: ``full`` where it learns.
+        head: How it is computed: :mod:`plait.models.fused_head`, or all scores at once.
+        scores: Scores held at once.
+    """
+    if head == "full":
+        return logits_bytes(shape, positions, gradients=gradients)
+    learned = shape.vocab * shape.d_model if gradients == "full" else 0
+    states = positions * shape.d_model
+    wide = 0 if dtype == "float32" else states
+    piece = min(_WIDENED, shape.vocab) * shape.d_model if wide and not learned else 0
+    room = min(positions, max(1, scores // shape.vocab)) * shape.vocab
+    return 4 * (states + learned + max(wide + piece + room, wide * bool(learned) + states + learned))
 
 
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:

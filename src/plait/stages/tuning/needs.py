@@ -17,8 +17,8 @@ from plait.training.cost import (
     checkpoint_bytes,
     decoder_activations,
     decoder_flops,
+    head_bytes,
     linear_flops,
-    logits_bytes,
     peak_memory,
     time_range,
 )
@@ -102,7 +102,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
-        activations=activations + logits_bytes(shape, trained),
+        activations=activations
+        + head_bytes(shape, trained, dtype=machine.dtype, gradients="full" if whole else "through"),
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
