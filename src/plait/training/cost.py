@@ -51,7 +51,7 @@ SmolLM2's shape, 16 to 64 rows of 20 tokens, seen here: 0.45 to 0.86 in float32;
 makes products so fast that everything else dominates (0.22 to 0.30 on a quiet machine).
 """
 
-HEAD_SCORES = 2**24
+HEAD_SCORES = 2**25
 """Scores that :mod:`plait.models.fused_head` holds at once."""
 
 _WIDENED = 2_048  # words of a 16-bit head that are widened at once
