@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Output
-from plait.models.attention import causal_mask, positions
+from plait.models.attention import positions
 from plait.models.image_tokens import ImageTokenizer
 from plait.models.output_head import float32_scores
+from plait.models.packing import packed_masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +192,7 @@ class DrawingLM(nn.Module):
         self._check(batch)
         hidden = self._hidden(
             self.embed(batch.token_ids),
-            attention_mask=causal_mask(batch.segment_ids, self.embedding.weight.dtype),
+            attention_mask=packed_masks(self.decoder, batch.segment_ids, self.embedding.weight.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
         ).last_hidden_state

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from plait.models.output_head import Widened
 
 SCORES = 2**25
-"""Scores that are held at once on a CPU: 128 MiB in float32. On an accelerator, which wants larger products, eight times
-as many."""
+"""Scores that are held at once on a CPU: 128 MiB in float32. An accelerator wants larger products: eight times as
+many."""
 
 
 def fuses(head: nn.Module) -> bool:

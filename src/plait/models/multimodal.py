@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import Batch, Output, Patches
-from plait.models.attention import causal_mask, positions
+from plait.models.attention import positions
 from plait.models.crossattend import GatedCrossAttention, MediaView, install, latest_item
 from plait.models.decoding import Decoding
 from plait.models.fused_head import fuses, token_logprobs
 from plait.models.output_head import float32_scores
+from plait.models.packing import packed_masks
 
 
 class MultimodalLM(nn.Module):
@@ -160,7 +161,7 @@ class MultimodalLM(nn.Module):
         return self._decode(
             view,
             inputs_embeds=embedded,
-            attention_mask=causal_mask(batch.segment_ids, embedded.dtype),
+            attention_mask=packed_masks(self.decoder, batch.segment_ids, embedded.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
         ).last_hidden_state
