@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from plait.models.recompute import Recompute, recomputed
 from plait.training.cost import DecoderShape, Lora, decoder_activations, head_bytes, peak_memory
 from plait.training.plan import survey
 from plait.training.precision import autocast, hold_masters
@@ -19,11 +21,8 @@ from plait.training.precision import autocast, hold_masters
 ROWS, LENGTH = 4, 20
 
 
-def kept_for_backward(*, layers: int, dtype: str, attention: str, gradients: str, lora: Lora | None) -> int:
-    """Bytes of distinct storages that autograd saves in a forward pass, weights themselves left out.
-
-    As Plait trains: frozen weights in the working format, trained ones float32 under autocast.
-    """
+def built(*, layers: int, dtype: str, attention: str, gradients: str, lora: Lora | None) -> torch.nn.Module:
+    """As Plait trains: frozen weights in the working format, trained ones float32 under autocast."""
     torch.manual_seed(0)
     model: torch.nn.Module = LlamaForCausalLM(config(layers, attention))
     if gradients == "through":
@@ -33,6 +32,12 @@ def kept_for_backward(*, layers: int, dtype: str, attention: str, gradients: str
 
         model = peft.get_peft_model(model, peft.LoraConfig(r=lora.rank, target_modules=list(lora.targets)))  # type: ignore[arg-type]
         hold_masters(p for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def kept_for_backward(*, layers: int, dtype: str, attention: str, gradients: str, lora: Lora | None) -> int:
+    """Bytes of distinct storages that autograd saves in a forward pass, weights themselves left out."""
+    model = built(layers=layers, dtype=dtype, attention=attention, gradients=gradients, lora=lora)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address is used twice
 
@@ -95,6 +100,50 @@ def test_a_block_keeps_what_the_formula_says(dtype: str, attention: str, gradien
         lora=adapters,  # type: ignore[arg-type]
     )
     assert expected == pytest.approx(found[1] - found[0], rel=0.001)  # two blocks' worth
+
+
+def alive_after_forward(
+    *, layers: int, dtype: str, attention: str, gradients: str, lora: Lora | None, how: Recompute
+) -> int:
+    """Bytes given out by torch's allocator in a forward pass and not taken back; autograd does not see all that
+    selective recomputation keeps."""
+    model = built(layers=layers, dtype=dtype, attention=attention, gradients=gradients, lora=lora)
+    embeds = torch.randn(ROWS, LENGTH, 96, dtype=next(model.parameters()).dtype, requires_grad=True)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[0, -3:] = 0
+    kept: list[object] = []
+
+    def forward() -> None:
+        with autocast("cpu", dtype):
+            kept.append(model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1))
+
+    with recomputed(model, how):
+        forward()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            forward()
+    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.row("S4-61")
+@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("gradients", "lora"), [("through", "none"), ("full", "none"), ("through", "q,v"), ("through", "all")]
+)
+def test_a_recomputed_block_keeps_what_the_formula_says(
+    how: Recompute, dtype: str, attention: str, gradients: str, lora: str
+) -> None:
+    kind: dict[str, Any] = {"dtype": dtype, "attention": attention, "gradients": gradients, "lora": LORAS[lora]}
+    found = [alive_after_forward(layers=n, how=how, **kind) for n in (1, 3)]
+    shape = DecoderShape.from_config(config(2, attention))
+    several = [
+        decoder_activations(dataclasses.replace(shape, layers=n), rows=ROWS, length=LENGTH, recompute=how, **kind)
+        for n in (1, 3)
+    ]
+    assert several[1] - several[0] == pytest.approx(found[1] - found[0], rel=0.005)
 
 
 TRAIN = """

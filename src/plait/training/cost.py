@@ -17,6 +17,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ HEAD_SCORES = 2**25
 """Scores that :mod:`plait.models.fused_head` holds at once."""
 
 _WIDENED = 2_048  # words of a 16-bit head that are widened at once
+_RANDOM = 5_056  # the state of torch's generator, which every recomputed block keeps
 _UNMEASURED = 3.0
 _FACTOR: dict[Gradients, int] = {"none": 2, "through": 4, "full": 6}
 _INPUT_OF = {
@@ -231,6 +233,7 @@ def decoder_activations(
     gradients: Gradients,
     attention: Literal["eager", "sdpa"] = "sdpa",
     lora: Lora | None = None,
+    recompute: Literal["none", "full", "selective"] = "none",
 ) -> int:
     """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
 
@@ -254,7 +257,14 @@ def decoder_activations(
         gradients: For the decoder's own weights.
         attention: Which implementation runs.
         lora: Adapters, always trained.
+        recompute: What blocks keep (:mod:`plait.models.recompute`): all; their inputs; or these and their products.
+            In the backward pass one block's worth of everything is there besides.
     """
+    if recompute != "none" and gradients != "none":
+        kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
+        kept = kept_between(shape, length, products=recompute == "selective", **kind)
+        block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
+        return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
@@ -272,6 +282,30 @@ def decoder_activations(
         token += s * (inputs + lora.rank * len(lora.targets))
         copies += lora.params(shape) * s if dtype != "float32" else 0
     return rows * length * token * (1 if gradients == "none" else shape.layers) + copies
+
+
+def kept_between(
+    shape: DecoderShape,
+    length: int,
+    *,
+    dtype: str,
+    gradients: Gradients,
+    attention: str,
+    lora: Lora | None,
+    products: bool,
+) -> int:
+    """Bytes a token that a block which is recomputed keeps: its input, and with ``products`` what they gave.
+
+    The input is the sum of all blocks before: float32 where trained masters are.
+    """
+    s, sizes = BYTES[dtype], shape.matrices()
+    token = shape.d_model * (4 if gradients == "full" else s)
+    if products:
+        token += s * sum(outputs for _, outputs in sizes.values())
+        token += s * shape.d_attention + (4 * shape.heads if attention == "sdpa" else s * shape.heads * length)
+        if lora is not None:
+            token += s * sum(lora.rank + sizes[name][1] for name in lora.targets)
+    return token
 
 
 def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: str) -> int:
