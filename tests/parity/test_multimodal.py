@@ -8,13 +8,13 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from plait.core.errors import DataError
-from plait.core.tensors import IGNORE, Batch, Patches
+from plait.core.tensors import IGNORE, Batch, Output, Patches
 from plait.core.types import MediaRef
 from plait.data.collate import collate
 from plait.data.template import Rendered
 from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
-from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs
+from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs, token_logprobs
 
 IMAGE = 95
 SLOTS = 4
@@ -114,6 +114,20 @@ def test_logits_and_gradients_equal_llava(llava: LlavaForConditionalGeneration) 
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_the_fused_head_gives_loss_and_gradients_of_all_scores(llava: LlavaForConditionalGeneration) -> None:
+    ours, objective = compose(llava), NextToken()
+    batch = batch_of(llava, {1: (6, 3), 2: (3, 2), 3: (4, 5)}, row=20)
+    weights = [w for w in ours.parameters() if w.requires_grad]
+    found: list[list[torch.Tensor]] = []
+    for fused in (True, False):
+        ours.fused = fused
+        assert (ours(batch).logprobs is not None) is fused
+        loss = objective(ours, batch)["next_token"]
+        found.append([loss, *torch.autograd.grad(loss, weights)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("row", [13, 20, 29, 64])
 def test_packed_rows_give_the_loss_of_rows_of_their_own(llava: LlavaForConditionalGeneration, row: int) -> None:
     ours, objective = compose(llava), NextToken()
@@ -205,7 +219,8 @@ def test_closed_forms() -> None:
     flat = torch.zeros(2, 4)
     targets = torch.tensor([0, 3])
     assert float(next_token_loss(flat, targets)) == pytest.approx(2 * 1.3862943611)
-    each = sequence_logprobs(torch.zeros(3, 4), torch.tensor([1, 2, 3]), owner=torch.tensor([0, 0, 1]), count=2)
+    even = Output(hidden=torch.zeros(1, 3, 1), score=lambda: torch.zeros(3, 4))
+    each = sequence_logprobs(token_logprobs(even, torch.tensor([1, 2, 3])), owner=torch.tensor([0, 0, 1]), count=2)
     assert each.tolist() == pytest.approx([-2 * 1.3862943611, -1.3862943611])
 
 

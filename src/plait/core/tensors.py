@@ -4,11 +4,11 @@ Letters: ``b`` rows, ``t`` text positions, ``n`` ragged media tokens, ``d`` widt
 ``item`` media items.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from plait.core.types import Modality
@@ -32,10 +32,25 @@ class Patches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a language model returns: ``logits`` only at the positions asked for, ``hidden`` everywhere."""
+    """What a language model returns: hidden states everywhere, the rest only where the next token is trained.
+
+    Attributes:
+        hidden: Last hidden states.
+        score: Computes the scores of every word, float32 or wider, at :attr:`Batch.predicting` in reading order; None
+            where there is no vocabulary.
+        logprobs: Log-probability of each of :attr:`Batch.targets`; None where the model leaves it to ``score``.
+    """
 
     hidden: Float[Tensor, "b t d"]
-    logits: Float[Tensor, "n v"] | None = None
+    score: Callable[[], Float[Tensor, "n v"]] | None = None
+    logprobs: Float[Tensor, " n"] | None = None
+
+    @property
+    def logits(self) -> Float[Tensor, "n v"]:
+        """Scores of every word, computed now: of a large vocabulary the largest tensor of a step."""
+        if self.score is None:
+            raise TypeError("this output has no scores of words")
+        return self.score()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +74,26 @@ class Batch:
     item_row: Mapping[Modality, Int[Tensor, " item"]]
     sample_ids: tuple[str, ...]
     encoded: bool = False
+
+    @property
+    def predicting(self) -> Bool[Tensor, "b t"]:
+        """Positions whose next token is trained and stands in the same segment.
+
+        The first token of a sample has nothing before it. In a packed row its neighbor is the end of another sample,
+        from which it must not be learned: then a packed loss is the loss of rows of their own.
+
+        Example:
+            Segments ``1 1 2 2``, all trained: ``x . x .``
+        """
+        out = torch.zeros_like(self.labels, dtype=torch.bool)
+        same = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+        out[:, :-1] = (self.labels[:, 1:] != IGNORE) & same
+        return out
+
+    @property
+    def targets(self) -> Int[Tensor, " n"]:
+        """The token that comes after each of :attr:`predicting`, in reading order."""
+        return self.labels[:, 1:][self.predicting[:, :-1]]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""

@@ -17,7 +17,6 @@ from plait.core.tensors import Batch, Patches
 from plait.models.connectors.query import QFormer
 from plait.models.dual import limited
 from plait.models.heads import MaskedHead, MatchingHead, QueryContrastHead
-from plait.models.multimodal import predicting
 from plait.models.ragged import Rows, rows_of
 
 Choose = Callable[[Float[Tensor, "b b"]], tuple[Int[Tensor, " k"], Int[Tensor, " k"]]]
@@ -112,7 +111,7 @@ class Blip2Stage1(nn.Module):
             )
         judged = self.judge(_picked(source, pictures), ids[texts], present[texts])
         # The scores of a whole vocabulary are the largest tensor here: only those that are trained are made.
-        return ThreeTasks(similarity, judged, self._told(self._before(source, ids, present)[predicting(batch.labels)]))
+        return ThreeTasks(similarity, judged, self._told(self._before(source, ids, present)[batch.predicting]))
 
     def look(self, batch: Batch) -> Rows:
         """Tokens of the batch's pictures, one picture a row.

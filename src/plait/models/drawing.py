@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch, Output
-from plait.models.attention import causal_mask, positions
+from plait.models.attention import positions
 from plait.models.image_tokens import ImageTokenizer
-from plait.models.multimodal import predicting
 from plait.models.output_head import float32_scores
+from plait.models.packing import packed_masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,13 +192,13 @@ class DrawingLM(nn.Module):
         self._check(batch)
         hidden = self._hidden(
             self.embed(batch.token_ids),
-            attention_mask=causal_mask(batch.segment_ids, self.embedding.weight.dtype),
+            attention_mask=packed_masks(self.decoder, batch.segment_ids, self.embedding.weight.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
         ).last_hidden_state
-        places = predicting(batch.labels)
+        places = batch.predicting
         allowed = self.ids.allowed(self.ids.drawn(batch.token_ids)[places])
-        wanted = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE]
+        wanted = batch.targets
         if not bool(allowed.gather(1, wanted[:, None]).all()):
             raise DataError(
                 "a trained token may not stand where it does: pictures are a start, "
@@ -206,7 +206,8 @@ class DrawingLM(nn.Module):
                 place=f"samples {', '.join(batch.sample_ids[:4])}",
                 remedy="make rows with PictureIds.row, and pack whole samples",
             )
-        return Output(hidden=hidden, logits=self.scores(hidden[places]).masked_fill(~allowed, float("-inf")))
+        scores = self.scores(hidden[places]).masked_fill(~allowed, float("-inf"))
+        return Output(hidden=hidden, score=lambda: scores)
 
     def embed(self, token_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """Embeddings of words, starts, ends and codes."""

@@ -8,12 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from plait.core.errors import ConfigError, DataError
-from plait.core.tensors import IGNORE, Batch, Output, Patches
-from plait.models.attention import causal_mask, positions
+from plait.core.tensors import Batch, Output, Patches
+from plait.models.attention import positions
 from plait.models.crossattend import GatedCrossAttention, MediaView, install, latest_item
 from plait.models.decoding import Decoding
 from plait.models.documents import documents_for
+from plait.models.fused_head import fuses, token_logprobs
 from plait.models.output_head import float32_scores
+from plait.models.packing import packed_masks
 
 
 class MultimodalLM(nn.Module):
@@ -27,6 +29,10 @@ class MultimodalLM(nn.Module):
 
     Placeholders are ids of the tokenizer beyond the decoder's vocabulary, so they have no embedding, and no decoder can
     ever write them.
+
+    Attributes:
+        fused: Whether the forward computes log-probabilities and head in one (:mod:`plait.models.fused_head`), where
+            the head is a plain linear layer; else losses are left to all scores at once.
 
     Args:
         encoders: One tower a modality.
@@ -62,6 +68,7 @@ class MultimodalLM(nn.Module):
             dict(placeholder) if isinstance(placeholder, Mapping) else dict.fromkeys(connectors, placeholder)
         )
         self.inside = inside
+        self.fused = True
         self._check_parts(reading)
         table: Tensor = decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
         self._check_widths(reading, width=table.shape[1])
@@ -121,6 +128,13 @@ class MultimodalLM(nn.Module):
         return self.placeholders["image"] if "image" in self.placeholders else next(iter(self.placeholders.values()))
 
     @property
+    def head(self) -> nn.Module:
+        """What makes scores of hidden states."""
+        head = self.decoder.lm_head
+        assert isinstance(head, nn.Module)
+        return head
+
+    @property
     def device(self) -> torch.device:
         """Where the decoder's word embeddings are."""
         return self.decoder.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -136,9 +150,11 @@ class MultimodalLM(nn.Module):
         return self.connectors[modality].grid_out(grid)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: Batch) -> Output:
-        """Hidden states everywhere; logits only where the next token is trained, in reading order."""
+        """Hidden states everywhere; what is said of the next token only where it is trained, in reading order."""
         hidden = self.hidden(batch)
-        return Output(hidden=hidden, logits=self.logits(hidden[predicting(batch.labels)]))
+        trained = hidden[batch.predicting]
+        logprobs = token_logprobs(self.head, trained, batch.targets) if self.fused and fuses(self.head) else None
+        return Output(hidden=hidden, score=lambda: self.logits(trained), logprobs=logprobs)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other."""
@@ -146,7 +162,7 @@ class MultimodalLM(nn.Module):
         return self._decode(
             view,
             inputs_embeds=embedded,
-            attention_mask=causal_mask(batch.segment_ids, embedded.dtype),
+            attention_mask=packed_masks(self.decoder, batch.segment_ids, embedded.dtype),
             position_ids=positions(batch.segment_ids),
             use_cache=False,
             **documents_for(self.decoder, batch.segment_ids),
@@ -198,9 +214,7 @@ class MultimodalLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Scores of the next token, in float32 (:func:`plait.models.output_head.float32_scores`)."""
-        head = self.decoder.lm_head
-        assert isinstance(head, nn.Module)
-        return float32_scores(head, hidden)
+        return float32_scores(self.head, hidden)
 
     def inputs(self, batch: Batch) -> tuple[Float[Tensor, "b t d"], MediaView | None]:
         """What the decoder gets: embeddings with media in their places, and what its cross-attention looks at.
@@ -251,13 +265,6 @@ class MultimodalLM(nn.Module):
         wide = next((p.dtype for p in connector.parameters() if p.is_floating_point()), features.values.dtype)
         found = connector(Patches(values=features.values.to(wide), grid=features.grid))
         return found, features.grid.new_zeros(0) if item_row is None else item_row
-
-
-def predicting(labels: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
-    """Positions whose next token is trained."""
-    out = torch.zeros_like(labels, dtype=torch.bool)
-    out[:, :-1] = labels[:, 1:] != IGNORE
-    return out
 
 
 def check_places(batch: Batch, holes: Bool[Tensor, "b t"], *, media: Patches, item_row: Int[Tensor, " item"]) -> None:

@@ -56,7 +56,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, hidden: Float[Tensor, "n d"], weight: Tensor) -> Float[Tensor, "n v"]:
         ctx.save_for_backward(weight)
         scores = hidden.new_empty(len(hidden), len(weight))
-        for words, wide in _widened(weight):
+        for words, wide in Widened(weight, like=hidden):
             torch.mm(hidden, wide.T, out=scores[:, words])
         return scores
 
@@ -66,14 +66,28 @@ class _Product(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         (of_scores,) = gradients
         of_hidden = of_scores.new_zeros(len(of_scores), weight.shape[1])
-        for words, wide in _widened(weight):
+        for words, wide in Widened(weight, like=of_hidden):
             of_hidden.addmm_(of_scores[:, words], wide)
         return of_hidden, None
 
 
-def _widened(weight: Float[Tensor, "v d"]) -> Iterator[tuple[slice, Float[Tensor, "w d"]]]:
-    """The weights of some words after the other in float32, all in the same memory."""
-    room = torch.empty(min(_WORDS, len(weight)), weight.shape[1], device=weight.device)
-    for start in range(0, len(weight), _WORDS):
-        part = weight[start : start + _WORDS]
-        yield slice(start, start + len(part)), room[: len(part)].copy_(part)
+class Widened:
+    """The weights of some words after the other in the format of ``like``, all in the same memory.
+
+    Weights that have it come as they are, in one piece.
+    """
+
+    def __init__(self, weight: Float[Tensor, "v d"], *, like: Tensor) -> None:
+        self.weight = weight
+        self.room = None
+        if weight.dtype != like.dtype:
+            self.room = like.new_empty(min(_WORDS, len(weight)), weight.shape[1])
+
+    def __iter__(self) -> Iterator[tuple[slice, Float[Tensor, "w d"]]]:
+        """Which words, and their weights."""
+        if self.room is None:
+            yield slice(0, len(self.weight)), self.weight
+            return
+        for start in range(0, len(self.weight), _WORDS):
+            part = self.weight[start : start + _WORDS]
+            yield slice(start, start + len(part)), self.room[: len(part)].copy_(part)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from plait.core.tensors import IGNORE, Batch
+from plait.core.tensors import Batch, Output
 
 
 def next_token_loss(logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -21,35 +21,41 @@ def next_token_loss(logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) ->
 class NextToken:
     """Autoregressive language modeling on the trained tokens of a batch.
 
-    The model gives logits only where the next token is trained (:class:`plait.models.multimodal.MultimodalLM`), so no
-    full ``b t v`` tensor exists.
+    The model gives log-probabilities, or scores, only where the next token is trained
+    (:class:`plait.models.multimodal.MultimodalLM`), so no full ``b t v`` tensor exists.
     """
 
     needs_global_batch = False
 
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
         """Trained tokens."""
-        return {"next_token": (batch.labels[:, 1:] != IGNORE).sum()}
+        return {"next_token": batch.predicting.sum()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sum of the negative log-likelihood, in nats."""
-        shifted = batch.labels[:, 1:]
-        logits = model(batch).logits
-        return {"next_token": next_token_loss(logits, shifted[shifted != IGNORE])}
+        return {"next_token": -token_logprobs(model(batch), batch.targets).sum()}
 
 
-def sequence_logprobs(
-    logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"], *, owner: Int[Tensor, " n"], count: int
-) -> Float[Tensor, " s"]:
+def token_logprobs(output: Output, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log-probability of each target: as the model computed it together with its head, else from its scores.
+
+    Args:
+        output: Of the model.
+        targets: The token that came (:attr:`plait.core.tensors.Batch.targets`).
+    """
+    if output.logprobs is not None:
+        return output.logprobs
+    return -nn.functional.cross_entropy(_wide(output.logits), targets, reduction="none")
+
+
+def sequence_logprobs(each: Float[Tensor, " n"], *, owner: Int[Tensor, " n"], count: int) -> Float[Tensor, " s"]:
     """Log-probability of each sequence: the sum over its tokens.
 
     Args:
-        logits: Scores at the positions that predict.
-        targets: The token that came.
-        owner: Which sequence each position belongs to, from 0.
+        each: Log-probability of each token.
+        owner: Which sequence each token belongs to, from 0.
         count: Number of sequences.
     """
-    each = -nn.functional.cross_entropy(_wide(logits), targets, reduction="none")
     return torch.zeros(count, dtype=each.dtype, device=each.device).index_add(0, owner, each)
 
 

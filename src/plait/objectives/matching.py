@@ -90,7 +90,7 @@ class QueryTasks:
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, judgements, and trained tokens."""
         pairs = torch.tensor(len(batch.token_ids), device=batch.labels.device)
-        return {"contrast": pairs, "match": 3 * pairs, "generate": (batch.labels[:, 1:] != IGNORE).sum()}
+        return {"contrast": pairs, "match": 3 * pairs, "generate": batch.predicting.sum()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sums in nats.
@@ -104,9 +104,8 @@ class QueryTasks:
         )
         choose = partial(hard_negatives, positives=positives, generator=drawn_from(self.seed, batch.sample_ids))
         similarity, judged, logits = model(batch, choose=choose)
-        shifted = batch.labels[:, 1:]
         return {
             "contrast": symmetric_nce(similarity, positives=positives),
             "match": match_loss(judged, torch.arange(len(judged), device=judged.device) < len(positives)),
-            "generate": next_token_loss(logits, shifted[shifted != IGNORE]),
+            "generate": next_token_loss(logits, batch.targets),
         }

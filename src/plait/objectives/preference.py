@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from plait.core.errors import DataError
-from plait.core.tensors import IGNORE, Batch
-from plait.objectives.language import sequence_logprobs
+from plait.core.tensors import Batch
+from plait.objectives.language import sequence_logprobs, token_logprobs
 
 
 def preference_loss(margin: Float[Tensor, " pair"]) -> Float[Tensor, ""]:
@@ -27,15 +27,15 @@ def answer_logprobs(model: nn.Module, batch: Batch) -> Float[Tensor, " segment"]
     """Log-probability of the trained tokens of each sample of a packed batch, in the order of ``batch.sample_ids``.
 
     Args:
-        model: Gives logits where the next token is trained, in reading order.
+        model: Gives log-probabilities or scores where the next token is trained, in reading order.
         batch: Segments of a row numbered from 1.
 
     Raises:
         DataError: Segments and sample ids do not correspond.
     """
     owner = _owners(batch)
-    targets = batch.labels[:, 1:]
-    return sequence_logprobs(model(batch).logits, targets[targets != IGNORE], owner=owner, count=len(batch.sample_ids))
+    each = token_logprobs(model(batch), batch.targets)
+    return sequence_logprobs(each, owner=owner, count=len(batch.sample_ids))
 
 
 class DirectPreference:
@@ -120,4 +120,4 @@ def _owners(batch: Batch) -> Int[Tensor, " n"]:
         )
     first = per_row.cumsum(0) - per_row
     number = first[:, None] + batch.segment_ids - 1
-    return number[:, 1:][batch.labels[:, 1:] != IGNORE]
+    return number[batch.predicting]

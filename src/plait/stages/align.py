@@ -178,7 +178,7 @@ class Align(Stage):
             frozen=shape.params,
             frozen_dtype=machine.dtype,
             trainable=weights,
-            activations=kept + cost.logits_bytes(shape, trained),
+            activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype),
         )
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(

@@ -17,6 +17,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,11 @@ SmolLM2's shape, 16 to 64 rows of 20 tokens, seen here: 0.45 to 0.86 in float32;
 makes products so fast that everything else dominates (0.22 to 0.30 on a quiet machine).
 """
 
+HEAD_SCORES = 2**25
+"""Scores that :mod:`plait.models.fused_head` holds at once."""
+
+_WIDENED = 2_048  # words of a 16-bit head that are widened at once
+_RANDOM = 5_056  # the state of torch's generator, which every recomputed block keeps
 _UNMEASURED = 3.0
 _FACTOR: dict[Gradients, int] = {"none": 2, "through": 4, "full": 6}
 _INPUT_OF = {
@@ -227,6 +233,7 @@ def decoder_activations(
     gradients: Gradients,
     attention: Literal["eager", "sdpa"] = "sdpa",
     lora: Lora | None = None,
+    recompute: Literal["none", "full", "selective"] = "none",
 ) -> int:
     """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
 
@@ -250,7 +257,14 @@ def decoder_activations(
         gradients: For the decoder's own weights.
         attention: Which implementation runs.
         lora: Adapters, always trained.
+        recompute: What blocks keep (:mod:`plait.models.recompute`): all; their inputs; or these and their products.
+            In the backward pass one block's worth of everything is there besides.
     """
+    if recompute != "none" and gradients != "none":
+        kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
+        kept = kept_between(shape, length, products=recompute == "selective", **kind)
+        block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
+        return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
@@ -270,6 +284,30 @@ def decoder_activations(
     return rows * length * token * (1 if gradients == "none" else shape.layers) + copies
 
 
+def kept_between(
+    shape: DecoderShape,
+    length: int,
+    *,
+    dtype: str,
+    gradients: Gradients,
+    attention: str,
+    lora: Lora | None,
+    products: bool,
+) -> int:
+    """Bytes a token that a block which is recomputed keeps: its input, and with ``products`` what they gave.
+
+    The input is the sum of all blocks before: float32 where trained masters are.
+    """
+    s, sizes = BYTES[dtype], shape.matrices()
+    token = shape.d_model * (4 if gradients == "full" else s)
+    if products:
+        token += s * sum(outputs for _, outputs in sizes.values())
+        token += s * shape.d_attention + (4 * shape.heads if attention == "sdpa" else s * shape.heads * length)
+        if lora is not None:
+            token += s * sum(lora.rank + sizes[name][1] for name in lora.targets)
+    return token
+
+
 def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: str) -> int:
     """Width of all inputs that trained linear layers of a block keep."""
     widths = {name: inputs for name, (inputs, _) in shape.matrices().items() if name in names}
@@ -284,6 +322,39 @@ def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, att
 def logits_bytes(shape: DecoderShape, positions: int, *, gradients: Gradients = "through") -> int:
     """Peak bytes of float32 logits; for a loss also of log-probabilities and two gradients."""
     return positions * shape.vocab * (4 if gradients == "none" else 16)
+
+
+def head_bytes(
+    shape: DecoderShape,
+    positions: int,
+    *,
+    dtype: str,
+    gradients: Gradients = "through",
+    head: Literal["fused", "full"] = "fused",
+    scores: int = HEAD_SCORES,
+) -> int:
+    """Peak live bytes of output head and loss in a training step.
+
+    Fused: the scores of some positions; the gradient of the hidden states, and of a head that learns its own; for
+    16-bit hidden states these in float32, and a piece of their frozen head widened. In the backward pass the gradients
+    are there twice, and the scores no more. ``tests/unit/models/test_fused_head.py`` counts them.
+
+    Args:
+        shape: The decoder.
+        positions: Positions at which the next token is trained.
+        dtype: Format of the hidden states and of a frozen head; one that learns has float32 masters.
+        gradients: Of the head: ``full`` where it learns.
+        head: How it is computed: :mod:`plait.models.fused_head`, or all scores at once.
+        scores: Scores held at once.
+    """
+    if head == "full":
+        return logits_bytes(shape, positions, gradients=gradients)
+    learned = shape.vocab * shape.d_model if gradients == "full" else 0
+    states = positions * shape.d_model
+    wide = 0 if dtype == "float32" else states
+    piece = min(_WIDENED, shape.vocab) * shape.d_model if wide and not learned else 0
+    room = min(positions, max(1, scores // shape.vocab)) * shape.vocab
+    return 4 * (states + learned + max(wide + piece + room, wide * bool(learned) + states + learned))
 
 
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:

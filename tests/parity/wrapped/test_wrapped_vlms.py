@@ -22,8 +22,9 @@ from plait.core.types import MediaRef, Request, Text, Turn
 from plait.data.collate import collate, joined
 from plait.data.template import Rendered
 from plait.inference.engine import Engine, Prompt
+from plait.models.attention import positions
 from plait.models.decoding import Decodes
-from plait.models.multimodal import predicting
+from plait.objectives.preference import answer_logprobs
 
 FAMILIES = ["llava", "llava-siglip", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 FAMILIES += ["llava_onevision", "gemma3", "paligemma", "paligemma2", "blip-2"]
@@ -226,12 +227,12 @@ def same(vlm: Vlm, reference: Any, turns: Sequence[Sequence[Turn]], *, side: str
     inputs = theirs(vlm, turns, side=side)
     if reference.config.model_type != "blip-2" or side == "right":  # its processor puts padding behind the picture
         assert torch.equal(inputs["input_ids"] * inputs["attention_mask"], ours.token_ids * ours.segment_ids)
-    where = predicting(ours.labels)
+    where = ours.predicting
     inputs.pop("labels", None)
     expected = reference(**inputs).logits[where]
     found = vlm.model(ours).logits
     torch.testing.assert_close(found, expected, **CLOSE)
-    targets = ours.labels[:, 1:][where[:, :-1]]
+    targets = ours.targets
     grads, wanted = losses(vlm.model.model, found, targets), losses(reference, expected, targets)
     assert set(grads) == set(wanted)
     for key, value in wanted.items():
@@ -259,13 +260,23 @@ def test_words_alone_equal_the_reference(vlm: Vlm, reference: Any, name: str) ->
         found = vlm.model(ours).logits
         if name != "blip-2":  # and this model takes none
             kinds = ours.labels.ne(IGNORE).long()
-            logits = reference(input_ids=ours.token_ids, token_type_ids=kinds).logits[predicting(ours.labels)]
+            logits = reference(input_ids=ours.token_ids, token_type_ids=kinds).logits[ours.predicting]
             torch.testing.assert_close(found, logits, **CLOSE)
         mixed = vlm.model(batch(vlm, [vlm.template.turns(WORDS), vlm.template.turns(ONE)])).logits
         torch.testing.assert_close(mixed[: len(found)], found, **CLOSE)
     else:
         same(vlm, reference, [WORDS])
         same(vlm, reference, [WORDS, ONE])
+
+
+def test_the_fused_head_gives_the_log_probabilities_of_the_scores(vlm: Vlm, name: str) -> None:
+    ours = batch(vlm, [vlm.template.turns(turns) for turns in conversations(name)[:2]])
+    out = vlm.model(ours)
+    if name == "paligemma2":  # scores are capped after the head
+        assert out.logprobs is None
+        return
+    expected = -torch.nn.functional.cross_entropy(out.logits, ours.targets, reduction="none")
+    torch.testing.assert_close(out.logprobs, expected, **CLOSE)
 
 
 def test_packed_rows_equal_their_samples_alone(vlm: Vlm, name: str) -> None:
@@ -282,13 +293,35 @@ def test_packed_rows_equal_their_samples_alone(vlm: Vlm, name: str) -> None:
         return
     vlm.model.requires_grad_(requires_grad=True)
     alone = [batch(vlm, [rendered[one]]) for one in packed.sample_ids]
-    targets = torch.cat([one.labels[:, 1:][predicting(one.labels)[:, :-1]] for one in alone])
+    targets = torch.cat([one.targets for one in alone])
     together = vlm.model(packed).logits
     apart = torch.cat([vlm.model(one).logits for one in alone])
     torch.testing.assert_close(together, apart, **CLOSE)
     grads, wanted = losses(vlm.model.model, together, targets), losses(vlm.model.model, apart, targets)
     for key, value in wanted.items():
         torch.testing.assert_close(grads[key], value, **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_packed_document_has_the_loss_that_it_has_alone(vlm: Vlm, name: str) -> None:
+    """In float64; parts of the decoders and towers round to float32 all the same."""
+    if name == "paligemma2":  # refused, see above
+        return
+    rendered = {f"s{n}": vlm.template.turns(t) for n, t in enumerate(conversations(name))}
+    found = {r.sha256: p for one in rendered.values() for r, p in zip(one.media, pieces(vlm, one.media), strict=True)}
+    row = max(map(len, rendered.values())) * 2
+    packed = collate(list(rendered.items()), found, slots=vlm.model.family.slots, encoded=False, row=row, pad=vlm.stop)
+    vlm.model.double()
+    try:
+        with torch.no_grad():
+            together = answer_logprobs(vlm.model, packed)
+            alone = torch.cat([answer_logprobs(vlm.model, batch(vlm, [rendered[one]])) for one in packed.sample_ids])
+            torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+            if name.startswith("qwen"):  # a shift of all axes would be no error: rotations are relative
+                counted = positions(packed.segment_ids).expand(3, -1, -1)
+                wrong = vlm.model._run(packed, packed.media["image"], counted, use_cache=False).last_hidden_state
+                assert float((wrong - vlm.model.hidden(packed)).abs().max()) > 1e-2, "time, row and column matter"
+    finally:
+        vlm.model.float()
 
 
 def pieces(vlm: Vlm, found: Sequence[MediaRef]) -> list[Patches]:
@@ -349,7 +382,7 @@ def test_a_saved_folder_loads_both_ways(vlm: Vlm, tmp_path: Path, vlm_folder: Ca
     assert not report["unexpected_keys"]
     inputs = theirs(again, [ONE])
     inputs.pop("labels", None)
-    logits = model.eval()(**inputs).logits[predicting(first.labels)]
+    logits = model.eval()(**inputs).logits[first.predicting]
     torch.testing.assert_close(logits, expected, **CLOSE)
     source = {p.name: p.read_bytes() for p in vlm_folder(name).iterdir() if p.name.startswith(("tok", "proc", "pre"))}
     assert {n: (tmp_path / n).read_bytes() for n in source} == source

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from plait.core.protocols import Objective
 from plait.core.tensors import IGNORE, Batch, Output
-from plait.models.multimodal import predicting
-from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs
+from plait.objectives.language import NextToken, next_token_loss, sequence_logprobs, token_logprobs
 
 WORDS = 11
 
@@ -26,7 +25,7 @@ class Bigram(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         hidden = self.table[batch.token_ids]
-        return Output(hidden=hidden, logits=hidden[predicting(batch.labels)])
+        return Output(hidden=hidden, score=lambda: hidden[batch.predicting])
 
 
 def batch_of(token_ids: Tensor, trained: Tensor) -> Batch:
@@ -92,6 +91,20 @@ def test_sums_and_counts_add_over_splits(shape: tuple[int, int, int, float], whe
     assert float(whole.detach()) == pytest.approx(oracle, rel=1e-12, abs=1e-12)
 
 
+def test_the_first_token_of_a_packed_sample_is_not_learned_from_its_neighbor() -> None:
+    model, objective = Bigram(), NextToken()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    alone = [batch_of(part, torch.ones_like(part, dtype=torch.bool)) for part in (ids[:, :2], ids[:, 2:3], ids[:, 3:])]
+    packed = dataclasses.replace(
+        batch_of(ids, torch.ones_like(ids, dtype=torch.bool)), segment_ids=torch.tensor([[1, 1, 2, 3, 3, 3]])
+    )
+    assert packed.predicting.tolist() == [[True, False, False, True, True, False]]
+    assert packed.targets.tolist() == [2, 5, 6]
+    assert int(objective.count(packed)["next_token"]) == 3
+    together = objective(model, packed)["next_token"]
+    torch.testing.assert_close(together, sum(objective(model, one)["next_token"] for one in alone), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -102,5 +115,6 @@ def test_narrow_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     exact = float(next_token_loss(logits.double(), targets))
     assert float(found) == pytest.approx(exact, rel=1e-6)
     owner = torch.randint(0, 4, (500,), generator=generator)
-    each = sequence_logprobs(logits, targets, owner=owner, count=4)
+    output = Output(hidden=logits[None], score=lambda: logits)
+    each = sequence_logprobs(token_logprobs(output, targets), owner=owner, count=4)
     assert float(each.sum()) == pytest.approx(-exact, rel=1e-6)

@@ -10,7 +10,8 @@ from plait.core.errors import CheckpointError, ConfigError, DataError
 from plait.core.tensors import Batch, Output, Patches
 from plait.models.attention import causal, same_segment
 from plait.models.decoding import Decoding
-from plait.models.multimodal import check_places, predicting, some
+from plait.models.fused_head import fuses, token_logprobs
+from plait.models.multimodal import check_places, some
 from plait.models.output_head import float32_scores
 from plait.models.wrapped.families import FAMILIES, Family
 
@@ -30,6 +31,9 @@ class WrappedVLM(nn.Module):
     Rows of one sample go the way that transformers goes: a mask of padding, on either side. Packed rows get a mask in
     which no sample sees another, and positions that begin anew with each.
 
+    Attributes:
+        fused: As :class:`plait.models.multimodal.MultimodalLM`; never where scores are changed after the head.
+
     Args:
         model: From ``AutoModelForImageTextToText``.
 
@@ -47,12 +51,20 @@ class WrappedVLM(nn.Module):
                 remedy=f"use one of: {', '.join(FAMILIES)}",
             )
         self.model = model
+        self.fused = True
         self.family: Family = FAMILIES[config.model_type](config)
 
     @property
     def placeholder(self) -> int:
         """Id that stands for one token of a picture."""
         return self.family.placeholder
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes scores of hidden states."""
+        head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        assert isinstance(head, nn.Module)
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +81,15 @@ class WrappedVLM(nn.Module):
         return self.family.slots(media)
 
     def forward(self, batch: Batch) -> Output:
-        """Hidden states everywhere; logits only where the next token is trained, in reading order."""
+        """Hidden states everywhere; what is said of the next token only where it is trained, in reading order."""
         hidden = self.hidden(batch)
-        return Output(hidden=hidden, logits=self.logits(hidden[predicting(batch.labels)]))
+        trained = hidden[batch.predicting]
+        logprobs = (
+            token_logprobs(self.head, trained, batch.targets)
+            if self.fused and self.family.cap is None and fuses(self.head)
+            else None
+        )
+        return Output(hidden=hidden, score=lambda: self.logits(trained), logprobs=logprobs)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other.
@@ -87,9 +105,7 @@ class WrappedVLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Scores of the next token, in float32, with what the model itself does to them after its head."""
-        head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        assert isinstance(head, nn.Module)
-        scores = float32_scores(head, hidden)
+        scores = float32_scores(self.head, hidden)
         cap = self.family.cap
         return scores if cap is None else torch.tanh(scores / cap) * cap
 

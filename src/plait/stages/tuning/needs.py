@@ -17,8 +17,8 @@ from plait.training.cost import (
     checkpoint_bytes,
     decoder_activations,
     decoder_flops,
+    head_bytes,
     linear_flops,
-    logits_bytes,
     peak_memory,
     time_range,
 )
@@ -88,9 +88,11 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     side = (spec.resolution or 224) / 224
     area = side**2 / (128 / 224) ** 2
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
+    pieces = spec.trainer.pieces(spec.batch_size)
+    at_once = math.ceil(trained / pieces)
     activations = decoder_activations(
         shape,
-        rows=math.ceil(rows / spec.trainer.pieces(spec.batch_size)),
+        rows=math.ceil(rows / pieces),
         length=row,
         dtype=machine.dtype,
         gradients="full" if whole else "through",
@@ -102,7 +104,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
-        activations=activations + logits_bytes(shape, math.ceil(trained / spec.trainer.pieces(spec.batch_size))),
+        activations=activations
+        + head_bytes(shape, at_once, dtype=machine.dtype, gradients="full" if whole else "through"),
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
