@@ -29,6 +29,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class Batches(Protocol):
+    """Where batches come from: a pure function of the step, so that the step alone is the data cursor."""
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        """Micro-batches of the update after ``step`` finished steps; always the same ones."""
+        ...
+
+
+@runtime_checkable
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.
 

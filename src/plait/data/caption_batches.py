@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plait.core.tensors import IGNORE, Batch
 from plait.data.features import FeatureStore
-from plait.data.order import Order
+from plait.data.order import Order, block
 from plait.data.pair_batches import drawn_texts
 
 
@@ -29,6 +29,11 @@ class CaptionBatches:
         batch_size: Pairs in a batch.
         seed: Seed of order and choice of text.
         pad: Token id behind shorter texts.
+        rank: Which of the processes that train together this is: it takes its block of each batch.
+        world: How many there are; the batch of all of them is the same for any number.
+
+    Raises:
+        ConfigError: There are fewer pairs in a batch than processes, or no such rank.
     """
 
     store: FeatureStore
@@ -39,9 +44,12 @@ class CaptionBatches:
     batch_size: int
     seed: int
     pad: int = 0
+    rank: int = 0
+    world: int = 1
     _order: Order = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        block(self.batch_size, rank=self.rank, world=self.world)
         object.__setattr__(self, "_order", Order(number=len(self.ids), batch_size=self.batch_size, seed=self.seed))
 
     def step_batches(self, step: int) -> list[Batch]:
@@ -50,8 +58,9 @@ class CaptionBatches:
         Raises:
             DataError: A picture is not in the cache, or is several items.
         """
-        rows: list[int] = self._order.batch(step).tolist()
-        chosen = drawn_texts(self.texts_of, rows, seed=self.seed, step=step)
+        mine = block(self.batch_size, rank=self.rank, world=self.world)
+        whole: list[int] = self._order.batch(step).tolist()
+        rows, chosen = whole[mine], drawn_texts(self.texts_of, whole, seed=self.seed, step=step)[mine]
         token_ids, present = padded([self.texts[number] for number in chosen], pad=self.pad)
         names = torch.tensor([self.texts_of[row][0] == number for row, number in zip(rows, chosen, strict=True)])
         return [

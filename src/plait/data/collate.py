@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from plait.core.errors import DataError
@@ -16,6 +17,32 @@ from plait.data.template import Rendered
 
 Account = Callable[[Tensor], Tensor] | Mapping[Modality, Callable[[Tensor], Tensor]]
 """Grids in, grids of media tokens out: for pictures, or for each modality that there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountTable:
+    """A token account of some grids: what a process that makes batches needs of a model that it does not have.
+
+    Attributes:
+        tokens: Grid of an item to the grid of its tokens.
+    """
+
+    tokens: Mapping[tuple[int, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, account: Callable[[Tensor], Tensor], grids: Int[Tensor, "grid 3"]) -> AccountTable:
+        """Ask the account about each grid."""
+        rows = [tuple(row) for row in account(grids).tolist()] if len(grids) else []
+        return cls({tuple(grid): row for grid, row in zip(grids.tolist(), rows, strict=True)})
+
+    def __call__(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
+        """As the account itself.
+
+        Raises:
+            KeyError: It was not asked about such a grid.
+        """
+        return torch.tensor([self.tokens[tuple(row)] for row in grid.tolist()], dtype=torch.long).view(-1, 3)
+
 
 _KINDS: Mapping[Modality, str] = {"image": "picture", "audio": "sound", "video": "video"}
 
@@ -52,26 +79,45 @@ def collate(
             or it becomes another number of tokens than it has placeholders.
         KeyError: ``grid_out`` lacks a modality that a sample has.
     """
-    account = _account(grid_out, slots)
     for sample_id, rendered in samples:
         _fits(sample_id, rendered, row)
     packed = pack([len(rendered) for _, rendered in samples], row=row)
+    filled = [[samples[index] for index in members] for members in packed]
     if rows is not None and len(packed) > rows:
         raise DataError(
             f"the samples fill {len(packed)} rows of {row} tokens, the batch has {rows}",
             place=f"samples {samples[0][0]} …",
             remedy="take fewer samples a step, or more or longer rows",
         )
-    height = rows if rows is not None else len(packed)
-    token_ids = torch.full((height, row), pad, dtype=torch.long)
-    labels = torch.full((height, row), IGNORE, dtype=torch.long)
-    segments = torch.zeros((height, row), dtype=torch.long)
+    filled += [[]] * ((rows or 0) - len(packed))
+    return collate_rows(filled, features, grid_out=grid_out, slots=slots, encoded=encoded, row=row, pad=pad)
+
+
+def collate_rows(
+    rows: Sequence[Sequence[tuple[str, Rendered]]],
+    features: Mapping[str, Patches],
+    *,
+    grid_out: Account | None = None,
+    slots: Callable[[Patches], Tensor] | None = None,
+    encoded: bool,
+    row: int,
+    pad: int,
+) -> Batch:
+    """A batch of rows whose samples are given; a row without samples is padding. Arguments as in :func:`collate`.
+
+    Raises:
+        DataError: A picture or sound has no features, or becomes another number of tokens than it has placeholders.
+        KeyError: ``grid_out`` lacks a modality that a sample has.
+    """
+    account = _account(grid_out, slots)
+    token_ids = torch.full((len(rows), row), pad, dtype=torch.long)
+    labels = torch.full((len(rows), row), IGNORE, dtype=torch.long)
+    segments = torch.zeros((len(rows), row), dtype=torch.long)
     items: dict[Modality, list[Patches]] = {}
     item_row: dict[Modality, list[int]] = {}
-    for number, members in enumerate(packed):
+    for number, members in enumerate(rows):
         at = 0
-        for segment, index in enumerate(members, 1):
-            sample_id, rendered = samples[index]
+        for segment, (sample_id, rendered) in enumerate(members, 1):
             end = at + len(rendered)
             ids = torch.tensor(rendered.token_ids)
             token_ids[number, at:end] = ids
@@ -87,7 +133,7 @@ def collate(
         segment_ids=segments,
         media={modality: joined(found) for modality, found in items.items()},
         item_row={modality: torch.tensor(rows_of) for modality, rows_of in item_row.items()},
-        sample_ids=tuple(samples[index][0] for members in packed for index in members),
+        sample_ids=tuple(sample_id for members in rows for sample_id, _ in members),
         encoded=encoded,
     )
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.core.errors import ConfigError, DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Modality
 from plait.data.augment.feature_dropout import FeatureDropout
-from plait.data.collate import Account, collate, split_rows
+from plait.data.collate import Account, AccountTable, collate_rows, split_rows
 from plait.data.features import FeatureStore
-from plait.data.order import generator
+from plait.data.mixture import Mixture
+from plait.data.order import by_length, check_rank, generator
+from plait.data.packing import row_length
 from plait.data.template import Rendered
 
 
@@ -64,8 +67,11 @@ class ConversationBatches:
     """Source of batches for the training loop: which samples a step sees depends on seed and step alone.
 
     Each task is gone through in a new random order each epoch; which task comes next is drawn by weight, from some step
-    on by other weights if wanted. All batches have one shape: the fewest rows into which each step's samples can be
-    packed, filled up with padding. A step may end within a pair.
+    on by other weights if wanted (:class:`~plait.data.mixture.Mixture`). All batches have one shape: the fewest rows
+    into which each step's samples can be packed, filled up with padding. A step may end within a pair.
+
+    The rows of a step are the same for any number of ranks, and are dealt to them in turn; each rank reads what its own
+    rows need. A rank for which there is none gets padding, so that all ranks have batches of one shape and as many.
 
     Attributes:
         conversations: All of them.
@@ -81,9 +87,14 @@ class ConversationBatches:
         pieces: Micro-batches a step: its rows are dealt out evenly, for less memory; the gradient stays the same.
         dropout: Of the features of a step's pictures; None leaves them as they are.
         others: Features of what is no picture, by modality; they have neither views nor dropout.
+        group_by_length: Within windows of so many batches, put samples of like length into one batch, whose rows are
+            then as long and as many as suits it, ``row`` at most: short ones are not paid for as long ones are.
+            0 leaves the batches as they come.
+        rank: Which of the processes that train together this is.
+        world: How many there are.
 
     Raises:
-        ConfigError: No task with a weight has samples.
+        ConfigError: No task with a weight has samples, or there is no such rank.
         DataError: A sample is longer than a row; names it.
     """
 
@@ -100,8 +111,12 @@ class ConversationBatches:
     late: tuple[int, Mapping[str, float]] | None = None
     dropout: FeatureDropout | None = None
     others: Mapping[Modality, FeatureStore] = field(default_factory=dict[Modality, FeatureStore])
+    group_by_length: int = 0
+    rank: int = 0
+    world: int = 1
 
     def __post_init__(self) -> None:
+        check_rank(self.rank, self.world)
         long = [c for c in self.conversations if len(c.rendered) > self.row]
         if long:
             longest = max(len(c.rendered) for c in long)
@@ -122,72 +137,134 @@ class ConversationBatches:
     @cached_property
     def plan(self) -> list[int]:
         """Samples in the order in which they are trained."""
-        shares = [(step * self.batch_size, weights) for step, weights in self._shares()]
-        return _plan(self.conversations, shares, number=self.steps * self.batch_size, seed=self.seed)
+        mixed = Mixture(
+            sources=self._groups(),
+            weights=self.weights,
+            late=(self.late[0] * self.batch_size, self.late[1]) if self.late else None,
+            seed=self.seed,
+        )
+        number = self.steps * self.batch_size
+        if not self.group_by_length:
+            return mixed.first(number)
+        window = self.group_by_length * self.batch_size
+        first = -(-number // window) * window  # whole windows, so that a longer plan begins like a shorter one
+        if mixed.late:
+            first = min(first, mixed.late[0])  # over which none reaches
+        plan, lengths = mixed.first(first + max(0, -(-(number - first) // window) * window)), self._sorted_by()
+        grouped: list[int] = []
+        for part in (plan[:first], plan[first:]):
+            grouped += by_length(part, lengths, batch_size=self.batch_size, window=self.group_by_length, seed=self.seed)
+        return grouped[:number]
 
     @cached_property
     def rows(self) -> int:
-        """Rows of every batch."""
+        """Rows of every batch of all ranks together, where all have one shape."""
         return max(len(pack(lengths, row=self.row)) for lengths in self.lengths())
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """Rows of a step's batch of all ranks together, and tokens of a row."""
+        if not self.group_by_length:
+            return self.rows, self.row
+        lengths = self._lengths(step)
+        row = min(row_length([lengths]), self.row)
+        return len(pack(lengths, row=row)), row
 
     def lengths(self) -> list[list[int]]:
         """Tokens of each sample of each step."""
-        return [[len(c.rendered) for c in self._of(step)] for step in range(self.steps)]
+        return [self._lengths(step) for step in range(self.steps)]
+
+    def sample_ids(self, step: int) -> list[str]:
+        """The samples of a step that this rank trains, without making its batches."""
+        return [c.id for members in self._rows_of(step) for c in members]
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of the update after ``step`` finished steps; always the same ones."""
-        chosen = self._of(step)
-        draw = generator(self.seed, "view", step)
-        features: dict[str, Patches] = {}
-        refs = [ref for c in chosen for ref in c.rendered.media]
-        for sha256 in dict.fromkeys(ref.sha256 for ref in refs if ref.modality not in self.others):
-            store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
-            features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
-        if self.dropout is not None:
-            features = self.dropout(features, step)
-        features |= {r.sha256: self.others[r.modality]([r.sha256]) for r in refs if r.modality in self.others}
-        batch = collate(
-            [(c.id, c.rendered) for c in chosen],
-            features,
+        """The micro-batches of the update after ``step`` finished steps; always the same ones.
+
+        Raises:
+            DataError: Something has no features, or becomes another number of tokens than it has placeholders.
+        """
+        rows = self._rows_of(step)
+        batch = collate_rows(
+            [[(c.id, c.rendered) for c in members] for members in rows],
+            self._features(step, [c for members in rows for c in members]),
             grid_out=self.grid_out,
             encoded=True,
-            row=self.row,
+            row=self.shape(step)[1],
             pad=self.pad,
-            rows=self.rows,
         )
         return split_rows(batch, self.pieces)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that makes batches: with the plan, and without the model behind the token account."""
+        self.plan  # noqa: B018 (computed once, here)
+        if not self.group_by_length:
+            self.rows  # noqa: B018
+        if isinstance(self.grid_out, Mapping):
+            account: Account = {m: self._table(of, m) for m, of in self.grid_out.items()}
+        else:
+            account = self._table(self.grid_out, None)
+        return vars(self) | {"grid_out": account}
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _table(self, account: Callable[[Tensor], Tensor], modality: Modality | None) -> AccountTable:
+        """An account of the grids of all media, or of those of one modality."""
+        wanted = {
+            ref.sha256
+            for c in self.conversations
+            for ref in c.rendered.media
+            if modality is None or ref.modality == modality
+        }
+        stores = (*self.stores, *self.others.values())
+        return AccountTable.of(account, torch.cat([store.grids(wanted) for store in stores]).unique(dim=0))
+
+    def _rows_of(self, step: int) -> list[list[Conversation]]:
+        """What stands in each row of this rank; as many rows on every rank."""
+        height, row = self.shape(step)
+        chosen = self._of(step)
+        packed = pack([len(c.rendered) for c in chosen], row=row)
+        packed += [[]] * (-(-height // self.world) * self.world - len(packed))
+        return [[chosen[index] for index in members] for members in packed[self.rank :: self.world]]
+
+    def _features(self, step: int, mine: Sequence[Conversation]) -> dict[str, Patches]:
+        """Of the media of this rank's samples; views are drawn for those of all ranks."""
+        draw = generator(self.seed, "view", step)
+        needed = {ref.sha256: ref for c in mine for ref in c.rendered.media}
+        everywhere = (ref for c in self._of(step) for ref in c.rendered.media if ref.modality not in self.others)
+        features: dict[str, Patches] = {}
+        for sha256 in dict.fromkeys(ref.sha256 for ref in everywhere):
+            store = self.stores[int(torch.randint(len(self.stores), (1,), generator=draw))]
+            if sha256 in needed:
+                features[sha256] = (store if sha256 in store else self.stores[0])([sha256])
+        if self.dropout is not None:
+            features = self.dropout(features, step)
+        return features | {
+            sha256: self.others[ref.modality]([sha256]) for sha256, ref in needed.items() if ref.modality in self.others
+        }
+
+    def _groups(self) -> dict[str, list[list[int]]]:
+        """The samples of each task, those of a pair together."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for index, conversation in enumerate(self.conversations):
+            groups.setdefault((conversation.task, conversation.pair or f"alone {index}"), []).append(index)
+        of_task: dict[str, list[list[int]]] = {}
+        for (task, _), group in groups.items():
+            of_task.setdefault(task, []).append(group)
+        return of_task
+
+    def _sorted_by(self) -> list[int]:
+        """A length for each sample, one for all of a pair, which so stays together."""
+        lengths = [0] * len(self.conversations)
+        for group in (group for groups in self._groups().values() for group in groups):
+            for index in group:
+                lengths[index] = max(len(self.conversations[i].rendered) for i in group)
+        return lengths
+
+    def _lengths(self, step: int) -> list[int]:
+        return [len(c.rendered) for c in self._of(step)]
 
     def _shares(self) -> list[tuple[int, Mapping[str, float]]]:
         return [(0, self.weights), *([self.late] if self.late else [])]
 
     def _of(self, step: int) -> list[Conversation]:
         return [self.conversations[i] for i in self.plan[step * self.batch_size : (step + 1) * self.batch_size]]
-
-
-def _plan(
-    conversations: Sequence[Conversation],
-    shares: Sequence[tuple[int, Mapping[str, float]]],
-    *,
-    number: int,
-    seed: int,
-) -> list[int]:
-    """Which sample is when, given from which one on which weights hold; a longer plan begins like a shorter one."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, conversation in enumerate(conversations):
-        groups.setdefault((conversation.task, conversation.pair or f"alone {index}"), []).append(index)
-    of_task: dict[str, list[list[int]]] = {}
-    for (task, _), group in groups.items():
-        of_task.setdefault(task, []).append(group)
-    size = {task: sum(map(len, found)) / len(found) for task, found in of_task.items()}
-    rng = random.Random(f"{seed} tasks")
-    piles: dict[str, list[list[int]]] = {task: [] for task in of_task}
-    plan: list[int] = []
-    for begin, end in zip(shares, [*shares[1:], (number, {})], strict=True):
-        weights = begin[1]
-        tasks = sorted(task for task in of_task if weights.get(task, 0.0) > 0)
-        while len(plan) < min(end[0], number):
-            task = rng.choices(tasks, [weights[task] / size[task] for task in tasks])[0]
-            if not piles[task]:
-                piles[task] = rng.sample(of_task[task], len(of_task[task]))
-            plan += piles[task].pop()
-    return plan[:number]

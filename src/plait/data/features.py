@@ -8,15 +8,15 @@ else in float16 (relative error at most 2^-11; beyond its range an error, never 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
@@ -80,6 +80,15 @@ class Fill:
         return f"{text}; saves {saved:,.1f} s an epoch, pays off after {self.break_even_epochs:.2f} epochs"
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Rows, whose they are, and the file that they are mapped from; on the way to another process without the rows."""
+
+    values: Any
+    items: Sequence[Sequence[Any]]
+    path: Path | None
+
+
 class FeatureStore:
     """Cached features by the sha256 of their picture or sound, memory-mapped.
 
@@ -95,6 +104,25 @@ class FeatureStore:
         self.d_out = d_out
         self.dtype = dtype
         self._items: dict[str, tuple[Tensor, list[list[int]]]] = {}
+        self._chunks: list[_Chunk] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that makes batches: files are mapped there anew; only what has no file is carried along."""
+        loose = [chunk for chunk in self._chunks if not chunk.path]
+        if len(loose) > 1:  # one tensor instead of many, which stays: what is handed over must not end with this call
+            filed = [chunk for chunk in self._chunks if chunk.path]
+            self._items, self._chunks = {}, []
+            for chunk in filed:
+                self.add(chunk.values, chunk.items, path=chunk.path)
+            self.add(torch.cat([chunk.values for chunk in loose]), [item for chunk in loose for item in chunk.items])
+        state = {name: value for name, value in vars(self).items() if name != "_items"}
+        return state | {"_chunks": [replace(chunk, values=None) if chunk.path else chunk for chunk in self._chunks]}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        chunks, self._items, self._chunks = self._chunks, {}, []
+        for chunk in chunks:
+            self.add(_map(chunk.path) if chunk.path else chunk.values, chunk.items, path=chunk.path)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -136,13 +164,20 @@ class FeatureStore:
             )
         return found
 
-    def add(self, values: Float[Tensor, "n d"], pictures: Sequence[Sequence[Any]]) -> None:
+    def grids(self, sha256s: Iterable[str]) -> Int[Tensor, "grid 3"]:
+        """The grids of media as far as they are here, each once."""
+        found = {tuple(row) for s in sha256s if s in self._items for row in self._items[s][1]}
+        return torch.tensor(sorted(found), dtype=torch.long).view(-1, 3)
+
+    def add(self, values: Float[Tensor, "n d"], pictures: Sequence[Sequence[Any]], *, path: Path | None = None) -> None:
         """Take in one chunk.
 
         Args:
             values: Its rows.
             pictures: Of each in order its sha256, then frames, rows and columns of each of its items.
+            path: File that the rows are mapped from.
         """
+        self._chunks.append(_Chunk(values, pictures, path))
         start = 0
         for sha256, *numbers in pictures:
             grid = [[int(n) for n in numbers[at : at + 3]] for at in range(0, len(numbers), 3)]
@@ -175,6 +210,9 @@ class FreshFeatures(FeatureStore):
         super().__init__(encoder.d_out, torch.float16)
         self._refs = {ref.sha256: ref for ref in media}
         self._read, self._prepare, self._encoder = read, prepare, encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("features that are computed anew need the encoder, which stays where training is")
 
     def __len__(self) -> int:
         return len(self._refs)
@@ -357,10 +395,11 @@ class _Cache:
 
     def open(self, d_out: int) -> FeatureStore:
         """All chunks, memory-mapped."""
-        mapped = [_map(self.folder / chunk["file"]) for chunk in self._chunks]
+        paths = [self.folder / chunk["file"] for chunk in self._chunks]
+        mapped = [_map(path) for path in paths]
         store = FeatureStore(d_out, mapped[0].dtype if mapped else torch.float16)
-        for values, chunk in zip(mapped, self._chunks, strict=True):
-            store.add(values, chunk["items"])
+        for values, chunk, path in zip(mapped, self._chunks, paths, strict=True):
+            store.add(values, chunk["items"], path=path)
         return store
 
     def cost(self, wanted: Container[str]) -> tuple[float, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from plait.core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,67 @@ class Order:
                 del self._orders[old]
             self._orders[epoch] = torch.randperm(self.number, generator=generator(self.seed, "order", epoch))
         return self._orders[epoch]
+
+
+def block(number: int, *, rank: int, world: int) -> slice:
+    """The places of a batch that one of several ranks takes: blocks in order, one longer than another at most by one.
+
+    So what ranks gather in order is the whole batch in its order.
+
+    Args:
+        number: Places of the whole batch.
+        rank: Of this process.
+        world: How many processes there are.
+
+    Raises:
+        ConfigError: A rank would get none, or there is no such rank.
+
+    Example:
+        >>> [block(5, rank=rank, world=2) for rank in range(2)]
+        [slice(0, 3, None), slice(3, 5, None)]
+    """
+    check_rank(rank, world)
+    if number < world:
+        raise ConfigError(
+            f"a batch of {number} samples for {world} processes",
+            place="batch_size",
+            remedy=f"set it to {world} or more, or start fewer processes",
+        )
+    each, more = divmod(number, world)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+
+def check_rank(rank: int, world: int) -> None:
+    """Refuse a rank that is not there.
+
+    Raises:
+        ConfigError: ``rank`` is not below ``world``, or negative.
+    """
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} of {world}", place="rank", remedy="count ranks from 0 to world - 1")
+
+
+def by_length(plan: Sequence[int], lengths: Sequence[int], *, batch_size: int, window: int, seed: int) -> list[int]:
+    """Put samples of like length into one batch, within windows of several batches.
+
+    A window keeps its samples, so nothing comes more or less often, and a longer plan begins like a shorter one. The
+    batches of a window come in random order, lest training go from short to long again and again.
+
+    Args:
+        plan: Samples in the order in which they were to be trained.
+        lengths: Of each sample.
+        batch_size: Samples in a batch.
+        window: Batches in a window.
+        seed: Of the order of the batches.
+    """
+    found: list[int] = []
+    for number, start in enumerate(range(0, len(plan), window * batch_size)):
+        inside = sorted(plan[start : start + window * batch_size], key=lambda sample: lengths[sample])
+        batches = [inside[at : at + batch_size] for at in range(0, len(inside), batch_size)]
+        for which in torch.randperm(len(batches), generator=generator(seed, "window", number)).tolist():
+            found += batches[which]
+    return found
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:

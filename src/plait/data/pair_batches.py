@@ -1,7 +1,7 @@
 """Batches of picture-text pairs, as features computed before or as pixels: a function of seed and step alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -145,8 +145,19 @@ class PairBatches:
             sample_ids=tuple(self.ids[pair] for pair in pairs),
         )
 
+    def to(self, device: torch.device) -> "PairBatches":
+        """The same batches on a device."""
+        image = self.image
+        return replace(
+            self,
+            image=replace(image, device=device) if isinstance(image, StoredPixels) else image.to(device),
+            text=self.text.to(device),
+            classes=self.classes.to(device),
+            audio=None if self.audio is None else self.audio.to(device),
+        )
+
     def pairs_of(self, step: int) -> Int[Tensor, " b"]:
-        """Which pairs are in the batch of a step."""
+        """Which pairs are in the batch of a step, of all ranks together."""
         return self._order.batch(step)
 
 

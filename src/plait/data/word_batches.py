@@ -12,7 +12,7 @@ from torch import Tensor
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.data.collate import joined
 from plait.data.features import FeatureStore
-from plait.data.order import Order, generator
+from plait.data.order import Order, block, generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,11 @@ class WordBatches:
         stores: Features, one store a view.
         batch_size: Pictures in a batch.
         seed: Of order and views.
+        rank: Which of the processes that train together this is: it takes its block of each batch.
+        world: How many there are; the batch of all of them is the same for any number.
+
+    Raises:
+        ConfigError: There are fewer pictures in a batch than processes, or no such rank.
     """
 
     def __init__(
@@ -64,15 +69,19 @@ class WordBatches:
         stores: Sequence[FeatureStore],
         batch_size: int,
         seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.pictures, self.names, self.targets, self.stores = pictures, names, targets, stores
         self.seed = seed
         self.order = Order(number=len(pictures), batch_size=min(batch_size, len(pictures)), seed=seed)
+        self.mine = block(self.order.batch_size, rank=rank, world=world)
 
     def step_batches(self, step: int) -> list[Batch]:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         chosen = self.order.batch(step)
         views = torch.randint(len(self.stores), (len(chosen),), generator=generator(self.seed, "view", step))
+        chosen, views = chosen[self.mine], views[self.mine]
         names = self.names[chosen]
         rows: list[int] = chosen.tolist()
         view = views.sort(stable=True)

@@ -82,7 +82,8 @@ def accumulate(
         totals, reached, broken = {name: share.sums[name] for name in used}, share.reached, share.broken
     else:
         totals, reached, broken = _each(model, objective, micro, weigh=weigh, used=used, around=around)
-    if not reached and not broken:
+    flag = next(iter(totals.values())).new_tensor(float(reached or bool(broken)))
+    if not float(mesh.all_reduce_sum(flag)):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
             place=type(objective).__name__,

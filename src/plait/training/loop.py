@@ -20,14 +20,14 @@ from plait.core import mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
-from plait.core.protocols import Objective
+from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.monitor import Cost, Monitor, Plan
 from plait.training.precision import autocast, hold_masters
-from plait.training.settings import Batches, FitResult, Hooks, Settings
+from plait.training.settings import FitResult, Hooks, Settings
 from plait.training.state import (
     Origin,
     Progress,

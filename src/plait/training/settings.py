@@ -5,25 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
+from plait.core.protocols import Batches
 from plait.core.tensors import Batch
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
 from plait.training.trainer import Trainer
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """Where batches come from: a pure function of the step, so that the step alone is the data cursor."""
-
-    def step_batches(self, step: int) -> Sequence[Batch]:
-        """Micro-batches of the update after ``step`` finished steps, on the model's device; always the same ones."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from plait.core.types import MediaRef
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.conversations import Conversation, ConversationBatches, check_lengths
 from plait.data.features import FeatureStore
+from plait.data.loader import Loader
+from plait.data.packing import row_length
 from plait.data.template import Rendered
 
 
@@ -66,7 +70,7 @@ def source(**changes: Any) -> ConversationBatches:
 
 def same(one: Batch, other: Batch) -> bool:
     pairs = [(one.token_ids, other.token_ids), (one.labels, other.labels), (one.segment_ids, other.segment_ids)]
-    pairs += [(one.media["image"].values, other.media["image"].values)]
+    pairs += [(one.media[m].values, other.media[m].values) for m in one.media.keys() | other.media.keys()]
     return all(torch.equal(a, b) for a, b in pairs) and one.sample_ids == other.sample_ids
 
 
@@ -216,3 +220,102 @@ def test_what_the_decoder_cannot_read_is_named() -> None:
 def test_tasks_without_samples_are_refused_at_once(weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="no sample of the tasks"):
         source(weights=weights)
+
+
+# --- samples of like length in one batch ---------------------------------------------------------------------------
+
+
+def varied(**changes: Any) -> ConversationBatches:
+    """Lengths as of answers in chats: most short, a few very long (log-normal, 12 to 400)."""
+    rng = random.Random(2)
+    lengths = [min(400, 12 + int(rng.lognormvariate(3.4, 0.9))) for _ in range(400)]
+    conversations = [conversation(n % 10, "name", length) for n, length in enumerate(lengths)]
+    named = [replace(c, id=f"q{number}") for number, c in enumerate(conversations)]
+    plain: dict[str, Any] = {"conversations": named, "weights": {"name": 1.0}, "batch_size": 10, "steps": 40}
+    made = source(**plain | {"row": 400} | changes)
+    return replace(made, row=row_length(made.lengths()) if "row" not in changes else made.row)
+
+
+def padding(batches: ConversationBatches) -> tuple[float, int]:
+    """Share of padded places, and computed scores (rows times squared length)."""
+    shapes = [batches.shape(step) for step in range(batches.steps)]
+    places = sum(rows * row for rows, row in shapes)
+    return 1 - sum(map(sum, batches.lengths())) / places, sum(rows * row**2 for rows, row in shapes)
+
+
+def test_grouping_by_length_pads_less_and_attends_over_less() -> None:
+    plain, grouped, alone = varied(), varied(group_by_length=8), varied(group_by_length=1)
+    (share, scores), (less, fewer), (_, between) = map(padding, (plain, grouped, alone))
+    assert less <= share, f"{less:.3f} of the places are padding, {share:.3f} without"
+    assert less < 0.75 * share
+    assert fewer < between < scores, "rows that suit a step save some, like lengths beside each other more"
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    window=st.integers(1, 5),
+    short=st.integers(1, 12),
+    more=st.integers(0, 20),
+    late=st.sampled_from([None, 3, 7]),
+    seed=st.integers(0, 3),
+)
+def test_grouping_keeps_the_samples_of_each_window_and_begins_alike(
+    window: int, short: int, more: int, late: int | None, seed: int
+) -> None:
+    given_: dict[str, Any] = {"seed": seed, "late": None if late is None else (late, {"yesno": 1.0})}
+    batches = source(steps=short, group_by_length=window, **given_)
+    longer = source(steps=short + more, group_by_length=window, **given_)
+    assert longer.plan[: len(batches.plan)] == batches.plan
+    as_come = source(steps=short + more + window, **given_).plan
+    edges = [0]
+    while edges[-1] < short + more:
+        step = edges[-1] + window
+        edges.append(late if late is not None and edges[-1] < late < step else step)
+    for begin, end in pairwise(edges):
+        if end <= short + more:
+            assert sorted(longer.plan[4 * begin : 4 * end]) == sorted(as_come[4 * begin : 4 * end])
+
+
+def test_grouped_batches_hold_their_samples_whole_and_the_windows_are_in_no_order() -> None:
+    batches = varied(group_by_length=8)
+    of_id = {c.id: c for c in batches.conversations}
+    longest: list[int] = []
+    for step in (0, 5, 13):
+        (batch,) = batches.step_batches(step)
+        (again,) = varied(group_by_length=8).step_batches(step)
+        assert same(batch, again)
+        assert tuple(batch.token_ids.shape) == batches.shape(step)
+        assert int((batch.segment_ids != 0).sum()) == sum(len(of_id[i].rendered) for i in batch.sample_ids)
+    longest = [max(batches.lengths()[step]) for step in range(8)]
+    assert sorted(longest) != longest
+    assert sorted(longest, reverse=True) != longest
+
+
+def test_grouping_keeps_pairs_side_by_side() -> None:
+    rng = random.Random(0)
+    pairs = [replace(conversation(n, "yesno", rng.randint(4, 22)), pair=f"p{n // 2}") for n in range(60)]
+    batches = source(conversations=pairs, weights={"yesno": 1.0}, steps=15, group_by_length=15, stores=[store(0, 60)])
+    chosen = [batches.conversations[i].pair for i in batches.plan]
+    assert chosen[::2] == chosen[1::2]
+
+
+# --- in another process --------------------------------------------------------------------------------------------
+
+
+def test_workers_make_the_same_batches_without_the_model_behind_the_account() -> None:
+    batches = source(pieces=2, dropout=FeatureDropout(least=0.5, most=0.9, first=0, full=2, seed=0))
+    with Loader(batches, steps=6, workers=1) as loader:
+        for step in range(6):
+            for came, expected in zip(loader.step_batches(step), batches.step_batches(step), strict=True):
+                assert same(came, expected)
+
+
+def test_a_store_goes_to_another_process_as_it_is() -> None:
+    made = store(1, 6)
+    assert len(made) == 6
+    again = ForkingPickler.loads(ForkingPickler.dumps(made))
+    names = [sha(number) for number in (5, 0, 3)]
+    assert torch.equal(again(names).values, made(names).values)
+    assert torch.equal(again(names).grid, made(names).grid)
+    assert (len(again), again.d_out, again.dtype) == (6, 2, torch.float32)
+    assert made.grids(names).tolist() == [[1, 1, 2]]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -104,6 +105,24 @@ def test_what_comes_out_is_what_the_encoder_gives(tmp_path_factory, count, chunk
     assert out.values.dtype == torch.bfloat16
     assert out.grid.tolist() == [p.grid[0].tolist() for p in parts]
     assert out.values.equal(torch.cat([p.values for p in parts]) if parts else torch.zeros(0, 3).bfloat16())
+
+
+def test_a_cache_goes_to_another_process_by_the_names_of_its_files(tmp_path):
+    album = Album(7)
+    store = fill(album, tmp_path, Halver())
+    names = [ref.sha256 for ref in album.refs]
+    sent = ForkingPickler.dumps(store)
+    again = ForkingPickler.loads(sent)
+    assert again(names).values.equal(store(names).values)
+    assert again(names).grid.equal(store(names).grid)
+    assert str(again.fill) == str(store.fill)
+    for path in chunks(tmp_path):
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        ForkingPickler.loads(sent)
+    fresh = FreshFeatures(album.refs, read=album.read, prepare=prepare, encoder=Halver())
+    with pytest.raises(TypeError, match="need the encoder"):
+        ForkingPickler.dumps(fresh)
 
 
 @pytest.mark.row("S4-64")

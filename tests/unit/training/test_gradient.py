@@ -183,6 +183,35 @@ def test_ranks_with_unequal_batches_give_the_whole_batch_gradient(monkeypatch):
     assert distance(found[1], expected) <= 1e-10
 
 
+class PlainZeros(NextToken):
+    """Without one trained token it does not run the model at all."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        if not int((batch.labels != IGNORE).sum()):
+            return {name: torch.zeros(()) for name in self.count(batch)}
+        return super().__call__(model, batch)
+
+
+def test_a_rank_with_nothing_to_train_on_neither_ends_nor_holds_up_the_others(monkeypatch):
+    shards, models = [[rows((0, 0))], [rows((3, 1))]], [Language().double(), Language().double()]
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+
+    def work(rank: int) -> None:
+        models[rank].zero_grad()
+        module.accumulate(models[rank], PlainZeros(), shards[rank], weights={"size": 0.0})
+        found[rank] = {name: weight.grad.clone() for name, weight in models[rank].named_parameters()}
+
+    monkeypatch.setattr(module, "mesh", Ranks(2))
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0].keys() == found[1].keys() != {}.keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(bool(value.any()) for value in found[0].values())
+
+
 def test_a_weight_without_a_gradient_here_takes_part_in_the_sum(monkeypatch):
     class Other(Ranks):
         def all_gather_text(self, text):

@@ -24,7 +24,7 @@ from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
-from plait.core.protocols import Objective
+from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.core.types import Modality, Sample
 from plait.data.augment.feature_dropout import FeatureDropout
@@ -52,7 +52,7 @@ from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.loop import fit
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
-from plait.training.settings import Batches, FitResult, Hooks, OnDevice, Settings
+from plait.training.settings import FitResult, Hooks, OnDevice, Settings
 
 _SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
 _SHOWN_EACH = 3
