@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.core.errors import ConfigError, DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
-from plait.core.types import Modality
+from plait.core.types import MediaRef, Modality
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.collate import Account, AccountTable, collate_rows, split_rows
 from plait.data.features import FeatureStore
@@ -60,6 +60,23 @@ def check_lengths(conversations: Sequence[Conversation], *, most: int) -> None:
             place=f"sample {long[0].id}",
             remedy="shorten their texts or leave them out",
         )
+
+
+def tabled(account: Account, stores: Sequence[FeatureStore], refs: Sequence[MediaRef]) -> Account:
+    """A token account of the grids that media have, without the model behind it.
+
+    Args:
+        account: Of the model.
+        stores: Where the media's features are.
+        refs: The media.
+    """
+
+    def table(of: Callable[[Tensor], Tensor], wanted: set[str]) -> AccountTable:
+        return AccountTable.of(of, torch.cat([store.grids(wanted) for store in stores]).unique(dim=0))
+
+    if not isinstance(account, Mapping):
+        return table(account, {ref.sha256 for ref in refs})
+    return {m: table(of, {ref.sha256 for ref in refs if ref.modality == m}) for m, of in account.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,24 +216,10 @@ class ConversationBatches:
         self.plan  # noqa: B018 (computed once, here)
         if not self.group_by_length:
             self.rows  # noqa: B018
-        if isinstance(self.grid_out, Mapping):
-            account: Account = {m: self._table(of, m) for m, of in self.grid_out.items()}
-        else:
-            account = self._table(self.grid_out, None)
-        return vars(self) | {"grid_out": account}
+        refs = [ref for c in self.conversations for ref in c.rendered.media]
+        return vars(self) | {"grid_out": tabled(self.grid_out, (*self.stores, *self.others.values()), refs)}
 
     # --- inside ----------------------------------------------------------------------------------------------------
-
-    def _table(self, account: Callable[[Tensor], Tensor], modality: Modality | None) -> AccountTable:
-        """An account of the grids of all media, or of those of one modality."""
-        wanted = {
-            ref.sha256
-            for c in self.conversations
-            for ref in c.rendered.media
-            if modality is None or ref.modality == modality
-        }
-        stores = (*self.stores, *self.others.values())
-        return AccountTable.of(account, torch.cat([store.grids(wanted) for store in stores]).unique(dim=0))
 
     def _rows_of(self, step: int) -> list[list[Conversation]]:
         """What stands in each row of this rank; as many rows on every rank."""

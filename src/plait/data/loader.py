@@ -165,8 +165,8 @@ class Loader:
         error = DataError(
             f"no batches: {first.text}; once more, in a new process: {second.text}",
             place=f"step {step}{self._samples(step)}",
-            remedy="look at these samples; without workers (workers=0) the fault shows where it is. If the machine "
-            "ran out of memory (also /dev/shm), use fewer workers; if it is only slow, a longer timeout",
+            remedy="look at these samples; without workers (workers=0) the fault shows where it is, and nothing is too "
+            "slow. If the machine ran out of memory (also /dev/shm), use fewer workers",
         )
         if second.trace:
             error.add_note(second.trace)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -120,6 +121,10 @@ class PreferenceBatches:
     def step_batches(self, step: int) -> list[Batch]:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         return [self._batch(self.parts[step % len(self.parts)])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that makes batches: where there is no GPU."""
+        return vars(self) | {"_device": torch.device("cpu")}
 
     def _batch(self, part: Sequence[PreferencePair]) -> Batch:
         refs = {ref.sha256: ref for pair in part for ref in pair.chosen.media}

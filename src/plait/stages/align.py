@@ -262,13 +262,18 @@ class Align(Stage):
         hold_masters(weight for weight in built.model.parameters() if weight.requires_grad)
 
     def _batches(self, built: Multimodal, questions: Questions, *, split: str, compute: Compute) -> PreferenceBatches:
+        from plait.data.conversations import tabled
         from plait.data.preference_batches import PreferenceBatches, PreferencePair
 
         template = built.template
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
             features=questions.features,
-            grid_out=built.accounts,
+            grid_out=tabled(
+                built.accounts,
+                [*questions.stores, *questions.others.values()],
+                [ref for sample in questions.samples[split] for ref in sample.media()],
+            ),
             batch_size=self.batch_size,
             row=self.row,
             pad=built.stop,
@@ -312,11 +317,12 @@ class Align(Stage):
         events: Events,
     ) -> FitResult:
         from plait.assembly.multimodal import save_multimodal
+        from plait.data.loader import Loader
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
         from plait.training.loop import fit
-        from plait.training.settings import Hooks
+        from plait.training.settings import Hooks, OnDevice
 
         shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
 
@@ -342,7 +348,9 @@ class Align(Stage):
         built.model.eval()
         built.model.training = True
         objective = DirectPreference(reference, beta=self.beta)
-        return fit(built.model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks)
+        with Loader(batches, steps=settings.steps, workers=self.trainer.workers, events=events) as loader:
+            ahead = OnDevice(loader, settings.compute.device)
+            return fit(built.model, objective, ahead, settings=settings, folder=folder, events=events, hooks=hooks)
 
     def _scores(
         self,

@@ -362,11 +362,14 @@ class Pretrain(Stage):
         folder: Path,
         events: Events,
     ) -> FitResult:
+        import torch
+
         from plait.assembly.dual import save_dual
+        from plait.data.loader import Loader
         from plait.objectives.contrastive import Contrastive
         from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
         from plait.training.loop import fit
-        from plait.training.settings import Hooks
+        from plait.training.settings import Hooks, OnDevice
 
         check_pairs(len(pairs.ids), folder)
         batches = self._batches(pairs)
@@ -379,15 +382,12 @@ class Pretrain(Stage):
 
         hooks = Hooks(save_model=lambda target: save_dual(dual, target), on_step=on_step, task=self.kind)
         dual.model.train()
-        return fit(
-            dual.model,
-            Contrastive(),
-            batches,
-            settings=settings,
-            folder=folder,
-            events=events,
-            hooks=hooks,
-        )
+        workers = self.trainer.workers
+        if workers:  # which have no GPU
+            batches = batches.to(torch.device("cpu"))
+        with Loader(batches, steps=settings.steps, workers=workers, events=events) as loader:
+            ahead = OnDevice(loader, settings.compute.device)
+            return fit(dual.model, Contrastive(), ahead, settings=settings, folder=folder, events=events, hooks=hooks)
 
     def _batches(self, pairs: Pairs) -> PairBatches:
         from plait.data.pair_batches import PairBatches

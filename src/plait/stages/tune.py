@@ -168,6 +168,12 @@ class Tune(Stage):
     row: int = Field(default=0, ge=0)
     """Tokens a packed row holds; 0 weighs padding against longer attention
     (:func:`plait.data.packing.row_length`)."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Parts into which the rows of a step are dealt, for less memory; the gradient is the same. Of the second and third
+    phase."""
+    group_by_length: int = Field(default=0, ge=0)
+    """Within windows of so many batches, put questions of like length into one batch, whose rows are as long as suits
+    them: less padding and shorter attention where lengths differ much. 0 leaves the batches as they come."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -222,6 +228,15 @@ class Tune(Stage):
             )
         if self.image_tower == PRETRAIN and self.resolution:
             raise ValueError(f"resolution is {self.resolution}: a tower of the pretrain stage has its own size; set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _encodes_where_it_trains(self) -> Tune:
+        if self.trainer.workers and not self.cache:
+            raise ValueError(
+                f"trainer.workers is {self.trainer.workers}, but cache is false: the towers that encode in every step "
+                "are not in these processes; set workers to 0, or cache to true"
+            )
         return self
 
     @model_validator(mode="after")

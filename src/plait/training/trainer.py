@@ -29,6 +29,10 @@ class Trainer(Spec):
     micro_batch: int = Field(default=0, ge=0)
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). 0 takes the whole batch."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
+    their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
+    and cores are left; each process takes about 60 MiB and a copy of the texts."""
 
     def check_whole(self, *, stage: str) -> None:
         """See that batches are not to be split, for a stage that takes them whole.

@@ -147,7 +147,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(data_stage: Path, tiny_folders: d
     with pytest.raises(Killed):
         pretrain(data_stage, stage, "stopped", stop="checkpoint 000004 saved")
     assert read_done(data_stage.parent / "stopped") is None
-    stopped = pretrain(data_stage, stage, "stopped")
+    stopped = pretrain(
+        data_stage, spec(tiny_folders, trainer=stage.trainer.model_copy(update={"workers": 1})), "stopped"
+    )
     one, other = (load_file(checkpoint(folder) / "model.safetensors") for folder in (whole, stopped))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

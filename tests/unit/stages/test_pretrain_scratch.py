@@ -101,7 +101,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     with pytest.raises(Killed):
         pretrain(data_stage, stopped, settings, stop="checkpoint 000004 saved", **tower)
     assert read_done(stopped) is None
-    said = pretrain(data_stage, stopped, settings, **tower)
+    trainer = Pretrain().trainer.model_copy(update={"workers": 1})
+    said = pretrain(data_stage, stopped, settings, trainer=trainer, **tower)
     assert any(text.startswith("resumed at step 4") for text in said)
     assert tensors(stopped) == tensors(whole)
     for name in ("scores.json", "predictions.jsonl", "samples/000006.json"):

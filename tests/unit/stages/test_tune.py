@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -161,6 +162,20 @@ def test_without_a_cache_it_learns_the_same(data_stage: Path, tiny_folders: Fold
     } == set()
 
 
+def test_a_step_in_parts_and_batches_of_like_lengths_train_the_same_questions(
+    data_stage: Path, tiny_folders: Folders
+) -> None:
+    whole = tune(data_stage, spec(tiny_folders))
+    cut = tune(data_stage, spec(tiny_folders, micro_batches=2), "02-cut")
+    kept = weights(whole)
+    assert {n for n, w in weights(cut).items() if not torch.allclose(w, kept[n], atol=2e-5)} == set()
+    assert (whole / "batches/first.png").read_bytes() == (cut / "batches/first.png").read_bytes()
+    grouped = tune(data_stage, spec(tiny_folders, group_by_length=3, row=0), "02-grouped")
+    units = [[record["units/next_token"] for record in lasting(folder)["connector"]] for folder in (whole, grouped)]
+    assert len(units[0]) == len(units[1])
+    assert all(count > 0 for count in units[1])
+
+
 def test_a_connector_with_a_rate_learns_on_in_the_last_phase(data_stage: Path, tiny_folders: Folders) -> None:
     adapt = {"steps": 3, "rank": 2, "targets": ["q_proj"], "lr_connector": 1e-3}
     folder = tune(data_stage, spec(tiny_folders, adapt=adapt))
@@ -192,6 +207,7 @@ def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, f
         ({"image_tower": "pretrain", "resolution": 64}, "resolution is 64"),
         ({"connector": {"kind": "mlp"}, "frozen": {"steps": 0}}, "the connector would stay as it was drawn"),
         ({"connector": {"kind": "mlp"}, "lr_gates": 0.1}, "the connector `mlp` has no gates"),
+        ({"cache": False, "trainer": {"workers": 1}}, "trainer.workers is 1, but cache is false"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -283,11 +299,14 @@ def test_a_new_decoder_learns_as_a_whole_and_loads_without_plait(
 
 
 def test_stopped_in_every_phase_it_ends_like_one_that_ran_through(data_stage: Path, tiny_folders: Folders) -> None:
+    """With another number of workers at each start, which changes nothing."""
     whole = tune(data_stage, spec(tiny_folders), "whole")
     parts = data_stage.parent / "parts"
-    for phase, step in (("words", 2), ("connector", 1), ("decoder", 2)):
+    for workers, (phase, step) in enumerate((("words", 2), ("connector", 1), ("decoder", 2))):
+        stage = spec(tiny_folders, trainer={"schedule": {"warmup": 0.08}, "workers": workers})
         with pytest.raises(Stopped):
-            tune(data_stage, spec(tiny_folders), "parts", interrupt=(phase, step))
+            tune(data_stage, stage, "parts", interrupt=(phase, step))
+        assert multiprocessing.active_children() == []
         assert read_done(parts) is None
         assert max(p.name for p in (parts / phase / "checkpoints").glob("0*")) == f"{step:06d}"
     tune(data_stage, spec(tiny_folders), "parts")

@@ -16,6 +16,7 @@ from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
 from plait.core.packages import home
 from plait.data.caption_batches import CaptionBatches
+from plait.data.loader import Loader
 from plait.evaluation.picture_names import RetrievalResult, compare
 from plait.evaluation.query_names import QueryTask
 from plait.models.blip2 import Blip2Stage1
@@ -72,7 +73,16 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     towers = [image.key, sha256_file(data / "done.json")]
     settings = spec.settings(compute, spec.steps_for(len(train.ids)), towers=towers[:1], data=towers[1])
     objective = QueryTasks(seed=spec.seed, classes=dict(zip(train.ids, train.classes, strict=True)))
-    fitted = _fit(built, objective, batches, settings=settings, tasks=tasks, folder=folder, events=events)
+    fitted = _fit(
+        built,
+        objective,
+        batches,
+        settings=settings,
+        tasks=tasks,
+        workers=spec.trainer.workers,
+        folder=folder,
+        events=events,
+    )
     return _score(built, tasks, before, fitted=fitted, train=len(train.ids), folder=folder)
 
 
@@ -83,6 +93,7 @@ def _fit(
     *,
     settings: Settings,
     tasks: Sequence[QueryTask],
+    workers: int,
     folder: Path,
     events: Events,
 ) -> FitResult:
@@ -95,15 +106,9 @@ def _fit(
     built.model.train()
     built.model.tower.eval()
     hooks = Hooks(save_model=lambda target: save_queries(built, target), on_step=on_step, task="pretrain")
-    return fit(
-        built.model,
-        objective,
-        OnDevice(batches, settings.compute.device),
-        settings=settings,
-        folder=folder,
-        events=events,
-        hooks=hooks,
-    )
+    with Loader(batches, steps=settings.steps, workers=workers, events=events) as loader:
+        ahead = OnDevice(loader, settings.compute.device)
+        return fit(built.model, objective, ahead, settings=settings, folder=folder, events=events, hooks=hooks)
 
 
 def _look(

@@ -25,12 +25,12 @@ from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
 from plait.core.protocols import Batches, Objective
-from plait.core.tensors import Batch
 from plait.core.types import Modality, Sample
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, check_lengths
+from plait.data.loader import Loader
 from plait.data.media import STORED, decode_image
 from plait.data.packing import row_length
 from plait.data.shards import ShardReader
@@ -213,7 +213,7 @@ class _Tuning:
         """The connector learns from answers, through a decoder that does not move."""
         spec = self.spec.frozen
         batches = self._batches(spec.steps)
-        self._draw(batches.step_batches(0)[0])
+        self._draw(batches)
         self._connector_learns()
         self._clear()
         result = self._fit(
@@ -231,7 +231,7 @@ class _Tuning:
         """LoRA on the decoder, or all of it; the connector learns on if it has a rate."""
         spec, decoder = self.spec.adapt, self.built.language.model
         if not self.spec.frozen.steps:
-            self._draw(self._batches(1).step_batches(0)[0])
+            self._draw(self._batches(1))
         seed_everything(self.spec.seed)
         self.built.model.requires_grad_(requires_grad=False)
         with plain(decoder):
@@ -311,7 +311,8 @@ class _Tuning:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch) -> None:
+    def _draw(self, batches: ConversationBatches) -> None:
+        (batch,) = replace(batches, pieces=1).step_batches(0)
         of_sample = {sample.id: sample.media()[0] for sample in self._train()}
         with ShardReader(self.shards, "train") as reader:
 
@@ -413,12 +414,17 @@ class _Tuning:
             steps=steps,
             seed=self.spec.seed,
             dropout=dropout,
+            pieces=self.spec.micro_batches,
+            group_by_length=self.spec.group_by_length,
         )
 
     def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
         # Phases begun before there was a setting go on. What the trainer says, the loop itself records.
-        unset = {name for name, once in (("lr_gates", 0.0), ("cache", True)) if getattr(self.spec, name) == once}
-        context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"} | unset)
+        once = {"lr_gates": 0.0, "cache": True, "group_by_length": 0}
+        unset = {name for name, value in once.items() if getattr(self.spec, name) == value}
+        context = self.spec.model_dump(
+            mode="json", exclude={"save_every", "device", "trainer", "micro_batches"} | unset
+        )
         context["words"].pop("weight_decay")
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         first = isinstance(phase, Words)  # short and small: in float32, and without checkpoints on the way
@@ -447,15 +453,10 @@ class _Tuning:
         hooks = Hooks(
             save_model=lambda target: save_multimodal(self.built, target), on_step=on_step, task=f"tune: {phase}"
         )
-        return fit(
-            model,
-            objective,
-            OnDevice(batches, self.compute.device),
-            settings=settings,
-            folder=place,
-            events=self.events,
-            hooks=hooks,
-        )
+        workers = self.spec.trainer.workers
+        with Loader(batches, steps=settings.steps, workers=workers, events=self.events) as loader:
+            ahead = OnDevice(loader, self.compute.device)
+            return fit(model, objective, ahead, settings=settings, folder=place, events=self.events, hooks=hooks)
 
     def _clear(self) -> None:
         """Training mode for the connector; one that speaks in words from now on drops nothing."""
