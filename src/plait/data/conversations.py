@@ -106,7 +106,7 @@ class ConversationBatches:
         others: Features of what is no picture, by modality; they have neither views nor dropout.
         group_by_length: Within windows of so many batches, put samples of like length into one batch, whose rows are
             then as long and as many as suits it, ``row`` at most: short ones are not paid for as long ones are.
-            0 leaves the batches as they come.
+            1 only fits the rows to each batch; 0 gives all batches the same rows.
         rank: Which of the processes that train together this is.
         world: How many there are.
 

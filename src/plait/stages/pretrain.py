@@ -390,6 +390,7 @@ class Pretrain(Stage):
             return fit(dual.model, Contrastive(), ahead, settings=settings, folder=folder, events=events, hooks=hooks)
 
     def _batches(self, pairs: Pairs) -> PairBatches:
+        from plait.core import mesh
         from plait.data.pair_batches import PairBatches
 
         return PairBatches(
@@ -403,4 +404,6 @@ class Pretrain(Stage):
             audio=pairs.audio,
             sounds_of=pairs.sounds_of,
             micro_batch=self.trainer.micro_batch,
+            rank=mesh.rank(),
+            world=mesh.world(),
         )

@@ -173,7 +173,8 @@ class Tune(Stage):
     phase."""
     group_by_length: int = Field(default=0, ge=0)
     """Within windows of so many batches, put questions of like length into one batch, whose rows are as long as suits
-    them: less padding and shorter attention where lengths differ much. 0 leaves the batches as they come."""
+    them: less padding and shorter attention where lengths differ much. 1 only fits the rows to each batch; 0 gives all
+    batches the same rows."""
     save_every: int = Field(default=40, ge=0)
     """Steps between checkpoints; 0 saves only the last step of each phase."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -89,7 +89,7 @@ def contents(batches: list[Batch]) -> Counter[str]:
     return Counter(found)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     world=st.integers(1, 6),
     pieces=st.integers(1, 3),
@@ -112,7 +112,7 @@ def test_all_ranks_together_have_the_step_of_one_process(
     assert sum(counts) == int((one.step_batches(step)[0].labels != IGNORE).sum())
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(before=st.integers(1, 5), after=st.integers(1, 5), at=st.integers(0, 7), group=st.sampled_from([0, 2]))
 def test_another_number_of_ranks_goes_on_in_the_same_order(before: int, after: int, at: int, group: int) -> None:
     plan = [sorted(source(group_by_length=group).sample_ids(step)) for step in range(7)]

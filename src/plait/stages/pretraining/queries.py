@@ -11,6 +11,7 @@ from typing import Any
 from plait.assembly.pairs import Texts, read_pictures
 from plait.assembly.queries import QueryModel, Sizes, build_queries, load_tokens, save_queries
 from plait.assembly.towers import load_image_tower
+from plait.core import mesh
 from plait.core.device import seed_everything, setup
 from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
@@ -69,6 +70,8 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
         batch_size=min(spec.batch_size, len(train.ids)),
         seed=spec.seed,
         pad=words.pad,
+        rank=mesh.rank(),
+        world=mesh.world(),
     )
     towers = [image.key, sha256_file(data / "done.json")]
     settings = spec.settings(compute, spec.steps_for(len(train.ids)), towers=towers[:1], data=towers[1])

@@ -19,6 +19,7 @@ from plait.assembly.queries import start_connector
 from plait.assembly.questions import Questions, read_questions
 from plait.assembly.splits import PREFIX, splits_of
 from plait.assembly.towers import ImageTower, load_image_tower
+from plait.core import mesh
 from plait.core.device import Compute, seed_everything, setup
 from plait.core.errors import ConfigError
 from plait.core.events import Events
@@ -195,6 +196,8 @@ class _Tuning:
             stores=self.questions.stores,
             batch_size=spec.batch_size,
             seed=self.spec.seed,
+            rank=mesh.rank(),
+            world=mesh.world(),
         )
         reader = WordReader(connector.requires_grad_(requires_grad=True), names.vectors.to(self.compute.device))
         reader.train()
@@ -416,6 +419,8 @@ class _Tuning:
             dropout=dropout,
             pieces=self.spec.micro_batches,
             group_by_length=self.spec.group_by_length,
+            rank=mesh.rank(),
+            world=mesh.world(),
         )
 
     def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
