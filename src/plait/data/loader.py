@@ -31,6 +31,7 @@ TIMEOUT_S = 300.0
 """How long the batches of a step may be waited for."""
 
 _LOOK_EVERY_S = 1.0  # while it waits, whether the workers are alive
+_GRACE_S = 5.0
 _NAMED = 8  # sample ids in a message
 
 # Workers are forked from a server that has imported torch and has one thread ("forkserver"), not from the training
@@ -65,7 +66,8 @@ class Loader:
     fails twice is certainly this step. An error that the source raises about its data is raised here as it was, at
     once: a pure function would only say it again.
 
-    Use it as a context manager, or call :meth:`close`: no process outlives it, and none outlives a killed trainer.
+    Use it as a context manager, or call :meth:`close`: no process outlives it, and none outlives a killed trainer. As
+    always with processes in Python, a script that uses workers begins its work under ``if __name__ == "__main__":``.
 
     Args:
         batches: The source.
@@ -207,14 +209,17 @@ class _Stream:
                     prefetch_factor=ahead,
                 )
                 self._batches = iter(loader)
-        except (AttributeError, TypeError, ValueError) as error:  # so says pickling
-            raise ConfigError(
-                f"{type(batches).__name__} cannot be handed to another process: {error}",
-                place="workers",
-                remedy="set workers to 0, or let the source hold nothing but data, and functions of modules",
-            ) from error
-        finally:
+        except BaseException as error:  # a signal too
             self._workers = list(set(multiprocessing.active_children()) - before)
+            self.close()
+            if isinstance(error, (AttributeError, TypeError, ValueError)):  # so says pickling
+                raise ConfigError(
+                    f"{type(batches).__name__} cannot be handed to another process: {error}",
+                    place="workers",
+                    remedy="set workers to 0, or let the source hold nothing but data, and functions of modules",
+                ) from error
+            raise
+        self._workers = list(set(multiprocessing.active_children()) - before)
 
     def take(self) -> Sequence[Batch] | _Fault:
         """The next step's."""
@@ -241,7 +246,7 @@ class _Stream:
         """End all processes. They only read, so there is nothing that they would have to finish."""
         self._kill()
         for worker in self._workers:
-            worker.join()
+            worker.join(_GRACE_S)  # who waits for a dead disk does not even end by SIGKILL
         with contextlib.suppress(AttributeError):
             del self._batches
 
