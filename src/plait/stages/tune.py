@@ -162,15 +162,14 @@ class Tune(Stage):
     adapt: Adapt = Field(default_factory=Adapt)
     """Third phase."""
     trainer: Trainer = Trainer(schedule=Cosine(warmup=0.08))
-    """Optimizer, schedule and what else is common to all training; the phases say how long and how fast."""
+    """Optimizer, schedule and what else is common to all training; the phases say how long and how fast. `micro_batch`
+    is of the second and third phase: the packed rows of a step are dealt into `batch_size / micro_batch` parts, of one
+    row at least."""
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)
     """Tokens a packed row holds; 0 weighs padding against longer attention
     (:func:`plait.data.packing.row_length`)."""
-    micro_batches: int = Field(default=1, ge=1)
-    """Parts into which the rows of a step are dealt, for less memory; the gradient is the same. Of the second and third
-    phase."""
     group_by_length: int = Field(default=0, ge=0)
     """Within windows of so many batches, put questions of like length into one batch, whose rows are as long as suits
     them: less padding and shorter attention where lengths differ much. 1 only fits the rows to each batch; 0 gives all
@@ -242,7 +241,6 @@ class Tune(Stage):
 
     @model_validator(mode="after")
     def _starts(self) -> Tune:
-        self.trainer.check_whole(stage="the tune stage")
         if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
             raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")
         begun = isinstance(self.connector, specs.QFormer) and self.connector.start == PRETRAIN
@@ -252,6 +250,11 @@ class Tune(Stage):
                 "connector.start to drawn"
             )
         return self
+
+    @property
+    def pieces(self) -> int:
+        """Parts into which the rows of a step are dealt."""
+        return -(-self.batch_size // (self.trainer.micro_batch or self.batch_size))
 
     @property
     def decoder_name(self) -> str:

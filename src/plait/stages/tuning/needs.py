@@ -90,7 +90,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
     activations = decoder_activations(
         shape,
-        rows=math.ceil(rows / spec.micro_batches),
+        rows=math.ceil(rows / spec.pieces),
         length=row,
         dtype=machine.dtype,
         gradients="full" if whole else "through",
@@ -102,7 +102,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
-        activations=activations + logits_bytes(shape, math.ceil(trained / spec.micro_batches)),
+        activations=activations + logits_bytes(shape, math.ceil(trained / spec.pieces)),
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)

@@ -417,7 +417,7 @@ class _Tuning:
             steps=steps,
             seed=self.spec.seed,
             dropout=dropout,
-            pieces=self.spec.micro_batches,
+            pieces=self.spec.pieces,
             group_by_length=self.spec.group_by_length,
             rank=mesh.rank(),
             world=mesh.world(),
@@ -427,9 +427,7 @@ class _Tuning:
         # Phases begun before there was a setting go on. What the trainer says, the loop itself records.
         once = {"lr_gates": 0.0, "cache": True, "group_by_length": 0}
         unset = {name for name, value in once.items() if getattr(self.spec, name) == value}
-        context = self.spec.model_dump(
-            mode="json", exclude={"save_every", "device", "trainer", "micro_batches"} | unset
-        )
+        context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"} | unset)
         context["words"].pop("weight_decay")
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         first = isinstance(phase, Words)  # short and small: in float32, and without checkpoints on the way
