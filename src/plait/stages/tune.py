@@ -162,7 +162,9 @@ class Tune(Stage):
     adapt: Adapt = Field(default_factory=Adapt)
     """Third phase."""
     trainer: Trainer = Trainer(schedule=Cosine(warmup=0.08))
-    """Optimizer, schedule and what else is common to all training; the phases say how long and how fast."""
+    """Optimizer, schedule and what else is common to all training; the phases say how long and how fast. `micro_batch`
+    is of the second and third phase: the packed rows of a step are dealt into `batch_size / micro_batch` parts, of one
+    row at least."""
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)
