@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ QUARANTINE = "quarantine"
 _DELETED = re.compile(r"\.\d+\.deleted")
 _PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
 
-FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "max_skipped_in_row"})
+FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "async_save", "max_skipped_in_row"})
 """Settings that may differ when a run is resumed: they do not change what a step computes.
 
 ``steps`` may bend the schedule; then that is said.
@@ -67,16 +68,27 @@ class Checkpoints:
             ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
             CheckpointError: What was written does not read back; earlier checkpoints are untouched.
         """
+        with self.writing(step) as temp:
+            write(temp)
+        return self.path(step)
+
+    @contextlib.contextmanager
+    def writing(self, step: int) -> Generator[Path]:
+        """A folder to fill; when the block ends well it is sealed, renamed and verified, and older ones rotate.
+
+        Raises:
+            ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
+            CheckpointError: What was written does not read back; earlier checkpoints are untouched.
+        """
         target = self.path(step)
         with folder_atomic(target) as temp:
             try:
-                write(temp)
+                yield temp
             except SafetensorError as error:  # its Rust writer reports a full disk as its own type
                 raise disk_error(OSError(str(error)), target) from error
             write_manifest(temp, step=step)
         verify(target)
         self._rotate()
-        return target
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, or None where none was ever finished.
