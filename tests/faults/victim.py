@@ -291,7 +291,7 @@ PHASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def storm(root: Path, *, steps: int = 24, kills: int = 20) -> dict[str, int | str]:
-    """Kill at random moments, over and over in one folder, then let it finish; every other one saves beside training."""
+    """Kill at random moments, over and over in one folder, then let it finish; every other one saves beside."""
     begun = time.monotonic()
     forked(lambda: train(root / "storm whole", steps=steps, save_every=1))
     length = time.monotonic() - begun
