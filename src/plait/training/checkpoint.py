@@ -11,7 +11,8 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "as
 
 ``steps`` may bend the schedule; then that is said.
 """
+
+_NEVER = frozenset({"optimizer.kind"})
+"""Settings whose change nobody can accept: what was saved has no meaning under the new value."""
+
+_accepted: ContextVar[frozenset[str]] = ContextVar("accepted", default=frozenset())
 
 
 class Checkpoints:
@@ -198,26 +204,52 @@ def verify(folder: Path) -> None:
 # --- may this checkpoint be continued? -----------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def accepting(keys: Iterable[str]) -> Generator[None]:
+    """Within the block these settings may differ from those of a checkpoint: somebody saw the difference and agreed.
+
+    Raises:
+        ConfigError: One of them can never be accepted.
+    """
+    if never := sorted(_NEVER & set(keys)):
+        raise ConfigError(
+            f"a change of {never[0]} cannot be accepted: what was saved has no meaning under another one",
+            place="--accept",
+            remedy="put it back, or start a new run",
+        )
+    token = _accepted.set(frozenset(keys))
+    try:
+        yield
+    finally:
+        _accepted.reset(token)
+
+
 def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
     """Compare the run that wrote a checkpoint with the one that wants to continue it.
 
-    Says which free settings changed, and warns when the machine or the libraries differ.
+    Says which free settings changed, and warns of others that were accepted and of another machine or libraries.
 
     Raises:
-        ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed; lists each with both values.
+        ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed that :func:`accepting` does not name; lists each
+            with both values.
         CheckpointError: The weights that do not train are others.
     """
     record = read_state(checkpoint)
     changed = changed_settings(record["settings"], now.settings)
-    refused = [line for key, line in changed.items() if not _free(key)]
+    refused = {key: line for key, line in changed.items() if not _free(key) and key not in _accepted.get()}
     if refused:
+        consent = " ".join(f"--accept {key}" for key in refused)
+        agree = "" if _NEVER & refused.keys() else f"go on all the same with `plait resume RUN {consent}`, "
         raise ConfigError(
-            f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused)}",
+            f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused.values())}",
             place=str(checkpoint),
-            remedy=f"put them back, or start a new run (free to change: {', '.join(_free_of(now.settings))})",
+            remedy=f"put them back, {agree}or start a new run (free to change: {', '.join(_free_of(now.settings))})",
         )
-    for line in changed.values():
-        events.note(f"setting changed since the checkpoint: {line}")
+    for key, line in changed.items():
+        if _free(key):
+            events.note(f"setting changed since the checkpoint: {line}")
+        else:
+            events.warning(f"setting changed since the checkpoint, and accepted: {line}", accepted=key)
     if record["frozen_sha256"] != now.frozen:
         raise CheckpointError(
             f"the frozen weights are others: sha256 {now.frozen[:12]}…, {record['frozen_sha256'][:12]}… when saved",

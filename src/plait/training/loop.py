@@ -25,7 +25,7 @@ from plait.core.tensors import Batch
 from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
-from plait.training.monitor import Cost, Monitor, Plan
+from plait.training.monitor import Cost, Monitor, Plan, write_skipped
 from plait.training.precision import autocast, hold_masters
 from plait.training.saving import Saver
 from plait.training.settings import FitResult, Hooks, Settings
@@ -120,6 +120,8 @@ class _Run:
             frozen=self.train_state.frozen_digest(),
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
+        self.folder = folder
+        self.skipped: list[dict[str, Any]] = []
         self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
         self.progress = Progress()
         seed_everything(settings.seed)
@@ -210,6 +212,7 @@ class _Run:
         if math.isfinite(sums.loss) and math.isfinite(norm):
             self.optimizer.step()
             self.progress.skipped_in_row = 0
+            self.skipped.clear()
         else:
             self._skip(kept, sums, norm=norm, ids=ids)
         self.optimizer.zero_grad(set_to_none=True)
@@ -226,7 +229,8 @@ class _Run:
             raise NumericsError(
                 f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
                 place=f"step {self.progress.step}, samples {named(ids)}",
-                remedy=f"lower the rate or look at these samples; the last good state is {self.saver.last_good()}",
+                remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.skipped)}; "
+                f"the last good state is {self.saver.last_good()}",
             )
         self._tell(values, stop)
         return values
@@ -265,6 +269,9 @@ class _Run:
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         culprits = sums.not_finite or tuple(ids)
+        self.skipped.append(
+            {"step": self.progress.step, "loss": str(sums.loss), "grad_norm": str(norm), "samples": list(culprits)}
+        )
         self.events.warning(
             f"step {self.progress.step}: loss {sums.loss}, gradient norm {norm}: update left out "
             f"({self.progress.skipped_in_row} in a row, {self.progress.skipped} in all); samples {named(culprits)}",

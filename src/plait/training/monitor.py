@@ -12,17 +12,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.core.device import rss
 from plait.core.events import Events
-from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic
+from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic, write_json
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.csv"
+NOT_FINITE = "not_finite.json"
 
 TIMING = frozenset({"seconds", "samples_per_s", "tokens_per_s", "data_wait", "save_s", "memory_bytes", "mfu"})
 """Fields that tell about the machine; all others are equal in equal runs."""
@@ -157,6 +158,12 @@ class Monitor:
                 file.write(line)
         except OSError as error:
             raise disk_error(error, path) from error
+
+
+def write_skipped(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``not_finite.json``: the steps left out in a row that ended a run, each with the samples to look at."""
+    write_json(folder / NOT_FINITE, records)
+    return folder / NOT_FINITE
 
 
 class _Eta:

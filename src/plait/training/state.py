@@ -27,7 +27,10 @@ from plait.core.snapshot import later, save_tensors
 from plait.training.optim import norm_weights
 
 FORMAT = 1
-"""Version of the ``resume/`` folder; a newer one is refused."""
+"""Version of the ``resume/`` folder that is written."""
+
+OLDEST = 1
+"""Oldest version that is read."""
 
 STATE = "resume/state.json"
 WEIGHTS = "resume/weights.safetensors"
@@ -203,14 +206,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of ``folder/resume/``.
 
     Raises:
-        CheckpointError: Written by a later version in another format.
+        CheckpointError: Written in a format that this version does not read.
     """
     record: dict[str, Any] = read_json(folder / STATE)
-    if record["format"] > FORMAT:
+    if not OLDEST <= record["format"] <= FORMAT:
         raise CheckpointError(
-            f"resume format {record['format']}, this version reads up to {FORMAT}",
+            f"resume format {record['format']}, this version reads {OLDEST} to {FORMAT}",
             place=str(folder),
-            remedy="resume with the version of plait that wrote it (env.json of the run names it), or a later one",
+            remedy="resume with the version of plait that wrote it (env.json of the run names it)",
         )
     return record
 
@@ -310,6 +313,13 @@ def _optimizer_dict(
 ) -> dict[str, Any]:
     """The saved state in the form torch's ``load_state_dict`` takes; rates come from the present settings."""
     members = _members(optimizer)
+    unknown = sorted({full.rpartition("/")[0] for full in (*tensors, *scalars)} - {name for name, _ in members})
+    if unknown:
+        raise CheckpointError(
+            f"the optimizer's state is of {len(unknown)} weights that do not train now: {', '.join(unknown[:3])}",
+            place=OPTIMIZER,
+            remedy="resume with the recipe that wrote it, or start a new run",
+        )
     index, weights = {name: number for number, (name, _) in enumerate(members)}, dict(members)
     states: dict[int, dict[str, Any]] = {}
     for full, value in (*tensors.items(), *scalars.items()):

@@ -6,89 +6,39 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
-import torch
-from torch import nn
+from tests import tiny_run
+from tests.tiny_run import Stream, files, names, tiny_model
 
-from plait.core.device import Compute
 from plait.core.errors import CheckpointError, DataError, ResourceError, Stopped
-from plait.core.events import Events
 from plait.core.files import read_jsonl
 from plait.core.snapshot import later, save_tensors
-from plait.core.tensors import IGNORE, Batch
+from plait.core.tensors import Batch
 from plait.training import checkpoint
-from plait.training.loop import fit
-from plait.training.optim import AdamW
-from plait.training.settings import Batches, FitResult, Hooks, Settings
-
-CPU = Compute(device="cpu", dtype="float32", threads=torch.get_num_threads(), why=())
-
-
-class Counted:
-    needs_global_batch = False
-
-    def count(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"text": (batch.labels != IGNORE).sum()}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        logits = model(nn.functional.one_hot(batch.token_ids, 5).float())
-        return {"text": nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")}
-
-
-class Stream:
-    def step_batches(self, step: int) -> list[Batch]:
-        token_ids = torch.randint(5, (2, 3), generator=torch.Generator().manual_seed(step))
-        ones = torch.ones_like(token_ids)
-        ids = (f"{step}-0", f"{step}-1")
-        return [
-            Batch(
-                token_ids=token_ids, labels=token_ids.flip(1), segment_ids=ones, media={}, item_row={}, sample_ids=ids
-            )
-        ]
+from plait.training.settings import Batches, FitResult
 
 
 def train(
     folder: Path,
     *,
     beside: bool = True,
-    hold: dict[int, object] | None = None,
-    seen: list | None = None,
+    hold: Mapping[int, Callable[[], object]] = MappingProxyType({}),
     batches: Batches | None = None,
-    steps: int = 6,
+    seen: list | None = None,
 ) -> FitResult:
-    """``hold``: what to call when the checkpoint of a step is written."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 5))
+    """Saves every step; ``hold``: what to call when the checkpoint of a step is written."""
+    model = tiny_model()
 
     def save(temp: Path) -> None:
         save_tensors(model.state_dict(), temp / "model.safetensors")
-        work = (hold or {}).get(int(temp.name.split(".")[1]))
-        if work is not None:
-            later(work)
+        later(hold.get(int(temp.name.split(".")[1]), lambda: None))
 
-    return fit(
-        model,
-        Counted(),
-        batches or Stream(),
-        settings=Settings(
-            steps=steps, compute=CPU, optimizer=AdamW(lr=0.05), save_every=1, keep_last=9, async_save=beside
-        ),
-        folder=folder,
-        events=Events(listeners=(seen.append,) if seen is not None else ()),
-        hooks=Hooks(save_model=save),
-    )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every tensor file of every checkpoint. Python's generator aside: beartype, which checks types here, draws."""
-    found = (folder / "checkpoints").rglob("*.safetensors")
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found if p.name != "rng.safetensors"}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+    changes = {"save_every": 1, "keep_last": 9, "async_save": beside}
+    return tiny_run.train(folder, model=model, save_model=save, batches=batches, seen=seen, **changes)
 
 
 def test_every_checkpoint_has_the_bits_of_one_written_within_the_step(tmp_path: Path) -> None:
