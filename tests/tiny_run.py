@@ -15,7 +15,7 @@ from plait.core.snapshot import save_tensors
 from plait.core.tensors import IGNORE, Batch
 from plait.data.order import Order
 from plait.training.loop import fit
-from plait.training.optim import AdamW
+from plait.training.optim import Rates
 from plait.training.settings import Batches, FitResult, Hooks, Settings
 
 CPU = Compute(device="cpu", dtype="float32", threads=torch.get_num_threads(), why=())
@@ -81,7 +81,7 @@ def train(
 ) -> FitResult:
     """Six steps of a model with dropout; a checkpoint each second step, the newest two stay."""
     model = model or tiny_model()
-    plain = {"save_every": 2, "keep_last": 2, "optimizer": AdamW(lr=0.05), "context": {"steps": steps}}
+    plain = {"save_every": 2, "keep_last": 2, "rates": Rates(lr=0.05), "context": {"steps": steps}}
     return fit(
         model,
         objective or Counted(),

@@ -87,7 +87,7 @@ def test_killed_and_run_again_equals_untouched(outcome: Outcome, point: str) -> 
     assert read_done(again) == read_done(whole)
 
 
-SIGNALS = ("before features", "in words", "at answers", "in decoder", "in a save")
+SIGNALS = ("while encoding", "in words", "at answers", "in decoder", "in a save")
 
 
 @pytest.mark.parametrize("point", SIGNALS)

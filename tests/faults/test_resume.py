@@ -21,7 +21,7 @@ from plait.core.files import read_json, read_jsonl
 from plait.core.tensors import Batch
 from plait.training import checkpoint, loop
 from plait.training.checkpoint import accepting, verify
-from plait.training.optim import AdamW
+from plait.training.optim import AdamW, Rates
 from plait.training.state import Progress, TrainState, restore_state
 
 STEPS = 6
@@ -129,7 +129,7 @@ def test_an_old_checkpoint_still_loads_every_tensor(tmp_path: Path) -> None:
         for weight in model.parameters():
             weight.zero_()
     trainee = TrainState(model)
-    optimizer = AdamW(lr=0.05).build(trainee.weights, trainee.norms)
+    optimizer = AdamW().build(trainee.weights, trainee.norms, rates=Rates(lr=0.05))
     assert restore_state(old, trainee, optimizer) == Progress(step=4)
     saved = load_file(old / "resume/weights.safetensors")
     assert saved.keys() == dict(model.named_parameters()).keys()
@@ -145,7 +145,7 @@ def test_an_old_checkpoint_still_loads_every_tensor(tmp_path: Path) -> None:
 
 def test_a_changed_setting_is_refused_with_both_values_and_goes_on_with_consent(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
-    faster = {"optimizer": AdamW(lr=0.5)}
+    faster = {"rates": Rates(lr=0.5)}
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.05 -> 0\.5") as error:
         train(tmp_path, **faster)
     assert "--accept optimizer.lr" in error.value.remedy
@@ -166,7 +166,7 @@ def test_another_batch_size_is_refused_with_both_values(tmp_path: Path) -> None:
 def test_another_number_format_or_shape_names_the_tensors_and_changes_nothing(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
     trainee = TrainState(tiny_model().double())
-    optimizer = AdamW(lr=0.05).build(trainee.weights, trainee.norms)
+    optimizer = AdamW().build(trainee.weights, trainee.norms, rates=Rates(lr=0.05))
     before = {name: value.clone() for name, value in trainee.weights.items()}
     with pytest.raises(CheckpointError, match=r"0\.bias: saved float32 \[8\], model has float64 \[8\]"):
         restore_state(tmp_path / "checkpoints/000003", trainee, optimizer)
@@ -177,7 +177,7 @@ def test_an_optimizer_state_without_its_weight_is_named(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
     trainee = TrainState(tiny_model())
     some = {name: weight for name, weight in trainee.weights.items() if name != "0.bias"}
-    optimizer = AdamW(lr=0.05).build(some, trainee.norms)
+    optimizer = AdamW().build(some, trainee.norms, rates=Rates(lr=0.05))
     with pytest.raises(CheckpointError, match=r"state is of 1 weights that do not train now: 0\.bias"):
         restore_state(tmp_path / "checkpoints/000003", trainee, optimizer)
 

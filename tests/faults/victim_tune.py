@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,13 @@ def make_data(root: Path) -> int:
 
 
 def tune(
-    folder: Path, tower: str, decoder: str, on_event: Callable[[Event], None] | None = None, *, mixed: bool = False
+    folder: Path,
+    tower: str,
+    decoder: str,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    mixed: bool = False,
+    beside: bool = False,
 ) -> int:
     """Eight steps in three phases; the connector has dropout. What was resumed is written into ``resumed``.
 
@@ -73,6 +80,7 @@ def tune(
         "row": 0 if mixed else 192,
         "save_every": 1,
         "device": "cpu",
+        "trainer": {"schedule": {"kind": "cosine", "warmup": 0.08}, "async_save": beside},
     }
     folder.mkdir(exist_ok=True)
     listeners = (note_resumed, on_event) if on_event else (note_resumed,)
@@ -155,6 +163,12 @@ def at_event(kind: str, text: str, done: int = 0) -> Callable[[Event], None]:
     return listener
 
 
+def while_encoding() -> Callable[[Event], None]:
+    """Is asked while the tower encodes pictures, which it has to do again: this process finds no features."""
+    os.environ["PLAIT_HOME"] = tempfile.mkdtemp()
+    return at_event("progress", "features")
+
+
 def in_a_save() -> None:
     """Is asked in the middle of a checkpoint of the last phase."""
     save = phases.save_multimodal
@@ -168,7 +182,7 @@ def in_a_save() -> None:
 
 
 SIGNALS: dict[str, Callable[[], Callable[[Event], None] | None]] = {
-    "SIGTERM before features": lambda: at_event("progress", "features"),
+    "SIGTERM while encoding": while_encoding,
     "SIGTERM in words": lambda: at_event("progress", "tune: words", 2),
     "SIGTERM at answers": lambda: at_event("sample", ""),
     "SIGTERM in decoder": lambda: at_event("progress", "tune: decoder", 2),
@@ -177,10 +191,10 @@ SIGNALS: dict[str, Callable[[], Callable[[Event], None] | None]] = {
 
 
 def asked(place: Path, tower: str, decoder: str, *, arm: Callable[[], Callable[[Event], None] | None]) -> int:
-    """Tune as the command line runs it; how long it lived after the signal goes into ``asked``."""
+    """Tune as the command line runs it, with checkpoints beside training; how long it lived after the signal goes into ``asked``."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return tune(place, tower, decoder, arm())
+        return tune(place, tower, decoder, arm(), beside=True)
     except Stopped as stopped:
         (place / "asked").write_text(str(time.monotonic() - asked_at[0]))
         return stopped.exit_code

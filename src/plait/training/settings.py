@@ -112,6 +112,7 @@ class Settings:
             optimizer=optimizer,
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
+            async_save=trainer.async_save,
         )
 
     def plain(self) -> dict[str, Any]:
