@@ -191,7 +191,7 @@ SIGNALS: dict[str, Callable[[], Callable[[Event], None] | None]] = {
 
 
 def asked(place: Path, tower: str, decoder: str, *, arm: Callable[[], Callable[[Event], None] | None]) -> int:
-    """Tune as the command line runs it, with checkpoints beside training; how long it lived after the signal goes into ``asked``."""
+    """Tune as the command line runs it, saving beside training; how long it lived after the signal: file ``asked``."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return tune(place, tower, decoder, arm(), beside=True)
