@@ -6,13 +6,17 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from plait.core.errors import Stopped
 
 GRACE_S = 10.0
 """Seconds that work in :meth:`StopRequest.patience` may take after a signal; then there is time to save within 30 s."""
+
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Woken(KeyboardInterrupt):
@@ -31,6 +35,7 @@ class StopRequest:
         self._wake = False
         self._patient = False
         self._asked = 0.0
+        self._others: tuple[_Handler, tuple[float, float]] | None = None  # who had the alarm before
 
     def __bool__(self) -> bool:
         return self.signal != 0
@@ -80,20 +85,23 @@ class StopRequest:
             yield
         finally:
             self._patient = False
-            if self.signal and _on_main_thread():
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            self._give_alarm_back()
 
     def _set_alarm(self) -> None:
-        if _on_main_thread():
+        if _on_main_thread() and self._others is None:
+            handler = signal.signal(signal.SIGALRM, self._ring)
             left = self._asked + GRACE_S - time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+            self._others = handler, signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
 
-    def ring(self, number: int, frame: FrameType | None = None) -> None:
-        """The alarm went off.
+    def _give_alarm_back(self) -> None:
+        if self._others is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            (handler, timer), self._others = self._others, None
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, *timer)
 
-        Raises:
-            Woken: Unless the work was finished just now.
-        """
+    def _ring(self, number: int, frame: FrameType | None = None) -> None:
+        """The alarm went off; the work may have been finished just now."""
         if self._patient:
             raise Woken
 
@@ -112,8 +120,7 @@ def stop_requests() -> Iterator[StopRequest]:
     if not _on_main_thread():
         yield request
         return
-    handlers = {signal.SIGINT: request.ask, signal.SIGTERM: request.ask, signal.SIGALRM: request.ring}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:

@@ -137,7 +137,7 @@ class Hooks:
 
     Attributes:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
-            them.
+            them. With ``async_save``, what it does not put off (:mod:`plait.core.snapshot`) is done within the step.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
             tells it again rather than never. One that takes too long after a signal is given up, and the step is told
             again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
