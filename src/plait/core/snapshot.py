@@ -95,7 +95,10 @@ class Snapshot:
             else:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers.setdefault(form, []).append(buffer)
-            self._copies[place] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            if not tensor.numel():  # all of them stand at address 0
+                return buffer
+            self._copies[place] = buffer
         return self._copies[place]
 
     def put_off(self, work: Callable[[], None]) -> None:

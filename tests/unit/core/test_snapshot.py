@@ -21,7 +21,12 @@ def test_without_a_snapshot_it_writes_at_once_from_any_layout(tmp_path: Path) ->
 
 def test_files_are_those_of_the_moment_of_the_copy_byte_for_byte(tmp_path: Path) -> None:
     layouts = {"plain": torch.randn(4, 6), "turned": torch.randn(6, 4).t(), "half": torch.randn(5).bfloat16()}
-    layouts |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 3), "whole": torch.arange(7)}
+    layouts |= {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 3),
+        "too": torch.empty(0, 3),
+        "whole": torch.arange(7),
+    }
     save_tensors(layouts, tmp_path / "now", metadata={"format": "pt"})
     snapshot, said = Snapshot(), []
     with snapshot.taking():
