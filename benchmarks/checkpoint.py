@@ -45,7 +45,7 @@ SIDES = {
 }
 CASES = {
     "10 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4},
-    "48 M": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "num_attention_heads": 10},
+    "27 M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8},
 }
 ROWS, LENGTH, VOCABULARY = 2, 64, 16_000
 
