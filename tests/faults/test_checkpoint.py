@@ -51,7 +51,12 @@ class Stream:
 
 
 def train(
-    folder: Path, *, steps: int = 6, seen: list | None = None, save_model: Callable[[Path], None] | None = None
+    folder: Path,
+    *,
+    steps: int = 6,
+    seen: list | None = None,
+    save_model: Callable[[Path], None] | None = None,
+    beside: bool = False,
 ) -> FitResult:
     """Six steps with a checkpoint every second one; the newest two stay."""
     torch.manual_seed(1)
@@ -61,7 +66,13 @@ def train(
         Counted(),
         Stream(),
         settings=Settings(
-            steps=steps, compute=CPU, rates=Rates(lr=0.05), save_every=2, keep_last=2, context={"steps": steps}
+            steps=steps,
+            compute=CPU,
+            rates=Rates(lr=0.05),
+            save_every=2,
+            keep_last=2,
+            async_save=beside,
+            context={"steps": steps},
         ),
         folder=folder,
         events=Events(listeners=(seen.append,) if seen is not None else ()),
@@ -253,7 +264,8 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 # --- a power cut ---------------------------------------------------------------------------------------------------
 
 
-def test_content_is_on_disk_before_its_name_and_that_before_a_deletion(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside", [False, True])
+def test_content_is_on_disk_before_its_name_and_that_before_a_deletion(tmp_path, monkeypatch, beside):
     """A power cut may undo what was not synced, in any order; so the order of syncs and renames protects."""
     log: list[tuple[str, str]] = []
     fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
@@ -275,7 +287,7 @@ def test_content_is_on_disk_before_its_name_and_that_before_a_deletion(tmp_path,
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(Path, "rename", logged_rename)
     monkeypatch.setattr(shutil, "rmtree", logged_rmtree)
-    train(tmp_path, steps=6)
+    train(tmp_path, steps=6, beside=beside)
     temp = f".000006.{os.getpid()}.tmp"
     renamed = log.index(("rename", f"{temp} -> 000006"))
     synced = [name for kind, name in log[:renamed] if kind == "sync"]

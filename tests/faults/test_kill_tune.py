@@ -85,3 +85,17 @@ def test_killed_and_run_again_equals_untouched(outcome: Outcome, point: str) -> 
     assert [len(records) for records in lasting(again)] == [3, 2, 3]
     assert shown(again) == shown(whole)
     assert read_done(again) == read_done(whole)
+
+
+SIGNALS = ("while encoding", "in words", "at answers", "in decoder", "in a save")
+
+
+@pytest.mark.parametrize("point", SIGNALS)
+def test_a_signal_in_any_phase_ends_it_with_its_code_and_the_rest_is_the_same(outcome: Outcome, point: str) -> None:
+    place, whole = outcome.root / f"SIGTERM {point}", outcome.root / "whole"
+    assert outcome.ended[f"SIGTERM {point}"] == ["exit 143", "exit 0"], outcome.log
+    assert float((place / "asked").read_text()) < 30
+    assert tensors(place) == tensors(whole)
+    assert lasting(place) == lasting(whole)
+    assert shown(place) == shown(whole)
+    assert read_done(place) == read_done(whole)

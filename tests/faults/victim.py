@@ -23,12 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import plait.core.snapshot as snapshot
 import plait.training.checkpoint as checkpoint
+import plait.training.interrupt as interrupt
 import plait.training.loop as loop
-import plait.training.state as state
 from plait.core.device import Compute
 from plait.core.errors import Stopped
 from plait.core.events import Event, Events
+from plait.core.snapshot import later, save_tensors
 from plait.core.tensors import IGNORE, Batch
 from plait.training.loop import fit
 from plait.training.monitor import Monitor
@@ -103,9 +105,12 @@ def train(
     steps: int = 8,
     save_every: int = 2,
     on_event: Callable[[Event], None] | None = None,
-    save_model: Callable[[nn.Module, Path], None] = lambda model, path: save_file(model.state_dict(), path),
+    save_model: Callable[[nn.Module, Path], None] = lambda model, path: save_tensors(model.state_dict(), path),
     hold_data: Callable[[], None] = lambda: None,
     hold_step: Callable[[], None] = lambda: None,
+    hold_hook: Callable[[], None] = lambda: None,
+    hold_save: Callable[[], None] = lambda: None,
+    beside: bool = False,
 ) -> int:
     """Returns the step it resumed from, or 130 or 143 when it was stopped."""
     torch.set_num_threads(1)
@@ -119,8 +124,22 @@ def train(
         schedule=Cosine(warmup=2),
         save_every=save_every,
         keep_last=1,
+        async_save=beside,
     )
-    hooks = Hooks(save_model=lambda temp: save_model(model, temp / "model.safetensors"))
+
+    def save(temp: Path) -> None:
+        if temp.name.startswith(".000004"):
+            later(hold_save)
+        save_model(model, temp / "model.safetensors")
+
+    def evaluate(step: int, _: object) -> None:
+        torch.rand(3)
+        if step == 3:
+            hold_hook()
+        with (folder / "told").open("a") as file:
+            file.write(f"{step}\n")
+
+    hooks = Hooks(save_model=save, on_step=evaluate)
     events = Events(listeners=(on_event,) if on_event else ())
     try:
         return fit(
@@ -160,7 +179,7 @@ def call(number: int) -> Callable[..., bool]:
     return lambda *_, **__: next(left, 1) == 0
 
 
-def half_a_tensor_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def half_a_tensor_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     save_file(tensors, path)
     os.truncate(path, path.stat().st_size // 2)
 
@@ -177,8 +196,10 @@ def half_a_model(model: nn.Module, path: Path) -> None:
         die()
 
 
-# Name -> what to do in the process that is to die; returns arguments for `train`. A checkpoint has three tensor files
-# besides the model's, a step two micro-batches.
+BESIDE = {"beside": True}
+
+# Name -> what to do in the process that is to die; returns arguments for `train`. A checkpoint has four tensor files,
+# the model's last, a step two micro-batches.
 POINTS: dict[str, Callable[[], dict[str, Any]]] = {
     "in the first step": lambda: die_before(loop, "accumulate", call(1)),
     "between two micro-batches": lambda: die_before(torch.Tensor, "backward", call(10)),
@@ -186,8 +207,8 @@ POINTS: dict[str, Callable[[], dict[str, Any]]] = {
     "half a line of metrics written": lambda: die_before(
         Monitor, "_append", lambda _, line: '"step": 5,' in line, half=half_a_line
     ),
-    "half of the first checkpoint written": lambda: die_before(state, "save_file", call(2)),
-    "half a tensor file written": lambda: die_before(state, "save_file", call(8), half=half_a_tensor_file),
+    "half of the first checkpoint written": lambda: die_before(snapshot, "save_file", call(2)),
+    "half a tensor file written": lambda: die_before(snapshot, "save_file", call(10), half=half_a_tensor_file),
     "half of the model's file written": lambda: {"save_model": half_a_model},
     "sealed, not renamed": lambda: die_before(
         checkpoint, "write_manifest", lambda _, step: step == 6, half=checkpoint.write_manifest
@@ -201,6 +222,15 @@ POINTS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "right after a checkpoint": lambda: {"on_event": lambda e: die() if "checkpoint 000006 saved" in e.text else None},
     "after the last checkpoint, before results.csv": lambda: die_before(Monitor, "results", lambda _: True),
+    "beside training, half a tensor file written": lambda: (
+        die_before(snapshot, "save_file", call(10), half=half_a_tensor_file) | BESIDE
+    ),
+    "beside training, sealed, not renamed": lambda: (
+        die_before(checkpoint, "write_manifest", lambda _, step: step == 6, half=checkpoint.write_manifest) | BESIDE
+    ),
+    "beside training, renamed, not verified": lambda: (
+        die_before(checkpoint, "verify", lambda folder: folder.name == "000006") | BESIDE
+    ),
 }
 
 
@@ -222,14 +252,20 @@ def forked(work: Callable[[], int], meanwhile: Callable[[int], None] = lambda pi
     return "killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
-def signalled(folder: Path, *numbers: int, hold: str) -> tuple[str, float]:
-    """A run that gets signals while its fourth step is held up for 20 s; and how long it lived after the last."""
+def signalled(
+    folder: Path, *numbers: int, hold: str, held_s: float = 20.0, grace_s: float = 0.5, beside: bool = False
+) -> tuple[str, float]:
+    """A run that gets signals while its fourth step is held up; and how long it lived after the last."""
     sent = [0.0]
     held = folder.with_suffix(".held")
 
     def wait() -> None:
         held.touch()
-        time.sleep(20)
+        time.sleep(held_s)
+
+    def work() -> int:
+        interrupt.GRACE_S = grace_s
+        return train(folder, beside=beside, **{hold: wait})
 
     def send(pid: int) -> None:
         while not held.exists():
@@ -239,18 +275,29 @@ def signalled(folder: Path, *numbers: int, hold: str) -> tuple[str, float]:
             os.kill(pid, number)
             sent[0] = time.monotonic()
 
-    ended = forked(lambda: train(folder, **{hold: wait}), send)
+    ended = forked(work, send)
     return ended, time.monotonic() - sent[0]
 
 
+# Name -> signal and what is going on when it comes.
+PHASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "waiting for data": (signal.SIGINT, {"hold": "hold_data"}),
+    "waiting for data, SIGTERM": (signal.SIGTERM, {"hold": "hold_data"}),
+    "in a step": (signal.SIGTERM, {"hold": "hold_step"}),
+    "in the hook": (signal.SIGTERM, {"hold": "hold_hook"}),
+    "while saving": (signal.SIGTERM, {"hold": "hold_save", "held_s": 1.0}),
+    "while saving beside training": (signal.SIGTERM, {"hold": "hold_save", "held_s": 1.0, "beside": True}),
+}
+
+
 def storm(root: Path, *, steps: int = 24, kills: int = 20) -> dict[str, int | str]:
-    """Kill at random moments, over and over in one folder, then let it finish."""
+    """Kill at random moments, over and over in one folder, then let it finish; every other one saves beside."""
     begun = time.monotonic()
     forked(lambda: train(root / "storm whole", steps=steps, save_every=1))
     length = time.monotonic() - begun
     chance = random.Random(1)
     hit = 0
-    for _ in range(10 * kills):
+    for attempt in range(10 * kills):
         delay = chance.uniform(0.0, 0.2 * length) if hit < kills else None
 
         def kill(pid: int, delay: float | None = delay) -> None:
@@ -258,7 +305,8 @@ def storm(root: Path, *, steps: int = 24, kills: int = 20) -> dict[str, int | st
                 time.sleep(delay)
                 os.kill(pid, signal.SIGKILL)
 
-        ended = forked(lambda: train(root / "storm", steps=steps, save_every=1), kill)
+        beside = attempt % 2 == 1
+        ended = forked(lambda beside=beside: train(root / "storm", steps=steps, save_every=1, beside=beside), kill)
         if ended != "killed":
             return {"kills": hit, "ended": ended}
         hit += 1
@@ -281,11 +329,11 @@ def main(root: Path) -> dict[str, Any]:
     for point, arm in POINTS.items():
         killed = forked(lambda point=point, arm=arm: train(root / point, **arm()))
         outcome[point] = [killed, forked(lambda point=point: train(root / point))]
-    for name, numbers in {"SIGINT": [signal.SIGINT], "SIGTERM": [signal.SIGTERM]}.items():
-        outcome[name] = signalled(root / name, *numbers, hold="hold_data")
+    for name, (number, how) in PHASES.items():
+        outcome[name] = signalled(root / name, number, **how)
         outcome[name + " saved"] = sorted(p.name for p in (root / name / "checkpoints").iterdir())
         outcome[name + " resumed"] = forked(lambda name=name: train(root / name))
-    outcome["twice"] = signalled(root / "twice", signal.SIGINT, signal.SIGINT, hold="hold_step")
+    outcome["twice"] = signalled(root / "twice", signal.SIGINT, signal.SIGINT, hold="hold_step", grace_s=20.0)
     outcome["storm"] = storm(root)
     outcome["reseeded"] = [
         reseeded(root / name, *seeds) for name, seeds in {"a": (1, 1), "b": (2, 1), "c": (1, 2)}.items()

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ import numpy as np
 from PIL import Image
 from victim import die, forked
 
+from plait.cli.main import _terminate
 from plait.core import files
+from plait.core.errors import Stopped
 from plait.core.events import Event, Events
 from plait.stages.data import Data, PairsSource
 from plait.stages.tune import Tune
@@ -43,7 +48,13 @@ def make_data(root: Path) -> int:
 
 
 def tune(
-    folder: Path, tower: str, decoder: str, on_event: Callable[[Event], None] | None = None, *, mixed: bool = False
+    folder: Path,
+    tower: str,
+    decoder: str,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    mixed: bool = False,
+    beside: bool = False,
 ) -> int:
     """Eight steps in three phases; the connector has dropout. What was resumed is written into ``resumed``.
 
@@ -69,6 +80,7 @@ def tune(
         "row": 0 if mixed else 192,
         "save_every": 1,
         "device": "cpu",
+        "trainer": {"schedule": {"kind": "cosine", "warmup": 0.08}, "async_save": beside},
     }
     folder.mkdir(exist_ok=True)
     listeners = (note_resumed, on_event) if on_event else (note_resumed,)
@@ -128,6 +140,66 @@ POINTS: dict[str, Callable[[], Callable[[Event], None] | None]] = {
 }
 
 
+# --- where it is asked to stop -------------------------------------------------------------------------------------
+
+
+asked_at: list[float] = []
+
+
+def ask_once() -> None:
+    """What ``kill PID`` does; never again in this process."""
+    if not asked_at:
+        asked_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at_event(kind: str, text: str, done: int = 0) -> Callable[[Event], None]:
+    """Is asked when this is said."""
+
+    def listener(event: Event) -> None:
+        if event.kind == kind and event.text.startswith(text) and event.fields.get("done", 0) >= done:
+            ask_once()
+
+    return listener
+
+
+def while_encoding() -> Callable[[Event], None]:
+    """Is asked while the tower encodes pictures, which it has to do again: this process finds no features."""
+    os.environ["PLAIT_HOME"] = tempfile.mkdtemp()
+    return at_event("progress", "features")
+
+
+def in_a_save() -> None:
+    """Is asked in the middle of a checkpoint of the last phase."""
+    save = phases.save_multimodal
+
+    def patched(built: Any, folder: Path) -> None:
+        if built.lora is not None and folder.name.startswith(".000002"):
+            ask_once()
+        save(built, folder)
+
+    phases.save_multimodal = patched
+
+
+SIGNALS: dict[str, Callable[[], Callable[[Event], None] | None]] = {
+    "SIGTERM while encoding": while_encoding,
+    "SIGTERM in words": lambda: at_event("progress", "tune: words", 2),
+    "SIGTERM at answers": lambda: at_event("sample", ""),
+    "SIGTERM in decoder": lambda: at_event("progress", "tune: decoder", 2),
+    "SIGTERM in a save": in_a_save,
+}
+
+
+def asked(place: Path, tower: str, decoder: str, *, arm: Callable[[], Callable[[Event], None] | None]) -> int:
+    """Tune as the command line runs it, saving beside training; how long it lived after the signal: file ``asked``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return tune(place, tower, decoder, arm(), beside=True)
+    except Stopped as stopped:
+        (place / "asked").write_text(str(time.monotonic() - asked_at[0]))
+        return stopped.exit_code
+
+
 def main(root: Path, tower: str, decoder: str) -> dict[str, Any]:
     """Every attempt."""
     importlib.import_module("torch._dynamo")  # every optimizer does; three seconds that the forks need not spend again
@@ -139,6 +211,10 @@ def main(root: Path, tower: str, decoder: str) -> dict[str, Any]:
         place = root / point
         killed = forked(lambda place=place, arm=arm: tune(place, tower, decoder, arm()))
         outcome[point] = [killed, forked(lambda place=place: tune(place, tower, decoder))]
+    for point, arm in SIGNALS.items():
+        place = root / point
+        stopped = forked(lambda place=place, arm=arm: asked(place, tower, decoder, arm=arm))
+        outcome[point] = [stopped, forked(lambda place=place: tune(place, tower, decoder))]
     outcome["whole, mixed"] = forked(lambda: tune(root / "whole, mixed", tower, decoder, mixed=True))
     place = root / "in decoder, mixed"
     killed = forked(lambda: tune(place, tower, decoder, in_step("decoder", 2), mixed=True))

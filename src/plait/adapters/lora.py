@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
+from plait.core.snapshot import save_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -104,10 +105,8 @@ def save_adapter(decoder: nn.Module, lora: Lora, folder: Path, *, base: str) -> 
     from peft import get_peft_model_state_dict
 
     folder.mkdir(exist_ok=True)
-    state = {
-        _PREFIX + name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(decoder).items()
-    }
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {_PREFIX + name: value for name, value in get_peft_model_state_dict(decoder).items()}
+    save_tensors(state, folder / WEIGHTS, metadata={"format": "pt"})
     with _quiet():
         _config(lora, base=base).save_pretrained(str(folder))
 

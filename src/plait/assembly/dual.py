@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.assembly.audio_towers import AudioTower, load_audio_tower
@@ -27,6 +26,7 @@ from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, loa
 from plait.core.errors import CheckpointError, DataError
 from plait.core.events import Events
 from plait.core.files import write_json
+from plait.core.snapshot import later, save_tensors
 from plait.core.tensors import Patches
 from plait.data.sounds import Sound
 from plait.models import specs
@@ -191,10 +191,9 @@ def save_dual(dual: Dual, folder: Path) -> None:
         config["audio_width"] = dual.audio.encoder.d_out
         composition["audio"] = {**dual.audio.settings, "key": dual.audio.key}
         media["audio"] = {"rate": dual.audio.rate}
-    weights = {name: value.detach().cpu().contiguous() for name, value in dual.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / _CONFIG, config)
-    write_record(folder, kind="dual", composition=composition, media=media)
+    save_tensors(dual.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+    later(lambda: write_json(folder / _CONFIG, config))
+    later(lambda: write_record(folder, kind="dual", composition=composition, media=media))
 
 
 def load_dual(folder: Path, *, events: Events | None = None) -> Dual:

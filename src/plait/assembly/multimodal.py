@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.adapters.lora import Lora, load_adapter, save_adapter
@@ -35,6 +34,7 @@ from plait.assembly.video_towers import VideoTower
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
+from plait.core.snapshot import held, later, save_tensors
 from plait.core.types import Modality
 from plait.data.template import Template
 from plait.models import specs
@@ -238,13 +238,15 @@ def build_multimodal(
 def save_multimodal(built: Multimodal, folder: Path) -> None:
     """Write a folder, made if need be; what did not train is named, not copied, unless it has 8-bit layers.
 
+    Within a snapshot (:mod:`plait.core.snapshot`) tensors are copied and written with it; 8-bit layers, which do not
+    train, and small files are written at once.
+
     Raises:
         OSError: The disk is full or not writable.
         safetensors.SafetensorError: Likewise.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in built.own_state().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(built.own_state(), folder / _WEIGHTS, metadata={"format": "pt"})
     config = {
         "architectures": ["MultimodalLM"],
         "model_type": "plait-multimodal",
@@ -253,7 +255,7 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         "connectors": built.connectors.model_dump(mode="json"),
         "words": next((len(m.words) for m in built.model.connectors.modules() if isinstance(m, ToWords)), 0),
     }
-    write_json(folder / _CONFIG, config)
+    later(lambda: write_json(folder / _CONFIG, config))
     with quiet():
         built.language.tokenizer.save_pretrained(str(folder))
     dtype = str(built.language.model.dtype).removeprefix("torch.")
@@ -264,16 +266,27 @@ def save_multimodal(built: Multimodal, folder: Path) -> None:
         if quantized_layers(built.language.model):
             decoder |= save_decoder(built.language.model, folder)
         elif built.whole:
-            with quiet():
-                built.language.model.save_pretrained(str(folder / DECODER))
-            decoder |= {"folder": DECODER, "key": fingerprint(folder / DECODER)}
+            _save_whole(built.language.model, folder / DECODER)
+            later(lambda: decoder.update(folder=DECODER, key=fingerprint(folder / DECODER)))
     composition = {
         "towers": {modality: record_of(tower) for modality, tower in built.towers.items()},
         "decoder": decoder,
         "adapter": ADAPTER if built.lora is not None else None,
         "placeholders": built.model.placeholders,
     }
-    write_record(folder, kind="multimodal", composition=composition, media=_media(built))
+    media = _media(built)
+    later(lambda: write_record(folder, kind="multimodal", composition=composition, media=media))
+
+
+def _save_whole(decoder: Any, folder: Path) -> None:
+    """Write a decoder that trains as a whole, as transformers does."""
+    state = held(decoder.state_dict())
+
+    def write() -> None:
+        with quiet():
+            decoder.save_pretrained(str(folder), state_dict=state)
+
+    later(write)
 
 
 def _media(built: Multimodal) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.assembly.local import load_weights, put_weights, quiet
@@ -22,6 +21,7 @@ from plait.assembly.towers import ImageTower, load_image_tower, text_folder
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
 from plait.core.files import write_json
+from plait.core.snapshot import later, save_tensors
 from plait.core.spec import Spec
 from plait.models import specs
 from plait.models.blip2 import Blip2Stage1
@@ -151,8 +151,7 @@ def save_queries(built: QueryModel, folder: Path) -> None:
         OSError: The disk is full or not writable.
         safetensors.SafetensorError: Likewise.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in built.own_state().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(built.own_state(), folder / WEIGHTS, metadata={"format": "pt"})
     config = {
         "architectures": ["Blip2Stage1"],
         "model_type": "plait-queries",
@@ -160,12 +159,12 @@ def save_queries(built: QueryModel, folder: Path) -> None:
         "vocabulary": built.words.start + 1,
         **built.sizes.model_dump(mode="json"),
     }
-    write_json(folder / _CONFIG, config)
+    later(lambda: write_json(folder / _CONFIG, config))
     with quiet():
         built.words.tokenizer.save_pretrained(str(folder))
     composition = {"image": {**built.image.settings, "key": built.image.key}}
     media = {"image": built.image.contract.as_dict(), "text": {"max_tokens": built.sizes.max_tokens}}
-    write_record(folder, kind=KIND, composition=composition, media=media)
+    later(lambda: write_record(folder, kind=KIND, composition=composition, media=media))
 
 
 def load_queries(folder: Path, *, events: Events | None = None) -> QueryModel:

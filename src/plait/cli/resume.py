@@ -12,6 +12,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("run", nargs="?", default="latest", help="run folder or its name (default: the latest)")
     parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although this setting changed since the checkpoint, as the refusal names it (repeatable)",
+    )
+    parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where run folders are (default: runs)"
     )
 
@@ -28,7 +35,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     with watch(quiet_stdout=out.json) as listener:
         from plait.recipes.run import resume
 
-        resume(run, listeners=(listener,))
+        resume(run, accept=args.accept, listeners=(listener,))
     if finished:
         out.line("nothing to resume: all its stages were finished before (`plait runs` shows what came of them)")
     return closing(run, out, lines=not finished)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,15 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if active():
         dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Small plain data of every rank, in their order; on all ranks."""
+    if not active():
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @contextmanager

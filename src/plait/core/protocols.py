@@ -38,6 +38,24 @@ class Batches(Protocol):
 
 
 @runtime_checkable
+class StatefulBatches(Batches, Protocol):
+    """Batches that hold more than the step tells, such as answers sampled some steps ago that several steps learn from.
+
+    Such a source may also draw from the global generators. It puts new state in place in one stroke: a signal may end
+    ``step_batches`` anywhere, and the same step is then asked for again, with the generators as they were. It may not
+    be asked ahead of the model (:class:`plait.data.loader.Loader`).
+    """
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What to keep with a checkpoint."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        ...
+
+
+@runtime_checkable
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.
 

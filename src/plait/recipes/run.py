@@ -71,18 +71,27 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
     return run
 
 
-def resume(run: Path, *, listeners: Listeners = ()) -> Path:
+def resume(run: Path, *, accept: Sequence[str] = (), listeners: Listeners = ()) -> Path:
     """Go on with an interrupted run; finished stages are checked and not run again.
 
+    Args:
+        run: The run folder.
+        accept: Settings, as a refusal names them, that may differ from those of the checkpoint gone on from.
+        listeners: Told of every event.
+
     Raises:
-        ConfigError: The recipe in the folder was changed after stages were made by it.
+        ConfigError: The recipe in the folder was changed after stages were made by it, or after a checkpoint without
+            being accepted.
         Stopped: Ctrl-C or SIGTERM; what is finished is kept.
     """
+    from plait.training.checkpoint import accepting  # imports torch
+
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     point_latest(run)
     # Bits depend on the thread count, so that of the beginning is taken, unless a person sets another.
     threads = 0 if "OMP_NUM_THREADS" in os.environ else read_json(run / "env.json")["threads"]
-    _execute(recipe, run, compute=device.setup(threads=threads), listeners=listeners)
+    with accepting(accept):
+        _execute(recipe, run, compute=device.setup(threads=threads), listeners=listeners)
     return run
 
 

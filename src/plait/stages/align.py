@@ -179,6 +179,7 @@ class Align(Stage):
             frozen_dtype=machine.dtype,
             trainable=weights,
             activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype),
+            async_save=self.trainer.async_save,
         )
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,16 @@ QUARANTINE = "quarantine"
 _DELETED = re.compile(r"\.\d+\.deleted")
 _PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
 
-FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "max_skipped_in_row"})
+FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "async_save", "max_skipped_in_row"})
 """Settings that may differ when a run is resumed: they do not change what a step computes.
 
 ``steps`` may bend the schedule; then that is said.
 """
+
+_NEVER = frozenset({"optimizer.kind"})
+"""Settings whose change nobody can accept: what was saved has no meaning under the new value."""
+
+_accepted: ContextVar[frozenset[str]] = ContextVar("accepted", default=frozenset())
 
 
 class Checkpoints:
@@ -67,16 +74,27 @@ class Checkpoints:
             ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
             CheckpointError: What was written does not read back; earlier checkpoints are untouched.
         """
+        with self.writing(step) as temp:
+            write(temp)
+        return self.path(step)
+
+    @contextlib.contextmanager
+    def writing(self, step: int) -> Generator[Path]:
+        """A folder to fill; when the block ends well it is sealed, renamed and verified, and older ones rotate.
+
+        Raises:
+            ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
+            CheckpointError: What was written does not read back; earlier checkpoints are untouched.
+        """
         target = self.path(step)
         with folder_atomic(target) as temp:
             try:
-                write(temp)
+                yield temp
             except SafetensorError as error:  # its Rust writer reports a full disk as its own type
                 raise disk_error(OSError(str(error)), target) from error
             write_manifest(temp, step=step)
         verify(target)
         self._rotate()
-        return target
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, or None where none was ever finished.
@@ -186,26 +204,52 @@ def verify(folder: Path) -> None:
 # --- may this checkpoint be continued? -----------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def accepting(keys: Iterable[str]) -> Generator[None]:
+    """Within the block these settings may differ from those of a checkpoint: somebody saw the difference and agreed.
+
+    Raises:
+        ConfigError: One of them can never be accepted.
+    """
+    if never := sorted(_NEVER & set(keys)):
+        raise ConfigError(
+            f"a change of {never[0]} cannot be accepted: what was saved has no meaning under another one",
+            place="--accept",
+            remedy="put it back, or start a new run",
+        )
+    token = _accepted.set(frozenset(keys))
+    try:
+        yield
+    finally:
+        _accepted.reset(token)
+
+
 def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
     """Compare the run that wrote a checkpoint with the one that wants to continue it.
 
-    Says which free settings changed, and warns when the machine or the libraries differ.
+    Says which free settings changed, and warns of others that were accepted and of another machine or libraries.
 
     Raises:
-        ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed; lists each with both values.
+        ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed that :func:`accepting` does not name; lists each
+            with both values.
         CheckpointError: The weights that do not train are others.
     """
     record = read_state(checkpoint)
     changed = changed_settings(record["settings"], now.settings)
-    refused = [line for key, line in changed.items() if not _free(key)]
+    refused = {key: line for key, line in changed.items() if not _free(key) and key not in _accepted.get()}
     if refused:
+        consent = " ".join(f"--accept {key}" for key in refused)
+        agree = "" if _NEVER & refused.keys() else f"go on all the same with `plait resume RUN {consent}`, "
         raise ConfigError(
-            f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused)}",
+            f"{len(refused)} settings are not those of the checkpoint: {'; '.join(refused.values())}",
             place=str(checkpoint),
-            remedy=f"put them back, or start a new run (free to change: {', '.join(_free_of(now.settings))})",
+            remedy=f"put them back, {agree}or start a new run (free to change: {', '.join(_free_of(now.settings))})",
         )
-    for line in changed.values():
-        events.note(f"setting changed since the checkpoint: {line}")
+    for key, line in changed.items():
+        if _free(key):
+            events.note(f"setting changed since the checkpoint: {line}")
+        else:
+            events.warning(f"setting changed since the checkpoint, and accepted: {line}", accepted=key)
     if record["frozen_sha256"] != now.frozen:
         raise CheckpointError(
             f"the frozen weights are others: sha256 {now.frozen[:12]}…, {record['frozen_sha256'][:12]}… when saved",

@@ -370,6 +370,7 @@ def peak_memory(
     trainable: int = 0,
     activations: int = 0,
     caches: int = 0,
+    async_save: bool = False,
 ) -> dict[str, int]:
     """Peak memory in bytes by part (:data:`PARTS`) of a step with AdamW, or of inference when nothing is trainable.
 
@@ -380,13 +381,14 @@ def peak_memory(
         trainable: Number of trained weights: float32 masters, gradients and two moments.
         activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
         caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
+        async_save: Checkpoints are written beside training, from a copy of weights and moments; it counts as a cache.
     """
     return {
         "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "activations": int(HEAP * activations),
-        "caches": caches,
+        "caches": caches + (12 * trainable if async_save else 0),
         "runtime": machine.runtime_bytes or RUNTIME_BYTES,
     }
 

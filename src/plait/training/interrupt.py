@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from plait.core.errors import Stopped
 
+GRACE_S = 10.0
+"""Seconds that work in :meth:`StopRequest.patience` may take after a signal; then there is time to save within 30 s."""
+
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
 
 class Woken(KeyboardInterrupt):
-    """The first signal came inside :meth:`StopRequest.wake`: what was waited for is given up."""
+    """A signal came inside :meth:`StopRequest.wake` or :meth:`StopRequest.patience`: what was done is given up."""
 
 
 class StopRequest:
@@ -25,6 +33,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self._wake = False
+        self._patient = False
+        self._asked = 0.0
+        self._others: tuple[_Handler, tuple[float, float]] | None = None  # who had the alarm before
 
     def __bool__(self) -> bool:
         return self.signal != 0
@@ -41,9 +52,11 @@ class StopRequest:
         """
         if self.signal:
             raise Stopped(number, "stopped at once, without saving; the last checkpoint is complete")
-        self.signal = number
+        self.signal, self._asked = number, time.monotonic()
         if self._wake:
             raise Woken
+        if self._patient:
+            self._set_alarm()
 
     @contextlib.contextmanager
     def wake(self) -> Iterator[None]:
@@ -58,6 +71,44 @@ class StopRequest:
         finally:
             self._wake = False
 
+    @contextlib.contextmanager
+    def patience(self) -> Iterator[None]:
+        """Give the block :data:`GRACE_S` seconds from the first signal on: for work that had better be finished.
+
+        Raises:
+            Woken: It was not finished by then. In other threads than the main one nothing is raised.
+        """
+        self._patient = True
+        if self.signal:
+            self._set_alarm()
+        try:
+            yield
+        finally:
+            self._patient = False
+            self._give_alarm_back()
+
+    def _set_alarm(self) -> None:
+        if _on_main_thread() and self._others is None:
+            handler = signal.signal(signal.SIGALRM, self._ring)
+            left = self._asked + GRACE_S - time.monotonic()
+            self._others = handler, signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+
+    def _give_alarm_back(self) -> None:
+        if self._others is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            (handler, timer), self._others = self._others, None
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+
+    def _ring(self, number: int, frame: FrameType | None = None) -> None:
+        """The alarm went off; the work may have been finished just now."""
+        if self._patient:
+            raise Woken
+
+
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
@@ -66,7 +117,7 @@ def stop_requests() -> Iterator[StopRequest]:
     Only the main thread can; in others signals stay as they are.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    if not _on_main_thread():
         yield request
         return
     before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}

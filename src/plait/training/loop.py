@@ -20,22 +20,25 @@ from plait.core import mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
-from plait.core.protocols import Batches, Objective
+from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
 from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
-from plait.training.monitor import Cost, Monitor, Plan
+from plait.training.monitor import Cost, Monitor, Plan, write_skipped
 from plait.training.precision import autocast, hold_masters
+from plait.training.saving import Saver
 from plait.training.settings import FitResult, Hooks, Settings
 from plait.training.state import (
     Origin,
     Progress,
     TrainState,
     digest_json,
+    read_batches,
     read_state,
     restore_state,
     rng_kept,
+    rng_restorer,
     save_state,
 )
 
@@ -74,16 +77,24 @@ def fit(
         ResourceError: The disk is full; the last checkpoint stays.
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
-    run = _Run(model, objective, settings, folder=folder, events=events, hooks=hooks or Hooks())
+    run = _Run(model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks or Hooks())
     with stop_requests() as stop:
-        return run.all(batches, stop)
+        return run.all(stop)
 
 
 class _Run:
     """One call of :func:`fit`: what it holds from step to step."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, settings: Settings, *, folder: Path, events: Events, hooks: Hooks
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        *,
+        settings: Settings,
+        folder: Path,
+        events: Events,
+        hooks: Hooks,
     ) -> None:
         if mesh.world() > 1:
             raise ConfigError(
@@ -91,7 +102,7 @@ class _Run:
                 place="fit",
                 remedy="start it without torchrun",
             )
-        self.model, self.objective, self.settings = model, objective, settings
+        self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
         self.events, self.hooks = events, hooks
         self.train_state = TrainState(model, objective)
         if not self.train_state.trains:
@@ -109,7 +120,9 @@ class _Run:
             frozen=self.train_state.frozen_digest(),
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
-        self.saved: Path | None = None
+        self.folder = folder
+        self.skipped: list[dict[str, Any]] = []
+        self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
         self.progress = Progress()
         seed_everything(settings.seed)
         self._resume()
@@ -123,39 +136,56 @@ class _Run:
         )
         self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
 
-    def all(self, batches: Batches, stop: StopRequest) -> FitResult:
+    def all(self, stop: StopRequest) -> FitResult:
         """Every step that is left."""
         values: dict[str, Any] = {}
-        while self.progress.step < self.settings.steps:
-            micro, waited = self._fetch(batches, stop)
-            if stop:
-                self._stop(stop)
-            values = self._step(micro, waited)
-            step = self.progress.step
-            if step == self.settings.steps or self._save_due(step):
-                self._save()
-            if stop:
-                self._stop(stop)
+        with self.saver:
+            if self.progress.untold is not None:
+                self._tell(self.progress.untold, stop)
+            while self.progress.step < self.settings.steps:
+                self.saver.check()
+                rng_back = rng_restorer()
+                micro, waited = self._fetch(stop)
+                if stop:
+                    rng_back()
+                    self._stop(stop)
+                try:
+                    values = self._step(micro, waited, stop)
+                except Woken:
+                    rng_back()
+                    self._stop(stop)
+                step = self.progress.step
+                if step == self.settings.steps or self._save_due(step):
+                    self._save()
+                if stop:
+                    self._stop(stop)
+            self.saver.wait()
         self.monitor.results()
         return FitResult(
-            checkpoint=self.saved or self._save(),
+            checkpoint=self.checkpoints.path(self.progress.step),
             step=self.progress.step,
             skipped=self.progress.skipped,
             resumed_from=self.resumed_from,
             values=values,
         )
 
-    def _fetch(self, batches: Batches, stop: StopRequest) -> tuple[Sequence[Batch], float]:
+    def _fetch(self, stop: StopRequest) -> tuple[Sequence[Batch], float]:
         """The next step's batches and the seconds they took; a signal ends the wait, since nothing is half done."""
         began = time.perf_counter()
         try:
             with stop.wake():
-                micro = batches.step_batches(self.progress.step)
+                micro = self.batches.step_batches(self.progress.step)
         except Woken:
             micro = ()
         return micro, time.perf_counter() - began
 
-    def _step(self, micro: Sequence[Batch], waited: float) -> dict[str, Any]:
+    def _step(self, micro: Sequence[Batch], waited: float, stop: StopRequest) -> dict[str, Any]:
+        """One update.
+
+        Raises:
+            Woken: A signal came and the gradient was not there in time: everything is as before the step, but for the
+                generators.
+        """
         began = time.perf_counter()
         settings, step = self.settings, self.progress.step
         factor = settings.schedule.factor(step, settings.steps)
@@ -164,35 +194,59 @@ class _Run:
         ids = tuple(i for batch in micro for i in batch.sample_ids)
         check_batches(micro, self.objective, step=step)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
-        sums = accumulate(
-            self.model,
-            self.objective,
-            micro,
-            weights=settings.weights,
-            around=lambda: autocast(settings.compute.device, settings.compute.dtype),
-        )
+        try:
+            with stop.patience():
+                sums = accumulate(
+                    self.model,
+                    self.objective,
+                    micro,
+                    weights=settings.weights,
+                    around=lambda: autocast(settings.compute.device, settings.compute.dtype),
+                )
+        except Woken:
+            self._buffers_back(kept)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         norm = self._clip()
         self.progress.step += 1
         if math.isfinite(sums.loss) and math.isfinite(norm):
             self.optimizer.step()
             self.progress.skipped_in_row = 0
+            self.skipped.clear()
         else:
             self._skip(kept, sums, norm=norm, ids=ids)
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(int((batch.segment_ids != 0).sum()) for batch in micro)
-        cost = Cost(samples=len(ids), tokens=tokens, wait_s=waited, work_s=time.perf_counter() - began)
+        cost = Cost(
+            samples=len(ids),
+            tokens=tokens,
+            wait_s=waited,
+            work_s=time.perf_counter() - began,
+            save_s=self.saver.take_stalled(),
+        )
         values = self.monitor.step(self.progress.step, self._values(sums, norm=norm, factor=factor), cost)
         if self.progress.skipped_in_row >= settings.max_skipped_in_row:
             raise NumericsError(
                 f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
                 place=f"step {self.progress.step}, samples {named(ids)}",
-                remedy=f"lower the rate or look at these samples; the last good state is {self.saved or 'the start'}",
+                remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.skipped)}; "
+                f"the last good state is {self.saver.last_good()}",
             )
-        if self.hooks.on_step is not None:
-            with rng_kept():
-                self.hooks.on_step(self.progress.step, values)
-            self.train_state.reset_modes()
+        self._tell(values, stop)
         return values
+
+    def _tell(self, values: Mapping[str, Any], stop: StopRequest) -> None:
+        """Tell the caller's hook; one that takes too long after a signal is given up, and told again when resumed."""
+        self.progress.untold = None
+        if self.hooks.on_step is None:
+            return
+        try:
+            with rng_kept(), stop.patience():
+                self.hooks.on_step(self.progress.step, values)
+        except Woken:
+            self.progress.untold = dict(values)
+        finally:
+            self.train_state.reset_modes()
 
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
@@ -211,11 +265,13 @@ class _Run:
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""
-        for name, buffer in self.train_state.buffers().items():
-            buffer.copy_(kept[name])
+        self._buffers_back(kept)
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         culprits = sums.not_finite or tuple(ids)
+        self.skipped.append(
+            {"step": self.progress.step, "loss": str(sums.loss), "grad_norm": str(norm), "samples": list(culprits)}
+        )
         self.events.warning(
             f"step {self.progress.step}: loss {sums.loss}, gradient norm {norm}: update left out "
             f"({self.progress.skipped_in_row} in a row, {self.progress.skipped} in all); samples {named(culprits)}",
@@ -225,39 +281,40 @@ class _Run:
             samples=list(culprits),
         )
 
+    def _buffers_back(self, kept: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, buffer in self.train_state.buffers().items():
+                buffer.copy_(kept[name])
+
     def _save_due(self, step: int) -> bool:
         """Whether a checkpoint is due; none is while updates are left out, as bad weights may be the reason."""
         return (
             bool(self.settings.save_every) and step % self.settings.save_every == 0 and not self.progress.skipped_in_row
         )
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         def write(folder: Path) -> None:
-            save_state(folder, self.train_state, self.optimizer, progress=self.progress, origin=self.origin)
+            batches = self.batches.state() if isinstance(self.batches, StatefulBatches) else {}
+            save_state(
+                folder, self.train_state, self.optimizer, progress=self.progress, origin=self.origin, batches=batches
+            )
             with rng_kept():
                 self.hooks.save_model(folder)
 
-        began = time.perf_counter()
         broken = [name for name, weight in self.train_state.weights.items() if not bool(weight.isfinite().all())]
         if broken:
             raise NumericsError(
                 f"{len(broken)} weights are not finite after step {self.progress.step}: {named(broken)}",
                 place=f"step {self.progress.step}",
-                remedy=f"lower the learning rate; the last good state is {self.saved or 'the start'}",
+                remedy=f"lower the learning rate; the last good state is {self.saver.last_good()}",
             )
-        self.monitor.sync()
-        self.saved = self.checkpoints.save(self.progress.step, write)
-        size = sum(p.stat().st_size for p in self.saved.rglob("*") if p.is_file())
-        self.events.note(
-            f"checkpoint {self.saved.name} saved: {size / 2**20:,.1f} MiB in {time.perf_counter() - began:.1f} s",
-            checkpoint=str(self.saved),
-        )
-        return self.saved
+        self.saver.save(self.progress.step, write, before=self.monitor.sync)
 
     def _stop(self, stop: StopRequest) -> None:
         step = self.progress.step
-        if step and (self.saved is None or self.saved != self.checkpoints.path(step)):
+        if step and self.saver.asked != step:
             self._save()
+        self.saver.wait()
         text = (
             f"stopped after step {step} of {self.settings.steps}, which is saved" if step else "stopped before step 1"
         )
@@ -270,7 +327,9 @@ class _Run:
             return
         check_origin(found, self.origin, events=self.events)
         self.progress = restore_state(found, self.train_state, self.optimizer)
-        self.saved = found
+        if isinstance(self.batches, StatefulBatches):
+            self.batches.restore(read_batches(found))
+        self.saver.found(found, step=self.progress.step)
         step, total = self.progress.step, self.settings.steps
         if step > total:
             raise ConfigError(

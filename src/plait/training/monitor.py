@@ -12,19 +12,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.core.device import rss
 from plait.core.events import Events
-from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic
+from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic, write_json
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.csv"
+NOT_FINITE = "not_finite.json"
 
-TIMING = frozenset({"seconds", "samples_per_s", "tokens_per_s", "data_wait", "memory_bytes", "mfu"})
+TIMING = frozenset({"seconds", "samples_per_s", "tokens_per_s", "data_wait", "save_s", "memory_bytes", "mfu"})
 """Fields that tell about the machine; all others are equal in equal runs."""
 
 _UNTIMED = 3
@@ -40,12 +41,14 @@ class Cost:
         tokens: Positions in it that are not padding.
         wait_s: Seconds in which the model waited for data.
         work_s: Seconds of forward, backward and update.
+        save_s: Seconds that checkpoints held up training since the step before; they are in neither of the others.
     """
 
     samples: int
     tokens: int
     wait_s: float
     work_s: float
+    save_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,7 @@ class Monitor:
             "samples_per_s": round(sum(c.samples for c in self._open) / seconds, 3),
             "tokens_per_s": round(tokens / seconds, 3),
             "data_wait": round(wait / seconds, 4),
+            "save_s": round(sum(c.save_s for c in self._open), 6),
             "memory_bytes": rss(),
         }
         if self.plan.flops_per_token and self.plan.peak_flops:
@@ -154,6 +158,12 @@ class Monitor:
                 file.write(line)
         except OSError as error:
             raise disk_error(error, path) from error
+
+
+def write_skipped(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``not_finite.json``: the steps left out in a row that ended a run, each with the samples to look at."""
+    write_json(folder / NOT_FINITE, records)
+    return folder / NOT_FINITE
 
 
 class _Eta:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
-from plait.core.protocols import Batches
+from plait.core.protocols import Batches, StatefulBatches
 from plait.core.tensors import Batch
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
@@ -28,6 +29,15 @@ class OnDevice:
     def step_batches(self, step: int) -> Sequence[Batch]:
         """The other's batches."""
         return [batch.to(torch.device(self.device)) for batch in self.batches.step_batches(step)]
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The other's state; nothing if it has none."""
+        return self.batches.state() if isinstance(self.batches, StatefulBatches) else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the other its state back."""
+        if isinstance(self.batches, StatefulBatches):
+            self.batches.restore(tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +56,8 @@ class Settings:
         log_every: Steps between records in ``metrics.jsonl``.
         save_every: Steps between checkpoints; 0 saves only the last step.
         keep_last: Checkpoints kept.
+        async_save: Write checkpoints beside training, from a copy of the state in host memory; a step waits only while
+            it is copied, or where the checkpoint before is still being written.
         max_skipped_in_row: So many steps in a row without a finite number end the run.
         context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
     """
@@ -61,6 +73,7 @@ class Settings:
     log_every: int = 1
     save_every: int = 0
     keep_last: int = 2
+    async_save: bool = False
     max_skipped_in_row: int = 10
     context: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +112,7 @@ class Settings:
             optimizer=optimizer,
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
+            async_save=trainer.async_save,
         )
 
     def plain(self) -> dict[str, Any]:
@@ -123,9 +137,10 @@ class Hooks:
 
     Attributes:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
-            them.
+            them. With ``async_save``, what it does not put off (:mod:`plait.core.snapshot`) is done within the step.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
-            tells it again rather than never. It may sample from the model: generators and train/eval modes are put back
+            tells it again rather than never. One that takes too long after a signal is given up, and the step is told
+            again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
             afterwards.
         task: What progress is called.
         flops_per_token: See :class:`plait.training.monitor.Plan`.

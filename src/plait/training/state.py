@@ -9,27 +9,34 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.files import read_json, write_json
+from plait.core.snapshot import later, save_tensors
 from plait.training.optim import norm_weights
 
 FORMAT = 1
-"""Version of the ``resume/`` folder; a newer one is refused."""
+"""Version of the ``resume/`` folder that is written."""
+
+OLDEST = 1
+"""Oldest version that is read."""
 
 STATE = "resume/state.json"
 WEIGHTS = "resume/weights.safetensors"
 OPTIMIZER = "resume/optimizer.safetensors"
 RNG = "resume/rng.safetensors"
+BATCHES = "resume/batches.safetensors"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,11 +47,13 @@ class Progress:
         step: Finished steps; also the data cursor, since the order of the data is a pure function of the step.
         skipped: Steps whose update was left out because a number was not finite.
         skipped_in_row: How many of these were the last ones.
+        untold: Values of the last step if a signal ended the caller's hook before it was done with them.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+    untold: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +158,23 @@ def _buffers(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def save_state(
-    folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer, *, progress: Progress, origin: Origin
+    folder: Path,
+    train_state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: Progress,
+    origin: Origin,
+    batches: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write ``folder/resume/``.
+    """Write ``folder/resume/``; within a snapshot, when that is written.
+
+    Args:
+        folder: Of the checkpoint.
+        train_state: What training changes.
+        optimizer: Its moments are saved too.
+        progress: How far training is.
+        origin: What a run that goes on must agree with.
+        batches: What the source of the batches holds; no file if it holds nothing.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -160,13 +183,15 @@ def save_state(
     (folder / "resume").mkdir()
     states, scalars = _optimizer_state(optimizer)
     rng, rng_scalars = rng_state()
-    for name, tensors in ((WEIGHTS, train_state.tensors()), (OPTIMIZER, states), (RNG, rng)):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, RNG: rng}
+    for name, tensors in (files | ({BATCHES: batches} if batches else {})).items():
+        save_tensors(tensors, folder / name)
     record = {
         "format": FORMAT,
         "step": progress.step,
         "skipped": progress.skipped,
         "skipped_in_row": progress.skipped_in_row,
+        "untold": progress.untold,
         "settings": origin.settings,
         "settings_sha256": digest_json(origin.settings),
         "fingerprint": origin.fingerprint,
@@ -174,21 +199,21 @@ def save_state(
         "optimizer": scalars,
         "rng": rng_scalars,
     }
-    write_json(folder / STATE, record)
+    later(lambda: write_json(folder / STATE, record))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of ``folder/resume/``.
 
     Raises:
-        CheckpointError: Written by a later version in another format.
+        CheckpointError: Written in a format that this version does not read.
     """
     record: dict[str, Any] = read_json(folder / STATE)
-    if record["format"] > FORMAT:
+    if not OLDEST <= record["format"] <= FORMAT:
         raise CheckpointError(
-            f"resume format {record['format']}, this version reads up to {FORMAT}",
+            f"resume format {record['format']}, this version reads {OLDEST} to {FORMAT}",
             place=str(folder),
-            remedy="resume with the version of plait that wrote it (env.json of the run names it), or a later one",
+            remedy="resume with the version of plait that wrote it (env.json of the run names it)",
         )
     return record
 
@@ -200,14 +225,44 @@ def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.
         CheckpointError: Names, shapes or dtypes are not those of this model or optimizer; nothing was changed then.
     """
     record = read_state(folder)
-    saved, present = load_file(folder / WEIGHTS), train_state.tensors()
+    saved, present = _read_tensors(folder / WEIGHTS), train_state.tensors()
     _same_tensors(saved, present, folder / WEIGHTS)
-    state = _optimizer_dict(optimizer, load_file(folder / OPTIMIZER), record["optimizer"])
+    state = _optimizer_dict(optimizer, _read_tensors(folder / OPTIMIZER), record["optimizer"])
     for name, tensor in saved.items():
         present[name].copy_(tensor)
     optimizer.load_state_dict(state)
-    set_rng_state(load_file(folder / RNG), record["rng"])
-    return Progress(step=record["step"], skipped=record["skipped"], skipped_in_row=record["skipped_in_row"])
+    set_rng_state(_read_tensors(folder / RNG), record["rng"])
+    return Progress(
+        step=record["step"],
+        skipped=record["skipped"],
+        skipped_in_row=record["skipped_in_row"],
+        untold=record.get("untold"),
+    )
+
+
+def read_batches(folder: Path) -> dict[str, Tensor]:
+    """What the source of the batches held; nothing if it held nothing.
+
+    Raises:
+        CheckpointError: The file changed since it was verified.
+    """
+    return _read_tensors(folder / BATCHES) if (folder / BATCHES).is_file() else {}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by plain reading: a mapped file that is cut meanwhile ends the process (SIGBUS), a read one does not.
+
+    Raises:
+        CheckpointError: The file changed since it was verified.
+    """
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot be read any more, though it was whole just now: {error}",
+            place=str(path),
+            remedy="see that nothing else writes to the run folder, then `plait resume`",
+        ) from error
 
 
 def digest_json(value: Any) -> str:
@@ -258,6 +313,13 @@ def _optimizer_dict(
 ) -> dict[str, Any]:
     """The saved state in the form torch's ``load_state_dict`` takes; rates come from the present settings."""
     members = _members(optimizer)
+    unknown = sorted({full.rpartition("/")[0] for full in (*tensors, *scalars)} - {name for name, _ in members})
+    if unknown:
+        raise CheckpointError(
+            f"the optimizer's state is of {len(unknown)} weights that do not train now: {', '.join(unknown[:3])}",
+            place=OPTIMIZER,
+            remedy="resume with the recipe that wrote it, or start a new run",
+        )
     index, weights = {name: number for number, (name, _) in enumerate(members)}, dict(members)
     states: dict[int, dict[str, Any]] = {}
     for full, value in (*tensors.items(), *scalars.items()):
@@ -308,11 +370,26 @@ def set_rng_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> 
             torch.cuda.set_rng_state(tensors[f"torch.cuda.{i}"], i)
 
 
+def rng_restorer() -> Callable[[], None]:
+    """Remember the generators, in some microseconds; returns what puts them back."""
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return put_back
+
+
 @contextlib.contextmanager
 def rng_kept() -> Iterator[None]:
     """Leave the generators as they were, whatever the block draws."""
-    before = rng_state()
+    put_back = rng_restorer()
     try:
         yield
     finally:
-        set_rng_state(*before)
+        put_back()

@@ -36,6 +36,9 @@ class Trainer(Spec):
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
     the whole batch."""
+    async_save: bool = False
+    """Write checkpoints beside training, from a copy of the state in host memory: a step waits only while it is copied.
+    It takes as much more memory as a checkpoint has bytes."""
 
     def pieces(self, batch_size: int) -> int:
         """Micro-batches that a batch of so many samples comes in."""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from plait.adapters.lora import Lora, attach, merge
 from plait.assembly.multimodal import load_multimodal, save_multimodal
 from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.snapshot import Snapshot
 from plait.core.types import MediaRef, Request, Text, Turn
 from plait.inference.build import build_engine, encode_pictures
 from plait.models.composition import PretrainedDecoder
@@ -59,6 +60,25 @@ def test_a_saved_model_answers_as_before_and_pictures_take_the_contracted_tokens
     assert record["media"]["image"]["tokens"] == 12
     without = answer(load_multimodal(tmp_path, adapter=False))
     assert without.token_ids != before.token_ids
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_a_snapshot_is_the_folder_of_that_moment_byte_for_byte(request, tiny_model, tmp_path, kind):
+    """Weights move on before it is written; a decoder that trains as a whole goes through transformers' own writer."""
+    built = request.getfixturevalue("trained") if kind == "adapter" else replace(tiny_model, whole=True)
+    save_multimodal(built, tmp_path / "now")
+    snapshot = Snapshot()
+    (tmp_path / "later").mkdir()
+    with snapshot.taking():
+        save_multimodal(built, tmp_path / "later")
+    with torch.no_grad():
+        for weight in built.model.parameters():
+            weight.add_(1)
+    snapshot.write()
+    files = [p.relative_to(tmp_path / "now") for p in (tmp_path / "now").rglob("*") if p.is_file()]
+    assert any("model.safetensors" in str(name) for name in files)
+    assert {p.relative_to(tmp_path / "later") for p in (tmp_path / "later").rglob("*") if p.is_file()} == set(files)
+    assert [n for n in files if (tmp_path / "now" / n).read_bytes() != (tmp_path / "later" / n).read_bytes()] == []
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers

@@ -13,6 +13,7 @@ from plait.core.events import Events
 from plait.core.files import read_json
 from plait.training.checkpoint import (
     Checkpoints,
+    accepting,
     changed_settings,
     check_origin,
     list_checkpoints,
@@ -179,12 +180,13 @@ def test_a_checkpoint_of_another_model_names_the_tensors_and_changes_nothing(tmp
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
 
 
-def test_a_later_format_is_refused_with_what_to_do(tmp_path):
+@pytest.mark.parametrize("number", [0, 2])
+def test_another_format_is_refused_with_what_to_do(tmp_path, number):
     _, trainee, optimizer = trained()
     folder = save(tmp_path, trainee, optimizer)
-    state = read_json(folder / "resume/state.json") | {"format": 2}
+    state = read_json(folder / "resume/state.json") | {"format": number}
     (folder / "resume/state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="resume format 2, this version reads up to 1") as error:
+    with pytest.raises(CheckpointError, match=f"resume format {number}, this version reads 1 to 1") as error:
         restore_state(folder, trainee, optimizer)
     assert "version" in error.value.remedy
 
@@ -272,6 +274,31 @@ def test_changed_settings_are_refused_with_a_diff(saved):
     assert 'optimizer.lr: 0.1 -> 0.2; context.data: "a" -> "b"; seed: not set -> 1' in error.value.cause
     assert error.value.remedy.endswith("(free to change: log_every, steps)"), "of those that may change, what is there"
     assert error.value.exit_code == 3
+
+
+def test_a_change_that_somebody_accepts_is_a_warning_and_the_refusal_says_how(saved):
+    changed = origin(optimizer={"lr": 0.2, "betas": [0.9, 0.99]}, context={"data": "b", "steps": 9})
+    seen: list = []
+    with accepting(["optimizer.lr"]), pytest.raises(ConfigError, match="1 settings are not") as error:
+        check_origin(saved, changed, events=Events(listeners=(seen.append,)))
+    assert "go on all the same with `plait resume RUN --accept context.data`" in error.value.remedy
+    assert seen == []
+    with accepting(["optimizer.lr", "context.data"]):
+        check_origin(saved, changed, events=Events(listeners=(seen.append,)))
+    assert [(e.kind, e.text) for e in seen] == [
+        ("warning", "setting changed since the checkpoint, and accepted: optimizer.lr: 0.1 -> 0.2"),
+        ("warning", 'setting changed since the checkpoint, and accepted: context.data: "a" -> "b"'),
+    ]
+    with pytest.raises(ConfigError, match="2 settings"):  # consent ends with the block
+        check_origin(saved, changed, events=Events())
+
+
+def test_another_kind_of_optimizer_cannot_be_accepted(saved):
+    with pytest.raises(ConfigError, match=r"optimizer\.kind") as error:
+        check_origin(saved, origin(optimizer={"kind": "sgd"}), events=Events())
+    assert "--accept" not in error.value.remedy
+    with pytest.raises(ConfigError, match=r"optimizer\.kind cannot be accepted"), accepting(["optimizer.kind"]):
+        pass
 
 
 def test_steps_of_a_part_are_not_said_to_be_free(saved):

@@ -102,3 +102,8 @@ def test_time_follows_the_rate_of_the_format() -> None:
     assert fp32 == (5.0, 10.0)
     assert time_range(1e12, machine(dtype="bfloat16"), efficiency=(0.5, 1.0)) == (1.0, 2.0)
     assert time_range(1e12, machine(measured=False), efficiency=(0.5, 1.0)) == (pytest.approx(5 / 3), 30.0)
+
+
+def test_checkpoints_beside_training_hold_a_copy_of_weights_and_moments() -> None:
+    within, beside = (peak_memory(machine(), trainable=1000, caches=5, async_save=on) for on in (False, True))
+    assert sum(beside.values()) - sum(within.values()) == 12 * 1000

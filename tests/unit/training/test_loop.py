@@ -15,7 +15,7 @@ from torch import nn
 from plait.core.device import Compute
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
-from plait.core.files import read_jsonl
+from plait.core.files import read_json, read_jsonl
 from plait.core.tensors import IGNORE, Batch
 from plait.training.loop import fit
 from plait.training.monitor import TIMING
@@ -300,6 +300,10 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
     assert error.value.exit_code == 6
     assert "000003" in error.value.remedy
     assert "s25-0" in error.value.place
+    skipped = read_json(tmp_path / "not_finite.json")  # every step of the row, with the samples to look at
+    assert [record["step"] for record in skipped] == list(range(4, 14))
+    assert skipped[0] == {"step": 4, "loss": "nan", "grad_norm": "0.0", "samples": ["s7-0", "s7-1", "s7-2"]}
+    assert str(tmp_path / "not_finite.json") in error.value.remedy
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 13
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000002", "000003"]
 

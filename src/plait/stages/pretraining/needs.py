@@ -184,6 +184,7 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         frozen=IMAGE_WEIGHTS,
         frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
         trainable=weights,
+        async_save=spec.trainer.async_save,
         activations=seen + 3 * 4 * batch * (_TEXT_TOKENS - 1) * VOCABULARY,
         caches=features,
     )
@@ -258,6 +259,7 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
         frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
         trainable=heads,
+        async_save=spec.trainer.async_save,
         activations=_head_activations(spec, widths, batch=batch),
         caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
     )
@@ -307,6 +309,7 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         frozen=TEXT_WEIGHTS,
         frozen_dtype=text_dtype,
         trainable=trained,
+        async_save=spec.trainer.async_save,
         activations=kept + _head_activations(spec, widths, batch=batch),
         # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
         caches=2 * pixels * pictures + 6 * pixels * batch + 4 * texts * TEXT_WIDTH,

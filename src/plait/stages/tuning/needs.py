@@ -104,6 +104,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
+        async_save=spec.trainer.async_save,
         activations=activations
         + head_bytes(shape, at_once, dtype=machine.dtype, gradients="full" if whole else "through"),
         caches=4 * _WORDS * shape.d_model,
