@@ -23,6 +23,7 @@ from plait.core.events import Events
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.monitor import Cost, Monitor, Plan
@@ -75,7 +76,7 @@ def fit(
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
     run = _Run(model, objective, settings, folder=folder, events=events, hooks=hooks or Hooks())
-    with stop_requests() as stop:
+    with computed(model, settings, events=events), stop_requests() as stop:
         return run.all(batches, stop)
 
 

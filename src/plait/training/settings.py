@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -55,6 +55,9 @@ class Settings:
         save_every: Steps between checkpoints; 0 saves only the last step.
         keep_last: Checkpoints kept.
         max_skipped_in_row: So many steps in a row without a finite number end the run.
+        head: How losses over a vocabulary are computed, where the model leaves a choice: ``fused`` or ``full``.
+        recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
+        compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
         context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
     """
 
@@ -70,6 +73,9 @@ class Settings:
     save_every: int = 0
     keep_last: int = 2
     max_skipped_in_row: int = 10
+    head: Literal["fused", "full"] = "fused"
+    recompute: Literal["none", "full", "selective"] = "none"
+    compile: bool = False
     context: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,11 +113,17 @@ class Settings:
             optimizer=optimizer,
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
+            head=trainer.head,
+            recompute=trainer.recompute,
+            compile=trainer.compile,
         )
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for the checkpoint. Device and threads are in the fingerprint instead."""
-        skip = {"compute", "rates", "optimizer", "schedule", "weights", "context"}
+        """As plain data, for the checkpoint. Device and threads are in the fingerprint instead.
+
+        How the same step is computed (head, recompute, compile) is no part of it: a run may go on another way.
+        """
+        skip = {"head", "recompute", "compile", "compute", "rates", "optimizer", "schedule", "weights", "context"}
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,

@@ -88,22 +88,24 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     side = (spec.resolution or 224) / 224
     area = side**2 / (128 / 224) ** 2
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
+    gradients = "full" if whole else "through"
+    scores = head_bytes(shape, trained, dtype=machine.dtype, gradients=gradients, head=spec.trainer.head)
     activations = decoder_activations(
         shape,
         rows=rows,
         length=row,
         dtype=machine.dtype,
-        gradients="full" if whole else "through",
+        gradients=gradients,
         attention="eager",
         lora=lora,
+        recompute=spec.trainer.recompute,
     )
     memory = peak_memory(
         machine,
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
-        activations=activations
-        + head_bytes(shape, trained, dtype=machine.dtype, gradients="full" if whole else "through"),
+        activations=activations + scores,
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
@@ -134,7 +136,10 @@ def _work(
     whole = spec.adapt.rank == 0
     steps = spec.frozen.steps + spec.adapt.steps
     gradients = "full" if whole else "through"
-    flops = steps * decoder_flops(shape, rows=rows, length=row, gradients=gradients, head_positions=trained)
+    again = spec.trainer.recompute
+    flops = steps * decoder_flops(
+        shape, rows=rows, length=row, gradients=gradients, head_positions=trained, recompute=again
+    )
     flops += linear_flops(adapter, steps * rows * row, "full") + linear_flops(of.inside, steps * rows * row, "full")
     if isinstance(spec.connector, specs.Words):
         return flops, 3.0 * of.flops * spec.words.steps * spec.words.batch_size, trained
