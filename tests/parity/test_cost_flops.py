@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from plait.models.recompute import Recompute, recomputed
 from plait.training.cost import DecoderShape, Lora, decoder_flops, generate_flops
 
 ROWS, LENGTH = 3, 24
@@ -72,6 +73,18 @@ def test_frozen_with_gradient_to_the_inputs_costs_four_n_d() -> None:
     expected = decoder_flops(shape, rows=ROWS, length=LENGTH, gradients="through")
     assert expected == pytest.approx(found, rel=TOLERANCE)
     assert expected < 0.75 * decoder_flops(shape, rows=ROWS, length=LENGTH, gradients="full")
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_recomputation_costs_a_forward_pass_of_the_blocks_or_nothing(how: Recompute, trained: bool) -> None:
+    model = tiny().requires_grad_(trained)
+    embeds = torch.randn(ROWS, LENGTH, 64, requires_grad=True)
+    with recomputed(model, how):
+        found = counted(model, backward=True, inputs={"inputs_embeds": embeds})
+    shape = DecoderShape.from_config(model.config)
+    expected = decoder_flops(shape, rows=ROWS, length=LENGTH, gradients="full" if trained else "through", recompute=how)
+    assert expected == pytest.approx(found, rel=TOLERANCE)
 
 
 # peft 0.21 reads a property that transformers 5.23 calls deprecated.

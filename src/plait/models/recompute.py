@@ -8,7 +8,7 @@ that dropout drops the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -74,11 +74,25 @@ def recomputed(model: nn.Module, how: Recompute) -> Iterator[int]:
                 place="trainer.recompute",
                 remedy="set none",
             )
+    with forwards(blocks, lambda block, plain: _Again(block, plain, how)):
+        yield len(blocks)
+
+
+@contextmanager
+def forwards(
+    blocks: Sequence[nn.Module], other: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, blocks run another forward.
+
+    Args:
+        blocks: Their names and weights stay.
+        other: Makes it of a block and its forward so far.
+    """
     before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = _Again(block, block.forward, how)
+        block.forward = other(block, block.forward)
     try:
-        yield len(blocks)
+        yield
     finally:
         for block, own in zip(blocks, before, strict=True):
             if own is None:

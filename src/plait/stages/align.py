@@ -115,6 +115,7 @@ class Align(Stage):
         questions, without = self._questions(built, data / "shards", events)
         self._unfreeze(built, place=tuned)
         built.model.to(compute.device)
+        built.model.fused = self.trainer.head == "fused"  # the reference, too
         batches = {
             split: self._batches(built, questions, split=split, compute=compute)
             for split, samples in questions.samples.items()
@@ -165,12 +166,19 @@ class Align(Stage):
         passes = math.ceil(self._pairs() / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
         sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
-        flops = self.steps * cost.decoder_flops(shape, gradients="through", **sizes)
+        flops = self.steps * cost.decoder_flops(shape, gradients="through", recompute=self.trainer.recompute, **sizes)
         # Without gradients an adapter costs a third of what it does in training, which is little enough to be left so.
         flops += (passes + scored) * cost.decoder_flops(shape, gradients="none", **sizes)
         low, high = cost.time_range(flops, machine)
         kept = cost.decoder_activations(
-            shape, rows=rows, length=length, dtype=machine.dtype, gradients="through", attention="eager", lora=lora
+            shape,
+            rows=rows,
+            length=length,
+            dtype=machine.dtype,
+            gradients="through",
+            attention="eager",
+            lora=lora,
+            recompute=self.trainer.recompute,
         )
         weights = lora.params(shape)
         memory = cost.peak_memory(
@@ -178,7 +186,7 @@ class Align(Stage):
             frozen=shape.params,
             frozen_dtype=machine.dtype,
             trainable=weights,
-            activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype),
+            activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head),
             async_save=self.trainer.async_save,
         )
         tokens = (self.steps + passes + scored) * rows * length

@@ -26,6 +26,9 @@ from plait.core.estimate import Machine
 Gradients = Literal["none", "through", "full"]
 """What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
 
+Recompute = Literal["none", "full", "selective"]
+"""What blocks do again in the backward pass (:mod:`plait.models.recompute`)."""
+
 PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime")
 """Keys of ``Estimate.memory``."""
 
@@ -182,6 +185,7 @@ def decoder_flops(
     gradients: Gradients,
     head_positions: int | None = None,
     lora: Lora | None = None,
+    recompute: Recompute = "none",
 ) -> float:
     """One pass over ``rows`` × ``length`` positions: forward, and whatever ``gradients`` asks of backward.
 
@@ -192,10 +196,16 @@ def decoder_flops(
         gradients: For the decoder's own weights.
         head_positions: Positions at which logits are computed, over all rows; None means all.
         lora: Adapters, always trained.
+        recompute: ``full`` runs the blocks forward once more, up to their last product; ``selective`` does none again.
     """
     tokens = rows * length
     head = tokens if head_positions is None else head_positions
-    return (
+    again = 0.0
+    if recompute == "full" and gradients != "none":
+        again = decoder_flops(shape, rows=rows, length=length, gradients="none", head_positions=0)
+        again -= linear_flops(shape.layers * shape.d_ff * shape.d_model, tokens, "none")
+        again += linear_flops(lora.params(shape), tokens, "none") if lora else 0.0
+    return again + (
         linear_flops(shape.linear_params, tokens, gradients)
         + linear_flops(shape.vocab * shape.d_model, head, gradients)
         + attention_flops(shape, rows=rows, queries=length, keys=length, gradients=gradients)
@@ -233,7 +243,7 @@ def decoder_activations(
     gradients: Gradients,
     attention: Literal["eager", "sdpa"] = "sdpa",
     lora: Lora | None = None,
-    recompute: Literal["none", "full", "selective"] = "none",
+    recompute: Recompute = "none",
 ) -> int:
     """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
 

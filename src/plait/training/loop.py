@@ -23,6 +23,7 @@ from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
 from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
@@ -78,7 +79,7 @@ def fit(
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
     run = _Run(model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks or Hooks())
-    with stop_requests() as stop:
+    with computed(model, settings, events=events), stop_requests() as stop:
         return run.all(stop)
 
 

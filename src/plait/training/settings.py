@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class Settings:
         async_save: Write checkpoints beside training, from a copy of the state in host memory; a step waits only while
             it is copied, or where the checkpoint before is still being written.
         max_skipped_in_row: So many steps in a row without a finite number end the run.
+        head: How losses over a vocabulary are computed, where the model leaves a choice: ``fused`` or ``full``.
+        recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
+        compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
         context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
     """
 
@@ -75,6 +78,9 @@ class Settings:
     keep_last: int = 2
     async_save: bool = False
     max_skipped_in_row: int = 10
+    head: Literal["fused", "full"] = "fused"
+    recompute: Literal["none", "full", "selective"] = "none"
+    compile: bool = False
     context: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,11 +119,17 @@ class Settings:
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
             async_save=trainer.async_save,
+            head=trainer.head,
+            recompute=trainer.recompute,
+            compile=trainer.compile,
         )
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for the checkpoint. Device and threads are in the fingerprint instead."""
-        skip = {"compute", "rates", "optimizer", "schedule", "weights", "context"}
+        """As plain data, for the checkpoint. Device and threads are in the fingerprint instead.
+
+        How the same step is computed (head, recompute, compile) is no part of it: a run may go on another way.
+        """
+        skip = {"head", "recompute", "compile", "compute", "rates", "optimizer", "schedule", "weights", "context"}
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,

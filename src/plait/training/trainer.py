@@ -6,6 +6,7 @@ Numbers of steps, batch sizes and peak rates are the stage's own, since they dif
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field
 
@@ -28,6 +29,16 @@ class Trainer(Spec):
     """How the learning rates move; one of another `kind` begins with its own defaults."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
+    head: Literal["fused", "full"] = "fused"
+    """Loss over a vocabulary: `fused` goes through the scores of some positions after the others and keeps none;
+    `full` computes all at once. Values and gradients are equal."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What Transformer blocks keep for the backward pass: `none` recomputes nothing; `full` keeps a block's input alone
+    and runs the block again; `selective` keeps the results of matrix products and attention, too. Gradients are the
+    same bits."""
+    compile: bool = False
+    """Compile Transformer blocks while training (torch.compile): takes up to a minute at the start of a phase, and a
+    C++ compiler. Results differ by rounding."""
     workers: int = Field(default=0, ge=0)
     """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
     their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)

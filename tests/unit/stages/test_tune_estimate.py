@@ -15,6 +15,7 @@ from plait.core.estimate import Estimate, Machine
 from plait.models.specs import Words
 from plait.stages.tune import Adapt, Tune
 from plait.stages.tuning import needs
+from plait.training.trainer import Trainer
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
@@ -71,6 +72,18 @@ def test_more_of_anything_costs_more() -> None:
     assert wider.disk_bytes > base.disk_bytes
     assert Tune(views=8).estimate(MACHINE, {"data": DATA}).home_bytes > base.home_bytes
     assert Tune().estimate(MACHINE, {}).params_trainable == base.params_trainable
+
+
+def test_recomputation_takes_less_memory_and_more_time_and_a_full_head_more_memory() -> None:
+    def of(**trainer: Any) -> Estimate:
+        return needs.estimate(Tune(batch_size=200, trainer=Trainer(**trainer)), MACHINE, {"data": DATA})
+
+    plain, full, selective = (of(recompute=how) for how in ("none", "full", "selective"))
+    kept = [estimate.memory["activations"] for estimate in (full, selective, plain)]
+    assert kept == sorted(set(kept))
+    assert full.flops > 1.2 * plain.flops
+    assert selective.flops == plain.flops
+    assert of(head="full").memory["activations"] > plain.memory["activations"]
 
 
 def test_without_a_cache_the_tower_runs_in_every_step_and_nothing_is_kept() -> None:

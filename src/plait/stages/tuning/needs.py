@@ -90,14 +90,17 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
     pieces = spec.trainer.pieces(spec.batch_size)
     at_once = math.ceil(trained / pieces)
+    gradients = "full" if whole else "through"
+    scores = head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=spec.trainer.head)
     activations = decoder_activations(
         shape,
         rows=math.ceil(rows / pieces),
         length=row,
         dtype=machine.dtype,
-        gradients="full" if whole else "through",
+        gradients=gradients,
         attention="eager",
         lora=lora,
+        recompute=spec.trainer.recompute,
     )
     memory = peak_memory(
         machine,
@@ -105,8 +108,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         frozen_dtype=dtype,
         trainable=adapter + learns,
         async_save=spec.trainer.async_save,
-        activations=activations
-        + head_bytes(shape, at_once, dtype=machine.dtype, gradients="full" if whole else "through"),
+        activations=activations + scores,
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
@@ -137,7 +139,10 @@ def _work(
     whole = spec.adapt.rank == 0
     steps = spec.frozen.steps + spec.adapt.steps
     gradients = "full" if whole else "through"
-    flops = steps * decoder_flops(shape, rows=rows, length=row, gradients=gradients, head_positions=trained)
+    again = spec.trainer.recompute
+    flops = steps * decoder_flops(
+        shape, rows=rows, length=row, gradients=gradients, head_positions=trained, recompute=again
+    )
     flops += linear_flops(adapter, steps * rows * row, "full") + linear_flops(of.inside, steps * rows * row, "full")
     if isinstance(spec.connector, specs.Words):
         return flops, 3.0 * of.flops * spec.words.steps * spec.words.batch_size, trained

@@ -439,7 +439,10 @@ class _Tuning:
             context=context | {"row": self.row, "parts": keys, "data": self.data},
         )
         decay = phase.weight_decay if first else None
-        return settings.with_trainer(self.spec.trainer, lr=phase.lr, parts=parts, weight_decay=decay)
+        trainer = self.spec.trainer
+        if first:  # no Transformer learns
+            trainer = trainer.model_copy(update={"recompute": "none", "compile": False})
+        return settings.with_trainer(trainer, lr=phase.lr, parts=parts, weight_decay=decay)
 
     def _fit(
         self,
