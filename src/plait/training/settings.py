@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from plait.core.protocols import Batches
 from plait.core.tensors import Batch
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Trainer
+from plait.training.trainer import Average, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,34 @@ class OnDevice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """Evaluating while training. The best checkpoint is never rotated away, and is the result of the run.
+
+    Attributes:
+        every: Steps between evaluations; the last step is evaluated, too.
+        patience: So many evaluations in a row without a gain end the run; 0 never does.
+        least_gain: What the best value must be beaten by.
+        higher: Whether higher values are better.
+    """
+
+    every: int
+    patience: int = 0
+    least_gain: float = 0.0
+    higher: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bound in {"every": 1, "patience": 0, "least_gain": 0}.items():
+            if not getattr(self, name) >= bound:
+                raise ConfigError(f"{name} is {getattr(self, name)}", place=name, remedy=f"set it to {bound} or more")
+
+    def gains(self, value: float, best: float | None) -> bool:
+        """Whether a value beats the best one so far; NaN never does."""
+        if best is None or math.isnan(value):
+            return not math.isnan(value)
+        return value > best + self.least_gain if self.higher else value < best - self.least_gain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to train.
 
@@ -43,6 +72,8 @@ class Settings:
         schedule: How the rates move.
         weights: Weight of each loss term; 1 where none is given, 0 only reports the term.
         clip_norm: Largest norm of the whole gradient; None never clips.
+        average: Keep a moving average of the trained weights.
+        stopping: Evaluate while training, keep the best checkpoint, and stop early; needs :attr:`Hooks.evaluate`.
         log_every: Steps between records in ``metrics.jsonl``.
         save_every: Steps between checkpoints; 0 saves only the last step.
         keep_last: Checkpoints kept.
@@ -58,6 +89,8 @@ class Settings:
     schedule: Schedule = field(default_factory=Cosine)
     weights: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float | None = 1.0
+    average: Average | None = None
+    stopping: Stopping | None = None
     log_every: int = 1
     save_every: int = 0
     keep_last: int = 2
@@ -95,15 +128,20 @@ class Settings:
             optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
         return replace(
             self,
-            rates=Rates(lr=lr, parts=parts or {}),
+            rates=Rates(lr=lr, parts=parts or {}, layer_decay=trainer.layer_decay),
             optimizer=optimizer,
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
+            average=trainer.average,
         )
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint. Device and threads are in the fingerprint instead."""
-        skip = {"compute", "rates", "optimizer", "schedule", "weights", "context"}
+        skip = {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
+        # Checkpoints from before there was a setting have none: it is named where it is used.
+        newer = {"average": self.average.model_dump(mode="json")} if self.average else {}
+        if self.stopping:
+            newer["stopping"] = asdict(self.stopping)
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,
@@ -111,6 +149,7 @@ class Settings:
             "schedule": self.schedule.model_dump(mode="json"),
             "weights": dict(self.weights),
             "context": dict(self.context),
+            **newer,
         }
 
 
@@ -124,6 +163,8 @@ class Hooks:
     Attributes:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
             them.
+        evaluate: How good the model is now on data it does not learn from; in the modes that it had before training
+            unless the hook sets them. Modes and generators are put back afterwards.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
             tells it again rather than never. It may sample from the model: generators and train/eval modes are put back
             afterwards.
@@ -133,6 +174,7 @@ class Hooks:
     """
 
     save_model: Callable[[Path], None] = _nothing
+    evaluate: Callable[[], float] | None = None
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     task: str = "train"
     flops_per_token: float = 0.0
@@ -144,9 +186,11 @@ class FitResult:
     """Result of :func:`plait.training.loop.fit`.
 
     Attributes:
-        checkpoint: The last checkpoint.
+        checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated, else the last.
         step: Finished steps.
         skipped: Steps whose update was left out because a number was not finite.
+        overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        best: Step and value of the best evaluation, where there was one.
         resumed_from: Step it went on from; 0 for a new run.
         values: Values of the last step done now; empty if there was nothing left to do.
     """
@@ -154,5 +198,7 @@ class FitResult:
     checkpoint: Path
     step: int
     skipped: int
+    overflowed: int = 0
+    best: tuple[int, float] | None = None
     resumed_from: int
     values: Mapping[str, Any]

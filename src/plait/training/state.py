@@ -1,6 +1,6 @@
 """Everything that training changes, as named tensors and plain scalars: what a checkpoint's ``resume/`` folder holds.
 
-Three safetensors files (weights, optimizer, random-number generators) and one JSON file. No pickle anywhere.
+Safetensors files (weights, optimizer, random-number generators, a moving average) and one JSON file. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.files import read_json, write_json
-from plait.training.optim import norm_weights
+from plait.training.roles import Roles
 
 FORMAT = 1
 """Version of the ``resume/`` folder; a newer one is refused."""
@@ -30,6 +30,7 @@ STATE = "resume/state.json"
 WEIGHTS = "resume/weights.safetensors"
 OPTIMIZER = "resume/optimizer.safetensors"
 RNG = "resume/rng.safetensors"
+AVERAGE = "resume/average.safetensors"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,11 +41,33 @@ class Progress:
         step: Finished steps; also the data cursor, since the order of the data is a pure function of the step.
         skipped: Steps whose update was left out because a number was not finite.
         skipped_in_row: How many of these were the last ones.
+        overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        scale: Of float16: factor of the loss, and steps without overflow since it changed
+            (:class:`plait.training.precision.LossScale`).
+        averaged: Updates of the moving average.
+        best: Step and value of the best evaluation.
+        stale: Evaluations since the best one.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+    overflowed: int = 0
+    scale: tuple[float, int] | None = None
+    averaged: int = 0
+    best: tuple[int, float] | None = None
+    stale: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Progress:
+        """From the JSON part of a checkpoint, which may be older than some fields."""
+        known = {item.name: record[item.name] for item in fields(cls) if item.name in record}
+        pairs = {name: tuple(known[name]) for name in ("scale", "best") if known.get(name) is not None}
+        return cls(**(known | pairs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +93,7 @@ class TrainState:
 
     Attributes:
         weights: Trainable weights by name; an objective's begin with ``objective.``.
-        norms: Names of those that belong to normalization layers.
+        roles: What they are in the model.
 
     Raises:
         ConfigError: Two tensors have one name.
@@ -81,7 +104,7 @@ class TrainState:
         if isinstance(objective, nn.Module):
             self._roots.append(("objective.", objective))
         self.weights: dict[str, nn.Parameter] = {}
-        self.norms: frozenset[str] = frozenset()
+        self.roles = Roles()
         self._live: list[tuple[str, nn.Module, str]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         for prefix, root in self._roots:
@@ -95,7 +118,7 @@ class TrainState:
                     remedy="rename the model's part 'objective'",
                 )
             self.weights |= trainable
-            self.norms |= {prefix + n for n in norm_weights(root)}
+            self.roles |= Roles.of(root).under(prefix)
             self._modes += [(m, m.training) for m in root.modules()]
             for path, owner, name in _buffers(root):
                 if owner.training:
@@ -149,9 +172,23 @@ def _buffers(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def save_state(
-    folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer, *, progress: Progress, origin: Origin
+    folder: Path,
+    train_state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: Progress,
+    origin: Origin,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``folder/resume/``.
+
+    Args:
+        folder: The checkpoint's.
+        train_state: The tensors that train.
+        optimizer: Its state.
+        progress: How far training is.
+        origin: What must agree when it goes on.
+        average: The moving average of the weights, where there is one.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -160,13 +197,12 @@ def save_state(
     (folder / "resume").mkdir()
     states, scalars = _optimizer_state(optimizer)
     rng, rng_scalars = rng_state()
-    for name, tensors in ((WEIGHTS, train_state.tensors()), (OPTIMIZER, states), (RNG, rng)):
+    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, RNG: rng} | ({AVERAGE: average} if average else {})
+    for name, tensors in files.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
     record = {
         "format": FORMAT,
-        "step": progress.step,
-        "skipped": progress.skipped,
-        "skipped_in_row": progress.skipped_in_row,
+        **progress.plain(),
         "settings": origin.settings,
         "settings_sha256": digest_json(origin.settings),
         "fingerprint": origin.fingerprint,
@@ -207,7 +243,26 @@ def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.
         present[name].copy_(tensor)
     optimizer.load_state_dict(state)
     set_rng_state(load_file(folder / RNG), record["rng"])
-    return Progress(step=record["step"], skipped=record["skipped"], skipped_in_row=record["skipped_in_row"])
+    return Progress.read(record)
+
+
+def read_weights(folder: Path, train_state: TrainState, *, average: bool) -> None:
+    """Put back only the trained weights and buffers of a checkpoint, or the average in their place.
+
+    Raises:
+        CheckpointError: They are not those of this model; nothing was changed then.
+    """
+    saved, present = load_file(folder / WEIGHTS), train_state.tensors()
+    if average:
+        saved |= load_file(folder / AVERAGE)
+    _same_tensors(saved, present, folder / WEIGHTS)
+    for name, tensor in saved.items():
+        present[name].copy_(tensor)
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """The moving average of a checkpoint."""
+    return load_file(folder / AVERAGE)
 
 
 def digest_json(value: Any) -> str:

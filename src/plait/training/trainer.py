@@ -14,6 +14,15 @@ from plait.training.optim import AdamW, Optimizer
 from plait.training.schedule import Cosine, Schedule
 
 
+class Average(Spec):
+    """A moving average of the trained weights, one update a step."""
+
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """Share of the old average that stays; in the first steps less, so that the start is soon forgotten."""
+    use: bool = True
+    """Look at, score and save the average as the model. Otherwise it is only kept in the checkpoints' `resume/`."""
+
+
 class Trainer(Spec):
     """How a stage trains, in all of its phases.
 
@@ -26,12 +35,17 @@ class Trainer(Spec):
     """Which optimizer; one of another `kind` begins with its own defaults."""
     schedule: Schedule = Cosine()
     """How the learning rates move; one of another `kind` begins with its own defaults."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Rate of a layer over that of the layer above it, in every stack of layers that trains; 1: all equal. What comes
+    before a stack (embeddings) counts as one more layer, what follows (norm, head) as one, too."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
     workers: int = Field(default=0, ge=0)
     """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
     their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
     and cores are left; each process takes about 60 MiB and a copy of the texts."""
+    average: Average | None = None
+    """Keep a moving average of the trained weights (EMA): `{}` takes its defaults. By default there is none."""
     micro_batch: int = Field(default=0, ge=0)
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
