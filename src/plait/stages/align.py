@@ -172,12 +172,13 @@ class Align(Stage):
         kept = cost.decoder_activations(
             shape, rows=rows, length=length, dtype=machine.dtype, gradients="through", attention="eager", lora=lora
         )
-        weights = lora.params(shape)
+        weights, state = lora.params(shape), self.trainer.state_bytes()
         memory = cost.peak_memory(
             machine,
             frozen=shape.params,
             frozen_dtype=machine.dtype,
             trainable=weights,
+            state=state,
             activations=kept + cost.logits_bytes(shape, trained),
         )
         tokens = (self.steps + passes + scored) * rows * length
@@ -189,7 +190,7 @@ class Align(Stage):
             image_tokens=int(tokens * _FILLED * slots / answer),
             flops=flops,
             memory=memory,
-            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2),
+            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2, state=state),
             seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
             notes=(
                 f"{self.steps:,} steps of {self.batch_size:,} pairs, after one pass for the reference",

@@ -151,7 +151,7 @@ class AdamW(_Optimizer):
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
 
-    source: ClassVar[str] = "arXiv 1711.05101"
+    source: ClassVar[str] = "https://arxiv.org/abs/1711.05101"
     kind: Literal["adamw"] = "adamw"
     """Which optimizer."""
 
@@ -176,7 +176,7 @@ class AdamW(_Optimizer):
 class SGD(_Optimizer):
     """Gradient descent with momentum; decay is part of the gradient."""
 
-    source: ClassVar[str] = "Polyak 1964"
+    source: ClassVar[str] = "https://doi.org/10.1016/0041-5553(64)90137-5"
     kind: Literal["sgd"] = "sgd"
     """Which optimizer."""
 
@@ -211,7 +211,7 @@ class Adafactor(_Optimizer):
     the step is ``max(least, RMS(w)) * min(lr, 1 / sqrt(t))``, so that rates near 0.01 are usual.
     """
 
-    source: ClassVar[str] = "arXiv 1804.04235"
+    source: ClassVar[str] = "https://arxiv.org/abs/1804.04235"
     kind: Literal["adafactor"] = "adafactor"
     """Which optimizer."""
 
@@ -244,7 +244,7 @@ class Lion(_Optimizer):
     Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2.
     """
 
-    source: ClassVar[str] = "arXiv 2302.06675"
+    source: ClassVar[str] = "https://arxiv.org/abs/2302.06675"
     kind: Literal["lion"] = "lion"
     """Which optimizer."""
 
@@ -269,7 +269,7 @@ class Lars(_Optimizer):
     biases and scalars are trained with plain momentum. Rates of 1 and more are usual.
     """
 
-    source: ClassVar[str] = "arXiv 1708.03888"
+    source: ClassVar[str] = "https://arxiv.org/abs/1708.03888"
     kind: Literal["lars"] = "lars"
     """Which optimizer."""
 
@@ -297,7 +297,7 @@ class Muon(_Optimizer):
     LLM Training" (arXiv 2502.16982): those of AdamW serve.
     """
 
-    source: ClassVar[str] = "arXiv 2502.16982"
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.16982"
     kind: Literal["muon"] = "muon"
     """Which optimizer."""
 
@@ -349,7 +349,7 @@ class AdamW8bit(_Optimizer):
     numbers keep float32 moments, as there.
     """
 
-    source: ClassVar[str] = "arXiv 2110.02861"
+    source: ClassVar[str] = "https://arxiv.org/abs/2110.02861"
     kind: Literal["adamw-8bit"] = "adamw-8bit"
     """Which optimizer."""
 

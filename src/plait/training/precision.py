@@ -46,8 +46,8 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager[objec
 class LossScale:
     """Dynamic scale of the loss for float16: halved after an overflow, doubled after ``patience`` steps without one.
 
-    Micikevicius et al., section 3.2; the rules and numbers of torch's ``GradScaler``. The scale is a power of 2, so that
-    it rounds nothing.
+    Micikevicius et al., section 3.2; the rules and numbers of torch's ``GradScaler``. The scale is a power of 2, so
+    that it rounds nothing.
 
     Attributes:
         scale: What the loss is multiplied with.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -30,6 +30,9 @@ def steps_of(length: float, total: int) -> int:
 
 class _Warm(Spec):
     """What every schedule has: a linear rise from zero to the peak."""
+
+    source: ClassVar[str]
+    """Where it comes from."""
 
     warmup: Length = 0.0
     """Length of the rise. Below 1: share of all steps; 1 or more: steps."""
@@ -62,6 +65,7 @@ class _Warm(Spec):
 class Constant(_Warm):
     """Stays at the peak after the rise."""
 
+    source: ClassVar[str] = "https://arxiv.org/abs/1706.02677"
     kind: Literal["constant"] = "constant"
     """Which schedule."""
 
@@ -72,6 +76,7 @@ class Constant(_Warm):
 class Linear(_Warm):
     """Falls in a straight line from the peak to the floor."""
 
+    source: ClassVar[str] = "https://arxiv.org/abs/1706.02677"
     kind: Literal["linear"] = "linear"
     """Which schedule."""
 
@@ -83,11 +88,13 @@ class Linear(_Warm):
 
 
 class Cosine(_Warm):
-    """Falls along half a cosine from the peak to the floor: ``floor + (1 - floor)(1 + cos(pi share)) / 2``.
+    """Falls along half a cosine from the peak to the floor.
 
-    Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017; without restarts.
+    ``floor + (1 - floor)(1 + cos(pi share)) / 2``: Loshchilov and Hutter, "SGDR: Stochastic Gradient
+    Descent with Warm Restarts", ICLR 2017; without restarts.
     """
 
+    source: ClassVar[str] = "https://arxiv.org/abs/1608.03983"
     kind: Literal["cosine"] = "cosine"
     """Which schedule."""
 
@@ -99,8 +106,12 @@ class Cosine(_Warm):
 
 
 class Polynomial(_Warm):
-    """Falls as a power of the steps that are left: ``floor + (1 - floor)(1 - share) ** power``."""
+    """Falls as a power of the share of steps that is left.
 
+    ``floor + (1 - floor)(1 - share) ** power``.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/1606.00915"
     kind: Literal["polynomial"] = "polynomial"
     """Which schedule."""
 
@@ -115,11 +126,13 @@ class Polynomial(_Warm):
 
 
 class InverseSqrt(_Warm):
-    """Falls as one over the root of the steps, whatever their number in all: ``sqrt(t / (t + steps since the rise))``.
+    """Falls as one over the root of the steps, whatever their number in all.
 
-    Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 5.3, with the rise's steps as ``t``.
+    ``sqrt(t / (t + steps since the rise))``: Vaswani et al., "Attention Is All You Need", NeurIPS 2017,
+    section 5.3, with the rise's steps as ``t``.
     """
 
+    source: ClassVar[str] = "https://arxiv.org/abs/1706.03762"
     kind: Literal["inverse-sqrt"] = "inverse-sqrt"
     """Which schedule."""
 
@@ -139,6 +152,7 @@ class Wsd(_Warm):
     2404.06395), section 4; the form ``1-sqrt`` from Hägele et al. (arXiv 2405.18392).
     """
 
+    source: ClassVar[str] = "https://arxiv.org/abs/2404.06395"
     kind: Literal["wsd"] = "wsd"
     """Which schedule."""
 

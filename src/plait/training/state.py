@@ -1,6 +1,6 @@
 """Everything that training changes, as named tensors and plain scalars: what a checkpoint's ``resume/`` folder holds.
 
-Safetensors files (weights, optimizer, random-number generators, a moving average) and one JSON file. No pickle anywhere.
+Safetensors files (weights, optimizer, random-number generators, a moving average) and one JSON file; no pickle.
 """
 
 from __future__ import annotations

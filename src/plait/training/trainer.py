@@ -65,3 +65,13 @@ class Trainer(Spec):
             raise ValueError(
                 f"trainer.micro_batch is {self.micro_batch}: {stage} takes its batches whole; lower batch_size instead"
             )
+
+    def state_bytes(self, *, tables: float = 0.0) -> float:
+        """Bytes that the optimizer and the average keep of each trained float32 weight, for large matrices.
+
+        Args:
+            tables: Share of the weights that are embeddings or heads over a vocabulary.
+        """
+        side = 512
+        inner, outer = (self.optimizer.state_bytes((side, side), inner=inner) / side**2 for inner in (True, False))
+        return inner * (1 - tables) + outer * tables + (4 if self.average else 0)
