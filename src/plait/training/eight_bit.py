@@ -38,6 +38,21 @@ def dynamic_map(*, signed: bool) -> Tensor:
     return torch.cat(values).sort().values
 
 
+@functools.cache
+def _search(*, signed: bool) -> tuple[Tensor, Tensor]:
+    """What finds the nearest code without a search: by the upper 16 bits of a float32, and the middles between codes.
+
+    Floats that share their sign, exponent and 7 bits of fraction lie between two neighboring middles, or around one:
+    the first code and one comparison decide. A binary search takes ten times as long.
+    """
+    table = dynamic_map(signed=signed)
+    middles = (table[:-1] + table[1:]) / 2
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int64) << 16
+    ends = [(bits + low).to(torch.int32).view(torch.float32).nan_to_num() for low in (0, 2**16 - 1)]
+    first, last = (torch.bucketize(end.clamp(-1, 1), middles, out_int32=True) for end in ends)
+    return torch.minimum(first, last), torch.cat([middles, torch.tensor([math.inf])])
+
+
 def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of a tensor.
 
@@ -51,15 +66,17 @@ def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     flat = values.reshape(-1)
     blocks = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
-    table = dynamic_map(signed=signed).to(values.device)
-    codes = torch.bucketize(blocks / scales.clamp_min(1e-38)[:, None], (table[:-1] + table[1:]) / 2)
-    return codes.to(torch.uint8).view(-1)[: flat.numel()], scales
+    firsts, middles = (part.to(values.device) for part in _search(signed=signed))
+    shares = (blocks / scales.clamp_min(1e-38)[:, None]).view(-1)
+    codes = firsts.index_select(0, (shares.view(torch.int32) >> 16) + 2**15)
+    codes += shares > middles.index_select(0, codes)
+    return codes.to(torch.uint8)[: flat.numel()], scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """The numbers of :func:`quantize`, rounded, flat; float32."""
     table = dynamic_map(signed=signed).to(codes.device)
-    return table[codes.int()] * scales.repeat_interleave(BLOCK)[: codes.numel()]
+    return table.index_select(0, codes.int()) * scales.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 class AdamW8bitUpdate(TorchOptimizer):

@@ -65,9 +65,11 @@ class Progress:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Progress:
         """From the JSON part of a checkpoint, which may be older than some fields."""
-        known = {item.name: record[item.name] for item in fields(cls) if item.name in record}
-        pairs = {name: tuple(known[name]) for name in ("scale", "best") if known.get(name) is not None}
-        return cls(**(known | pairs))
+        known: dict[str, Any] = {item.name: record[item.name] for item in fields(cls) if item.name in record}
+        for name in ("scale", "best"):  # pairs are lists in JSON
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,6 +286,21 @@ def test_every_number_becomes_the_nearest_code_of_its_block(signed, count):
         np.testing.assert_allclose(np.abs(back[begin : begin + 256] - block) / size, nearest, atol=2e-7)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_shortcut_to_the_nearest_code_is_the_search(signed):
+    """At every middle between two codes, and at its neighbors; and where the bits that the shortcut reads change."""
+    table = dynamic_map(signed=signed)
+    middles = (table[:-1] + table[1:]) / 2
+    bits = (torch.arange(-(2**15), 2**15, dtype=torch.int64) << 16).to(torch.int32).view(torch.float32)
+    edges = bits[bits.isfinite() & (bits.abs() <= 1)]
+    edges = edges if signed else edges[edges >= 0]
+    points = torch.cat([x for x in (middles, edges) for x in (x, x.nextafter(x - 1), x.nextafter(x + 1))])
+    points = points.clamp(-1 if signed else 0, 1)
+    for block in points.split(255):  # beside a 1, which makes the scale of the block 1
+        codes, _ = quantize(torch.cat([torch.ones(1), block]), signed=signed)
+        assert torch.equal(codes[1:].long(), torch.bucketize(block, middles))
+
+
 def test_zeros_stay_zeros():
     assert not dequantize(*quantize(torch.zeros(300), signed=False), signed=False).any()
 
