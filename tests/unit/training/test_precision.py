@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.training.pairwise_model import dual, gradients_and_sums, pairs
 from torch import nn
 
 from plait.core.device import Compute
@@ -14,6 +15,7 @@ from plait.core.errors import ConfigError, NumericsError
 from plait.core.events import Events
 from plait.core.files import read_jsonl
 from plait.core.tensors import Batch
+from plait.objectives.contrastive import Contrastive
 from plait.training.loop import fit
 from plait.training.optim import Rates
 from plait.training.precision import LossScale, autocast, hold_masters
@@ -92,6 +94,18 @@ def test_gradients_are_divided_by_the_scale():
     LossScale(scale=4.0).unscale(grads)
     assert torch.equal(grads[0], torch.tensor([2.0, -0.5]))
     assert grads[1] == 0.75
+
+
+@pytest.mark.row("S2-27")
+@pytest.mark.parametrize("rows", [14, 5])
+def test_the_scale_multiplies_gradients_alone_also_of_a_pairwise_loss_in_pieces(rows):
+    """A power of 2: to the bit."""
+    micro = pairs(micro_batch=rows).step_batches(0)
+    plain, sums = gradients_and_sums(dual(), Contrastive(), micro)
+    scaled, again = gradients_and_sums(dual(), Contrastive(), micro, scale=1024.0)
+    assert (len(micro) > 1) == (rows < 14)
+    assert again == sums
+    assert all(torch.equal(scaled[name], 1024 * gradient) for name, gradient in plain.items())
 
 
 class Squares:
