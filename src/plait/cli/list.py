@@ -1,4 +1,4 @@
-"""``plait list [KIND]``: what a model may be made of, each part with one line and its source."""
+"""``plait list [KIND]``: what a model may be made of and trained by, each part with one line and its source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "decoders", "fusions", "positions")
+KINDS = ("encoders", "connectors", "decoders", "fusions", "positions", "optimizers", "schedules")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     Encoders also have the ``modality`` they read.
     """
     from plait.models import audio_specs, composition, fusion_specs, specs, text_specs, video_specs
+    from plait.training import optim, schedule
 
     by_modality = {
         "image": specs.ImageEncoder,
@@ -54,6 +55,8 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "decoders": _parts(composition.Decoder),
         "fusions": _parts(fusion_specs.Fusion),
         "positions": positions,
+        "optimizers": _parts(optim.Optimizer),
+        "schedules": _parts(schedule.Schedule),
     }
 
 

@@ -185,15 +185,16 @@ def choose_dtype(device: str = "cpu", wanted: str = "auto", *, root: Path = ROOT
     so it is the same at resume.
 
     Returns:
-        ``("bfloat16" | "float32", reason)``.
+        ``("bfloat16" | "float16" | "float32", reason)``; float16 only where it is asked for, since its range asks for
+        loss scaling in training.
 
     Raises:
         ConfigError: ``wanted`` is neither of them nor ``auto``.
     """
-    if wanted in ("bfloat16", "float32"):
+    if wanted in ("bfloat16", "float16", "float32"):
         return wanted, "asked for"
     if wanted != "auto":
-        raise ConfigError(f"no dtype {wanted!r}", place="dtype", remedy="choose from: auto, bfloat16, float32")
+        raise ConfigError(f"no dtype {wanted!r}", place="dtype", remedy="choose from: auto, bfloat16, float16, float32")
     if device == "cuda":
         import torch
 
@@ -238,7 +239,7 @@ class Compute:
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``mps``.
-        dtype: ``float32`` or ``bfloat16``, a name of torch's.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, a name of torch's.
         threads: OpenMP threads.
         why: Reasons, one line each.
     """

@@ -180,12 +180,13 @@ class Align(Stage):
             lora=lora,
             recompute=self.trainer.recompute,
         )
-        weights = lora.params(shape)
+        weights, state = lora.params(shape), self.trainer.state_bytes()
         memory = cost.peak_memory(
             machine,
             frozen=shape.params,
             frozen_dtype=machine.dtype,
             trainable=weights,
+            state=state,
             activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head),
             async_save=self.trainer.async_save,
         )
@@ -198,7 +199,7 @@ class Align(Stage):
             image_tokens=int(tokens * _FILLED * slots / answer),
             flops=flops,
             memory=memory,
-            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2),
+            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2, state=state),
             seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
             notes=(
                 f"{self.steps:,} steps of {self.batch_size:,} pairs, after one pass for the reference",

@@ -139,8 +139,9 @@ class Tune(Stage):
     decoder: str | NewDecoder = "smollm2"
     """Language model: `smollm2`; a local Hugging Face folder with a chat template; or one from scratch, such as
     `{kind: new, model_type: qwen2, d: 256}`, which is then trained as a whole."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the frozen weights; what trains is always float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the frozen weights and of the heavy mathematics; what trains is always float32. `float16` is for
+    devices without bfloat16: the loss is scaled, and steps that overflow are left out and counted."""
     tasks: Mapping[Task, float] = Field(default_factory=lambda: {"name.en": 1.0, "yesno": 1.0})
     """Share of each kind of question."""
     new_pictures: float = Field(default=0.6, ge=0.0, lt=1.0)

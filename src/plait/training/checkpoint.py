@@ -29,7 +29,9 @@ QUARANTINE = "quarantine"
 _DELETED = re.compile(r"\.\d+\.deleted")
 _PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
 
-FREE_TO_CHANGE = frozenset({"steps", "log_every", "save_every", "keep_last", "async_save", "max_skipped_in_row"})
+FREE_TO_CHANGE = frozenset(
+    {"steps", "log_every", "save_every", "keep_last", "async_save", "max_skipped_in_row", "stopping.patience"}
+)
 """Settings that may differ when a run is resumed: they do not change what a step computes.
 
 ``steps`` may bend the schedule; then that is said.
@@ -49,6 +51,9 @@ class Checkpoints:
         keep_last: How many finished ones to keep.
         events: Where to say what was saved, moved or deleted.
 
+    Attributes:
+        best: A step whose checkpoint stays in any case.
+
     Raises:
         ResourceError: The folder cannot be created.
     """
@@ -57,6 +62,7 @@ class Checkpoints:
         self.folder = folder
         self.keep_last = keep_last
         self.events = events
+        self.best: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fsync_dir(folder.parent)
@@ -128,6 +134,8 @@ class Checkpoints:
 
     def _rotate(self) -> None:
         for folder in list_checkpoints(self.folder)[: -self.keep_last]:
+            if self.best is not None and int(folder.name) == self.best:
+                continue
             doomed = folder.with_name(f".{folder.name}.deleted")
             try:
                 # First out of sight in one stroke: half a deletion must not look like a damaged checkpoint.

@@ -380,38 +380,42 @@ def peak_memory(
     trainable: int = 0,
     activations: int = 0,
     caches: int = 0,
+    state: float = 8.0,
     async_save: bool = False,
 ) -> dict[str, int]:
-    """Peak memory in bytes by part (:data:`PARTS`) of a step with AdamW, or of inference when nothing is trainable.
+    """Peak memory in bytes by part (:data:`PARTS`) of a training step, or of inference when nothing is trainable.
 
     Args:
         machine: Tells the runtime baseline.
         frozen: Number of weights without gradients.
         frozen_dtype: Their format.
-        trainable: Number of trained weights: float32 masters, gradients and two moments.
+        trainable: Number of trained weights: float32 masters, gradients and the optimizer's state.
         activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
         caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
+        state: Bytes of the optimizer's state by trained weight
+            (:meth:`plait.training.trainer.Trainer.state_bytes`); AdamW's by default.
         async_save: Checkpoints are written beside training, from a copy of weights and moments; it counts as a cache.
     """
     return {
         "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
         "gradients": 4 * trainable,
-        "optimizer": 8 * trainable,
+        "optimizer": round(state * trainable),
         "activations": int(HEAP * activations),
         "caches": caches + (12 * trainable if async_save else 0),
         "runtime": machine.runtime_bytes or RUNTIME_BYTES,
     }
 
 
-def checkpoint_bytes(*, weights: int, trainable: int, keep: int = 1) -> int:
-    """Disk for a stage's checkpoints: ``keep`` that stay and one being written, each with AdamW's two float32 moments.
+def checkpoint_bytes(*, weights: int, trainable: int, keep: int = 1, state: float = 8.0) -> int:
+    """Disk for a stage's checkpoints: ``keep`` that stay and one being written, each with the optimizer's state.
 
     Args:
         weights: Bytes of the weights in one checkpoint.
         trainable: Number of trained weights.
         keep: Checkpoints that stay.
+        state: Bytes of the optimizer's state by trained weight; AdamW's by default.
     """
-    return (keep + 1) * (weights + 8 * trainable)
+    return (keep + 1) * (weights + round(state * trainable))
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

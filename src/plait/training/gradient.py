@@ -43,6 +43,7 @@ def accumulate(
     *,
     weights: Mapping[str, float],
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    scale: float = 1.0,
 ) -> Sums:
     """Add ``d loss / d w`` of a step to the weights' ``.grad``, for ``loss = sum_t weight_t * sum_t / count_t``.
 
@@ -57,6 +58,7 @@ def accumulate(
         micro: Micro-batches of this rank.
         weights: Weight of each term; 1 where none is given, 0 only reports.
         around: Entered around each forward, such as autocast.
+        scale: The gradients are so many times those of the loss; what is returned is not scaled.
 
     Raises:
         ConfigError: A weight names no term, a counted term has no sum, or the loss reaches no trainable weight.
@@ -76,7 +78,7 @@ def accumulate(
             place=f"samples {named(tuple(i for b in micro for i in b.sample_ids))}",
             remedy="check that these samples have trained turns that fit the context",
         )
-    weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__)
+    weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__, scale=scale)
     if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
         share = backward_pairwise(model, objective, micro, weigh=weigh, around=around)
         totals, reached, broken = {name: share.sums[name] for name in used}, share.reached, share.broken
@@ -179,9 +181,14 @@ def _counts(objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
 
 
 def _weighted(
-    sums: Mapping[str, Tensor], used: Mapping[str, float], weights: Mapping[str, float], *, place: str
+    sums: Mapping[str, Tensor],
+    used: Mapping[str, float],
+    weights: Mapping[str, float],
+    *,
+    place: str,
+    scale: float,
 ) -> Tensor:
-    """This micro-batch's share of the step's loss."""
+    """This micro-batch's share of the step's loss, times ``scale``."""
     if missing := used.keys() - sums.keys():
         raise ConfigError(
             f"the objective counts {min(missing)!r} but gives no sum of it",
@@ -191,7 +198,8 @@ def _weighted(
     shares = [weights.get(name, 1.0) * (sums[name] / count) for name, count in used.items() if weights.get(name, 1.0)]
     if not shares:
         raise ConfigError("every term has weight 0", place="weights", remedy="give at least one term a weight")
-    return functools.reduce(operator.add, shares)
+    loss = functools.reduce(operator.add, shares)
+    return loss * scale if scale != 1 else loss
 
 
 def _sum_gradients(model: nn.Module, objective: Objective) -> None:

@@ -7,6 +7,7 @@ counted.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,13 @@ from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
-from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.average import Average
+from plait.training.checkpoint import Checkpoints, check_origin, verify
 from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
-from plait.training.precision import autocast, hold_masters
+from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.saving import Saver
 from plait.training.settings import FitResult, Hooks, Settings
 from plait.training.state import (
@@ -35,8 +37,10 @@ from plait.training.state import (
     Progress,
     TrainState,
     digest_json,
+    read_average,
     read_batches,
     read_state,
+    read_weights,
     restore_state,
     rng_kept,
     rng_restorer,
@@ -103,6 +107,10 @@ class _Run:
                 place="fit",
                 remedy="start it without torchrun",
             )
+        if settings.stopping and hooks.evaluate is None:
+            raise ConfigError(
+                "stopping is set, but nothing evaluates", place="stopping", remedy="give the hook evaluate"
+            )
         self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
         self.events, self.hooks = events, hooks
         self.train_state = TrainState(model, objective)
@@ -113,13 +121,19 @@ class _Run:
         if turned := hold_masters(self.train_state.weights.values()):
             events.note(f"{turned} trainable tensors are held in float32 while training")
         self.optimizer = settings.optimizer.build(
-            self.train_state.weights, self.train_state.norms, rates=settings.rates
+            self.train_state.weights, self.train_state.roles, rates=settings.rates
         )
+        if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
+            events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
         self.origin = Origin(
             settings=settings.plain(),
             fingerprint=fingerprint(settings.compute),
             frozen=self.train_state.frozen_digest(),
         )
+        self.average = None
+        if settings.average:
+            self.average = Average(self.train_state.weights, decay=settings.average.decay)
+        self.scaler = LossScale() if settings.compute.dtype == "float16" else None
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
         self.folder = folder
         self.skipped: list[dict[str, Any]] = []
@@ -143,7 +157,7 @@ class _Run:
         with self.saver:
             if self.progress.untold is not None:
                 self._tell(self.progress.untold, stop)
-            while self.progress.step < self.settings.steps:
+            while self.progress.step < self.settings.steps and not self._gave_up():
                 self.saver.check()
                 rng_back = rng_restorer()
                 micro, waited = self._fetch(stop)
@@ -156,16 +170,19 @@ class _Run:
                     rng_back()
                     self._stop(stop)
                 step = self.progress.step
-                if step == self.settings.steps or self._save_due(step):
+                is_best = self.progress.best is not None and self.progress.best[0] == step
+                if step == self.settings.steps or self._save_due(step) or is_best or self._gave_up():
                     self._save()
                 if stop:
                     self._stop(stop)
             self.saver.wait()
         self.monitor.results()
         return FitResult(
-            checkpoint=self.checkpoints.path(self.progress.step),
+            checkpoint=self._leave_best(),
             step=self.progress.step,
             skipped=self.progress.skipped,
+            overflowed=self.progress.overflowed,
+            best=self.progress.best,
             resumed_from=self.resumed_from,
             values=values,
         )
@@ -203,6 +220,7 @@ class _Run:
                     micro,
                     weights=settings.weights,
                     around=lambda: autocast(settings.compute.device, settings.compute.dtype),
+                    scale=self.scaler.scale if self.scaler else 1.0,
                 )
         except Woken:
             self._buffers_back(kept)
@@ -210,12 +228,8 @@ class _Run:
             raise
         norm = self._clip()
         self.progress.step += 1
-        if math.isfinite(sums.loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.progress.skipped_in_row = 0
-            self.skipped.clear()
-        else:
-            self._skip(kept, sums, norm=norm, ids=ids)
+        found = self._values(sums, norm=norm, factor=factor)
+        self._update(kept, sums, norm=norm, ids=ids)
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(int((batch.segment_ids != 0).sum()) for batch in micro)
         cost = Cost(
@@ -225,7 +239,8 @@ class _Run:
             work_s=time.perf_counter() - began,
             save_s=self.saver.take_stalled(),
         )
-        values = self.monitor.step(self.progress.step, self._values(sums, norm=norm, factor=factor), cost)
+        found |= {"skipped": self.progress.skipped} | self._evaluate()
+        values = self.monitor.step(self.progress.step, found, cost)
         if self.progress.skipped_in_row >= settings.max_skipped_in_row:
             raise NumericsError(
                 f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
@@ -242,23 +257,90 @@ class _Run:
         if self.hooks.on_step is None:
             return
         try:
-            with rng_kept(), stop.patience():
+            with rng_kept(), self._shown(), stop.patience():
                 self.hooks.on_step(self.progress.step, values)
         except Woken:
             self.progress.untold = dict(values)
         finally:
             self.train_state.reset_modes()
 
+    def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
+        """Move the weights, or leave the update out where a number is not finite."""
+        finite = math.isfinite(sums.loss) and math.isfinite(norm)
+        too_high = self.scaler is not None and math.isfinite(sums.loss) and not finite and self.scaler.scale > 1
+        if self.scaler is not None and math.isfinite(sums.loss):
+            self.scaler.update(finite=finite)
+            self.progress.scale = (self.scaler.scale, self.scaler.good)
+        if finite:
+            self.optimizer.step()
+            self.progress.skipped_in_row = 0
+            self.skipped.clear()
+            if self.average is not None:
+                self.average.update()
+                self.progress.averaged = self.average.updates
+        elif too_high:  # nothing is wrong with these samples: a smaller scale will do
+            self._buffers_back(kept)
+            self.progress.overflowed += 1
+        else:
+            self._skip(kept, sums, norm=norm, ids=ids)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Ask the hook if it is time, and remember the best."""
+        settings, step = self.settings.stopping, self.progress.step
+        if settings is None or self.hooks.evaluate is None or (step % settings.every and step != self.settings.steps):
+            return {}
+        with rng_kept(), self._shown():
+            value = float(self.hooks.evaluate())
+        self.train_state.reset_modes()
+        best = self.progress.best
+        if settings.gains(value, best[1] if best else None):
+            self.progress.best, self.progress.stale = (step, value), 0
+        else:
+            self.progress.stale += 1
+        said = f"now the best, after {best[1]:.6g}" if best and not self.progress.stale else "the first"
+        if self.progress.stale and self.progress.best is not None:
+            at, most = self.progress.best
+            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluations ago"
+        self.events.note(f"step {step}: evaluation {value:.6g}; {said}", step=step, evaluation=str(value))
+        return {"evaluation": value}
+
+    def _gave_up(self) -> bool:
+        """Whether the last evaluations brought no gain; told by the checkpoint, so that a resumed run stays stopped."""
+        settings = self.settings.stopping
+        return settings is not None and 0 < settings.patience <= self.progress.stale
+
+    def _shown(self) -> contextlib.AbstractContextManager[None]:
+        """The model as others may see it: with its average, where that is used."""
+        if self.average is not None and self.settings.average is not None and self.settings.average.use:
+            return self.average.in_place()
+        return contextlib.nullcontext()
+
+    def _leave_best(self) -> Path:
+        """Leave the model as it is best, or as it is last; returns its checkpoint."""
+        used = self.settings.average is not None and self.settings.average.use
+        step, best = self.progress.step, self.progress.best
+        if best is not None and best[0] != step and (path := self.checkpoints.path(best[0])).is_dir():
+            verify(path)
+            read_weights(path, self.train_state, average=used)
+            early = f"stopped early, after step {step} of {self.settings.steps}: " if self._gave_up() else ""
+            self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
+            return path
+        if self.average is not None and used:
+            self.average.copy_to_model()
+        return self.checkpoints.path(step)
+
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
         values |= {"grad_norm": norm, "lr": self.settings.rates.lr * factor}
         values |= {f"lr/{part}": rate * factor for part, rate in self.settings.rates.parts.items()}
         values |= {f"units/{term}": count for term, count in sums.counts.items()}
-        return values | {"skipped": self.progress.skipped}
+        return values | ({"loss_scale": self.scaler.scale} if self.scaler else {})
 
     def _clip(self) -> float:
-        """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before."""
+        """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before, without the loss's scale."""
         weights = [w for w in self.train_state.weights.values() if w.grad is not None]
+        if self.scaler is not None:
+            self.scaler.unscale([w.grad for w in weights if w.grad is not None])
         norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if self.settings.clip_norm is not None and bool(norm.isfinite()):
             torch.nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
@@ -295,11 +377,16 @@ class _Run:
 
     def _save(self) -> None:
         def write(folder: Path) -> None:
-            batches = self.batches.state() if isinstance(self.batches, StatefulBatches) else {}
             save_state(
-                folder, self.train_state, self.optimizer, progress=self.progress, origin=self.origin, batches=batches
+                folder,
+                self.train_state,
+                self.optimizer,
+                progress=self.progress,
+                origin=self.origin,
+                average=self.average.tensors() if self.average else {},
+                batches=self.batches.state() if isinstance(self.batches, StatefulBatches) else {},
             )
-            with rng_kept():
+            with rng_kept(), self._shown():
                 self.hooks.save_model(folder)
 
         broken = [name for name, weight in self.train_state.weights.items() if not bool(weight.isfinite().all())]
@@ -309,7 +396,13 @@ class _Run:
                 place=f"step {self.progress.step}",
                 remedy=f"lower the learning rate; the last good state is {self.saver.last_good()}",
             )
-        self.saver.save(self.progress.step, write, before=self.monitor.sync)
+        best = self.progress.best[0] if self.progress.best else None
+
+        def before() -> None:
+            self.monitor.sync()
+            self.checkpoints.best = best
+
+        self.saver.save(self.progress.step, write, before=before)
 
     def _stop(self, stop: StopRequest) -> None:
         step = self.progress.step
@@ -330,6 +423,10 @@ class _Run:
         self.progress = restore_state(found, self.train_state, self.optimizer)
         if isinstance(self.batches, StatefulBatches):
             self.batches.restore(read_batches(found))
+        if self.average is not None:
+            self.average.restore(read_average(found), updates=self.progress.averaged)
+        if self.scaler is not None and self.progress.scale:
+            self.scaler.scale, self.scaler.good = self.progress.scale
         self.saver.found(found, step=self.progress.step)
         step, total = self.progress.step, self.settings.steps
         if step > total:

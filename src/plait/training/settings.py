@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from plait.core.protocols import Batches, StatefulBatches
 from plait.core.tensors import Batch
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Trainer
+from plait.training.trainer import Average, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,34 @@ class OnDevice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """Evaluating while training. The best checkpoint is never rotated away, and is the result of the run.
+
+    Attributes:
+        every: Steps between evaluations; the last step is evaluated, too.
+        patience: So many evaluations in a row without a gain end the run; 0 never does.
+        least_gain: What the best value must be beaten by.
+        higher: Whether higher values are better.
+    """
+
+    every: int
+    patience: int = 0
+    least_gain: float = 0.0
+    higher: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bound in {"every": 1, "patience": 0, "least_gain": 0}.items():
+            if not getattr(self, name) >= bound:
+                raise ConfigError(f"{name} is {getattr(self, name)}", place=name, remedy=f"set it to {bound} or more")
+
+    def gains(self, value: float, best: float | None) -> bool:
+        """Whether a value beats the best one so far; NaN never does."""
+        if best is None or math.isnan(value):
+            return not math.isnan(value)
+        return value > best + self.least_gain if self.higher else value < best - self.least_gain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to train.
 
@@ -53,6 +82,8 @@ class Settings:
         schedule: How the rates move.
         weights: Weight of each loss term; 1 where none is given, 0 only reports the term.
         clip_norm: Largest norm of the whole gradient; None never clips.
+        average: Keep a moving average of the trained weights.
+        stopping: Evaluate while training, keep the best checkpoint, and stop early; needs :attr:`Hooks.evaluate`.
         log_every: Steps between records in ``metrics.jsonl``.
         save_every: Steps between checkpoints; 0 saves only the last step.
         keep_last: Checkpoints kept.
@@ -73,6 +104,8 @@ class Settings:
     schedule: Schedule = field(default_factory=Cosine)
     weights: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float | None = 1.0
+    average: Average | None = None
+    stopping: Stopping | None = None
     log_every: int = 1
     save_every: int = 0
     keep_last: int = 2
@@ -114,7 +147,7 @@ class Settings:
             optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
         return replace(
             self,
-            rates=Rates(lr=lr, parts=parts or {}),
+            rates=Rates(lr=lr, parts=parts or {}, layer_decay=trainer.layer_decay),
             optimizer=optimizer,
             schedule=trainer.schedule,
             clip_norm=trainer.clip_norm,
@@ -122,6 +155,7 @@ class Settings:
             head=trainer.head,
             recompute=trainer.recompute,
             compile=trainer.compile,
+            average=trainer.average,
         )
 
     def plain(self) -> dict[str, Any]:
@@ -129,7 +163,12 @@ class Settings:
 
         How the same step is computed (head, recompute, compile) is no part of it: a run may go on another way.
         """
-        skip = {"head", "recompute", "compile", "compute", "rates", "optimizer", "schedule", "weights", "context"}
+        how = {"head", "recompute", "compile"}
+        skip = how | {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
+        # Checkpoints from before there was a setting have none: it is named where it is used.
+        newer = {"average": self.average.model_dump(mode="json")} if self.average else {}
+        if self.stopping:
+            newer["stopping"] = asdict(self.stopping)
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,
@@ -137,6 +176,7 @@ class Settings:
             "schedule": self.schedule.model_dump(mode="json"),
             "weights": dict(self.weights),
             "context": dict(self.context),
+            **newer,
         }
 
 
@@ -150,6 +190,8 @@ class Hooks:
     Attributes:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
             them. With ``async_save``, what it does not put off (:mod:`plait.core.snapshot`) is done within the step.
+        evaluate: How good the model is now on data it does not learn from; in the modes that it had before training
+            unless the hook sets them. Modes and generators are put back afterwards.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
             tells it again rather than never. One that takes too long after a signal is given up, and the step is told
             again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
@@ -160,6 +202,7 @@ class Hooks:
     """
 
     save_model: Callable[[Path], None] = _nothing
+    evaluate: Callable[[], float] | None = None
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     task: str = "train"
     flops_per_token: float = 0.0
@@ -171,9 +214,11 @@ class FitResult:
     """Result of :func:`plait.training.loop.fit`.
 
     Attributes:
-        checkpoint: The last checkpoint.
+        checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated, else the last.
         step: Finished steps.
         skipped: Steps whose update was left out because a number was not finite.
+        overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        best: Step and value of the best evaluation, where there was one.
         resumed_from: Step it went on from; 0 for a new run.
         values: Values of the last step done now; empty if there was nothing left to do.
     """
@@ -181,5 +226,7 @@ class FitResult:
     checkpoint: Path
     step: int
     skipped: int
+    overflowed: int = 0
+    best: tuple[int, float] | None = None
     resumed_from: int
     values: Mapping[str, Any]

@@ -1,6 +1,6 @@
 """Everything that training changes, as named tensors and plain scalars: what a checkpoint's ``resume/`` folder holds.
 
-Three safetensors files (weights, optimizer, random-number generators) and one JSON file. No pickle anywhere.
+Safetensors files (weights, optimizer, random-number generators, a moving average) and one JSON file; no pickle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.files import read_json, write_json
 from plait.core.snapshot import later, save_tensors
-from plait.training.optim import norm_weights
+from plait.training.roles import Roles
 
 FORMAT = 1
 """Version of the ``resume/`` folder that is written."""
@@ -36,6 +36,7 @@ STATE = "resume/state.json"
 WEIGHTS = "resume/weights.safetensors"
 OPTIMIZER = "resume/optimizer.safetensors"
 RNG = "resume/rng.safetensors"
+AVERAGE = "resume/average.safetensors"
 BATCHES = "resume/batches.safetensors"
 
 
@@ -48,12 +49,36 @@ class Progress:
         skipped: Steps whose update was left out because a number was not finite.
         skipped_in_row: How many of these were the last ones.
         untold: Values of the last step if a signal ended the caller's hook before it was done with them.
+        overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        scale: Of float16: factor of the loss, and steps without overflow since it changed
+            (:class:`plait.training.precision.LossScale`).
+        averaged: Updates of the moving average.
+        best: Step and value of the best evaluation.
+        stale: Evaluations since the best one.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
     untold: dict[str, Any] | None = None
+    overflowed: int = 0
+    scale: tuple[float, int] | None = None
+    averaged: int = 0
+    best: tuple[int, float] | None = None
+    stale: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Progress:
+        """From the JSON part of a checkpoint, which may be older than some fields."""
+        known: dict[str, Any] = {item.name: record[item.name] for item in fields(cls) if item.name in record}
+        for name in ("scale", "best"):  # pairs are lists in JSON
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +104,7 @@ class TrainState:
 
     Attributes:
         weights: Trainable weights by name; an objective's begin with ``objective.``.
-        norms: Names of those that belong to normalization layers.
+        roles: What they are in the model.
 
     Raises:
         ConfigError: Two tensors have one name.
@@ -90,7 +115,7 @@ class TrainState:
         if isinstance(objective, nn.Module):
             self._roots.append(("objective.", objective))
         self.weights: dict[str, nn.Parameter] = {}
-        self.norms: frozenset[str] = frozenset()
+        self.roles = Roles()
         self._live: list[tuple[str, nn.Module, str]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         for prefix, root in self._roots:
@@ -104,7 +129,7 @@ class TrainState:
                     remedy="rename the model's part 'objective'",
                 )
             self.weights |= trainable
-            self.norms |= {prefix + n for n in norm_weights(root)}
+            self.roles |= Roles.of(root).under(prefix)
             self._modes += [(m, m.training) for m in root.modules()]
             for path, owner, name in _buffers(root):
                 if owner.training:
@@ -164,6 +189,7 @@ def save_state(
     *,
     progress: Progress,
     origin: Origin,
+    average: Mapping[str, Tensor] = MappingProxyType({}),
     batches: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write ``folder/resume/``; within a snapshot, when that is written.
@@ -174,6 +200,7 @@ def save_state(
         optimizer: Its moments are saved too.
         progress: How far training is.
         origin: What a run that goes on must agree with.
+        average: The moving average of the weights; no file if there is none.
         batches: What the source of the batches holds; no file if it holds nothing.
 
     Raises:
@@ -183,15 +210,14 @@ def save_state(
     (folder / "resume").mkdir()
     states, scalars = _optimizer_state(optimizer)
     rng, rng_scalars = rng_state()
-    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, RNG: rng}
-    for name, tensors in (files | ({BATCHES: batches} if batches else {})).items():
+    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, RNG: rng, AVERAGE: average, BATCHES: batches}
+    for name, tensors in files.items():
+        if name in (AVERAGE, BATCHES) and not tensors:
+            continue
         save_tensors(tensors, folder / name)
     record = {
         "format": FORMAT,
-        "step": progress.step,
-        "skipped": progress.skipped,
-        "skipped_in_row": progress.skipped_in_row,
-        "untold": progress.untold,
+        **progress.plain(),
         "settings": origin.settings,
         "settings_sha256": digest_json(origin.settings),
         "fingerprint": origin.fingerprint,
@@ -232,12 +258,26 @@ def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.
         present[name].copy_(tensor)
     optimizer.load_state_dict(state)
     set_rng_state(_read_tensors(folder / RNG), record["rng"])
-    return Progress(
-        step=record["step"],
-        skipped=record["skipped"],
-        skipped_in_row=record["skipped_in_row"],
-        untold=record.get("untold"),
-    )
+    return Progress.read(record)
+
+
+def read_weights(folder: Path, train_state: TrainState, *, average: bool) -> None:
+    """Put back only the trained weights and buffers of a checkpoint, or the average in their place.
+
+    Raises:
+        CheckpointError: They are not those of this model; nothing was changed then.
+    """
+    saved, present = _read_tensors(folder / WEIGHTS), train_state.tensors()
+    if average:
+        saved |= _read_tensors(folder / AVERAGE)
+    _same_tensors(saved, present, folder / WEIGHTS)
+    for name, tensor in saved.items():
+        present[name].copy_(tensor)
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """The moving average of a checkpoint."""
+    return _read_tensors(folder / AVERAGE)
 
 
 def read_batches(folder: Path) -> dict[str, Tensor]:

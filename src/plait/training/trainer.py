@@ -15,6 +15,15 @@ from plait.training.optim import AdamW, Optimizer
 from plait.training.schedule import Cosine, Schedule
 
 
+class Average(Spec):
+    """A moving average of the trained weights, one update a step."""
+
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """Share of the old average that stays; in the first steps less, so that the start is soon forgotten."""
+    use: bool = True
+    """Look at, score and save the average as the model. Otherwise it is only kept in the checkpoints' `resume/`."""
+
+
 class Trainer(Spec):
     """How a stage trains, in all of its phases.
 
@@ -27,6 +36,9 @@ class Trainer(Spec):
     """Which optimizer; one of another `kind` begins with its own defaults."""
     schedule: Schedule = Cosine()
     """How the learning rates move; one of another `kind` begins with its own defaults."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Rate of a layer over that of the layer above it, in every stack of layers that trains; 1: all equal. What comes
+    before a stack (embeddings) counts as one more layer, what follows (norm, head) as one, too."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
     head: Literal["fused", "full"] = "fused"
@@ -43,6 +55,8 @@ class Trainer(Spec):
     """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
     their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
     and cores are left; each process takes about 60 MiB and a copy of the texts."""
+    average: Average | None = None
+    """Keep a moving average of the trained weights (EMA): `{}` takes its defaults. By default there is none."""
     micro_batch: int = Field(default=0, ge=0)
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
@@ -65,3 +79,13 @@ class Trainer(Spec):
             raise ValueError(
                 f"trainer.micro_batch is {self.micro_batch}: {stage} takes its batches whole; lower batch_size instead"
             )
+
+    def state_bytes(self, *, tables: float = 0.0) -> float:
+        """Bytes that the optimizer and the average keep of each trained float32 weight, for large matrices.
+
+        Args:
+            tables: Share of the weights that are embeddings or heads over a vocabulary.
+        """
+        side = 512
+        inner, outer = (self.optimizer.state_bytes((side, side), inner=inner) / side**2 for inner in (True, False))
+        return inner * (1 - tables) + outer * tables + (4 if self.average else 0)

@@ -47,6 +47,20 @@ def test_one_kind_with_settings_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert queries in qformer["settings"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("optimizers", {"adamw", "sgd", "adafactor", "lion", "lars", "muon", "adamw-8bit"}),
+        ("schedules", {"cosine", "linear", "constant", "polynomial", "inverse-sqrt", "wsd"}),
+    ],
+)
+def test_what_a_model_may_be_trained_by(capsys: pytest.CaptureFixture[str], kind: str, names: set[str]) -> None:
+    assert main(["list", kind, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[kind]
+    assert {part["name"] for part in found} == names
+    assert all(part["about"] and part["source"].startswith("https://") for part in found)
+
+
 def test_an_unknown_kind_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "things"]) == 2
     assert "encoders" in capsys.readouterr().err

@@ -232,8 +232,9 @@ def test_wrong_wishes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         device.choose_device("cuda")
     with pytest.raises(ConfigError, match="no device type 'gpu'"):
         device.choose_device("gpu")
-    with pytest.raises(ConfigError, match="no dtype 'float16'"):
-        device.choose_dtype("cpu", "float16")
+    with pytest.raises(ConfigError, match="no dtype 'float8'"):
+        device.choose_dtype("cpu", "float8")
+    assert device.choose_dtype("cpu", "float16") == ("float16", "asked for")
 
 
 # --- setup, seeds, fingerprint -------------------------------------------------------------------------------------

@@ -153,6 +153,36 @@ def test_all_files_are_there_and_the_sealed_model_gives_the_answers_shown_last(
 
 
 @pytest.mark.row("S4-64")
+@pytest.mark.row("S4-62", "S2-27")
+@pytest.mark.parametrize(
+    ("dtype", "trainer"),
+    [
+        ("float16", {"optimizer": {"kind": "lion"}, "schedule": {"kind": "wsd"}, "layer_decay": 0.5}),
+        ("float32", {"optimizer": {"kind": "muon"}, "schedule": {"kind": "inverse-sqrt"}, "average": {"decay": 0.5}}),
+    ],
+)
+def test_the_trainer_reaches_every_phase(
+    data_stage: Path, tiny_folders: Folders, dtype: str, trainer: dict[str, Any]
+) -> None:
+    """The phases train with it, and record it; a phase that was cut off goes on to the same weights."""
+    stage = spec(tiny_folders, dtype=dtype, trainer=trainer, adapt={"steps": 3, "rank": 2, "lr_connector": 1e-3})
+    folder = tune(data_stage, stage)
+    for phase in STEPS:
+        newest = sorted((folder / phase / "checkpoints").iterdir())[-1]
+        settings = read_json(newest / "resume" / "state.json")["settings"]
+        assert settings["optimizer"]["kind"] == trainer["optimizer"]["kind"]
+        assert settings["schedule"]["kind"] == trainer["schedule"]["kind"]
+        assert settings["optimizer"].get("layer_decay", 1) == trainer.get("layer_decay", 1)
+        assert settings["dtype"] == ("float32" if phase == "words" else dtype)
+        assert (newest / "resume" / "average.safetensors").is_file() == ("average" in trainer)
+        records = read_jsonl(folder / phase / "metrics.jsonl")
+        assert all(record["loss"] is not None and record["skipped"] == 0 for record in records)
+    with pytest.raises(KeyboardInterrupt):
+        tune(data_stage, stage, "03-tune", interrupt=("decoder", 2))
+    again = tune(data_stage, stage, "03-tune")
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(folder).items())
+
+
 def test_without_a_cache_it_learns_the_same(data_stage: Path, tiny_folders: Folders) -> None:
     cached = tune(data_stage, spec(tiny_folders))
     fresh = tune(data_stage, spec(tiny_folders, cache=False), "02-fresh")

@@ -52,7 +52,7 @@ class Model(nn.Module):
 def trained(spec=None, *, steps: int = 3, seed: int = 0, width: int = 3):
     model = Model(seed, width)
     trainee = TrainState(model)
-    optimizer = (spec or AdamW()).build(trainee.weights, trainee.norms, rates=Rates(lr=0.1, parts={"head": 0.2}))
+    optimizer = (spec or AdamW()).build(trainee.weights, trainee.roles, rates=Rates(lr=0.1, parts={"head": 0.2}))
     for _ in range(steps):
         model(torch.randn(8, 3)).square().sum().backward()
         optimizer.step()
@@ -148,7 +148,7 @@ def test_an_objective_may_hold_the_model_and_adds_only_what_is_its_own():
     model = Model()
     trainee = TrainState(model, Objective(model))
     assert set(trainee.weights) == {"norm.weight", "norm.bias", "head.weight", "objective.scale"}
-    AdamW().build(trainee.weights, trainee.norms, rates=Rates())  # torch refuses a weight that comes twice
+    AdamW().build(trainee.weights, trainee.roles, rates=Rates())  # torch refuses a weight that comes twice
 
 
 @pytest.mark.row("S4-64")

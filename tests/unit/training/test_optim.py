@@ -7,7 +7,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from plait.core.errors import ConfigError
-from plait.training.optim import SGD, AdamW, Optimizer, Rates, norm_weights
+from plait.training.optim import SGD, AdamW, Optimizer, Rates
+from plait.training.roles import Roles
 
 
 class Model(nn.Module):
@@ -30,7 +31,7 @@ def by_name(optimizer: torch.optim.Optimizer, key: str) -> dict[str, object]:
 
 def test_only_matrices_and_embeddings_decay():
     model = Model()
-    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model), rates=Rates()), "weight_decay")
+    decay = by_name(AdamW(weight_decay=0.1).build(named(model), Roles.of(model), rates=Rates()), "weight_decay")
     assert set(decay) == set(named(model))  # each weight in exactly one group
     assert {n for n, d in decay.items() if d} == {
         "vision.0.weight",
@@ -53,7 +54,7 @@ def test_decay_split_is_that_of_the_transformers_trainer(kind):
         "intermediate_size": 16,
     }
     model = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llama" else BertModel(BertConfig(**sizes))
-    decay = by_name(AdamW(weight_decay=0.1).build(named(model), norm_weights(model), rates=Rates()), "weight_decay")
+    decay = by_name(AdamW(weight_decay=0.1).build(named(model), Roles.of(model), rates=Rates()), "weight_decay")
     # As transformers 5.23 Trainer.get_decay_parameter_names does.
     theirs = get_parameter_names(
         model, [nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -91,7 +92,7 @@ def test_sgd_is_torchs():
 def test_rates_by_part_longest_prefix_wins_at_dots():
     model = Model()
     given = Rates(lr=1e-3, parts={"connector": 1e-2, "decoder": 1e-4, "decoder.norm": 0.0})
-    rates = by_name(AdamW().build(named(model), norm_weights(model), rates=given), "peak_lr")
+    rates = by_name(AdamW().build(named(model), Roles.of(model), rates=given), "peak_lr")
     assert rates["connector.weight"] == 1e-2
     assert rates["connector2.weight"] == 1e-3  # not under "connector"
     assert rates["decoder.embed.weight"] == 1e-4

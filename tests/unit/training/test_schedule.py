@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from plait.training.schedule import Constant, Cosine, Linear
+from plait.training.schedule import Constant, Cosine, InverseSqrt, Linear, Polynomial, Wsd
 
 TOTAL, RISE = 200, 20
 
@@ -49,6 +49,42 @@ def test_equals_transformers(name, optimizer):
 
 
 @pytest.mark.row("S4-62")
+@pytest.mark.parametrize(
+    ("ours", "name", "given"),
+    [
+        (Polynomial(warmup=RISE, power=3.0), "polynomial", {"power": 3.0, "lr_end": 0.0}),
+        (Polynomial(warmup=RISE, power=2.0, floor=0.1), "polynomial", {"power": 2.0, "lr_end": 0.1}),
+        (InverseSqrt(warmup=RISE), "inverse_sqrt", {}),
+        (InverseSqrt(), "inverse_sqrt", {"num_warmup_steps": 0}),
+        (InverseSqrt(warmup=RISE, timescale=7), "inverse_sqrt", {"timescale": 7}),
+        *[
+            (Wsd(warmup=RISE, fall=fall, form=form), "wsd", {"decay_type": form, "num_decay_steps": 50})
+            for form in ("linear", "cosine", "1-sqrt")
+            for fall in (50, 0.25)
+        ],
+    ],
+)
+def test_further_schedules_equal_transformers(ours, name, given, optimizer):
+    from transformers import get_inverse_sqrt_schedule, get_polynomial_decay_schedule_with_warmup, get_wsd_schedule
+
+    steps = {"num_warmup_steps": RISE, **({} if name == "inverse_sqrt" else {"num_training_steps": TOTAL})}
+    make = {
+        "polynomial": get_polynomial_decay_schedule_with_warmup,
+        "inverse_sqrt": get_inverse_sqrt_schedule,
+        "wsd": get_wsd_schedule,
+    }[name]
+    theirs = make(optimizer, **(steps | given))
+    assert [ours.factor(step, TOTAL) for step in range(TOTAL)] == pytest.approx(reference_rates(theirs), abs=1e-12)
+
+
+@given(longer=st.integers(0, 300), form=st.sampled_from(["linear", "cosine", "1-sqrt"]))
+def test_a_longer_run_of_wsd_keeps_all_but_the_fall(longer, form):
+    schedule = Wsd(warmup=RISE, fall=50, form=form, floor=0.1)
+    before = range(TOTAL - 50)
+    assert [schedule.factor(s, TOTAL) for s in before] == [schedule.factor(s, TOTAL + longer) for s in before]
+
+
+@pytest.mark.row("S4-62")
 def test_equals_torch_cosine_annealing(optimizer):
     import torch
 
@@ -58,7 +94,7 @@ def test_equals_torch_cosine_annealing(optimizer):
 
 
 @given(
-    kind=st.sampled_from([Constant, Linear, Cosine]),
+    kind=st.sampled_from([Constant, Linear, Cosine, Polynomial, InverseSqrt, Wsd]),
     warmup=st.one_of(st.integers(0, 50).map(float), st.floats(0, 0.99)),
     total=st.integers(1, 300),
 )
@@ -75,7 +111,7 @@ def test_rises_then_never_rises_again(kind, warmup, total):
 
 @given(floor=st.floats(0, 1), total=st.integers(1, 300))
 def test_a_falling_schedule_ends_at_its_floor(floor, total):
-    for kind in (Linear, Cosine):
+    for kind in (Linear, Cosine, Polynomial, Wsd):
         assert kind(floor=floor).factor(total, total) == pytest.approx(floor)
 
 

@@ -117,8 +117,9 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
     # The encoder's weights stand beside those of the other towers; a sound's features and samples are small.
     frozen = found.memory.get("weights", 0) + 4 * AUDIO_WEIGHTS + 4 * head
     memory = {**found.memory, "weights": frozen}
-    for part, times in (("gradients", 1), ("optimizer", 2)):
-        memory[part] = memory.get(part, 0) + 4 * head * times
+    state = spec.trainer.state_bytes()
+    for part, times in (("gradients", 4.0), ("optimizer", state)):
+        memory[part] = memory.get(part, 0) + round(head * times)
     memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH
     features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
     flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
@@ -129,7 +130,7 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
         params_frozen=found.params_frozen + AUDIO_WEIGHTS,
         flops=found.flops + flops,
         memory=memory,
-        disk_bytes=found.disk_bytes + checkpoint_bytes(weights=8 * head, trainable=head, keep=2),
+        disk_bytes=found.disk_bytes + checkpoint_bytes(weights=8 * head, trainable=head, keep=2, state=state),
         home_bytes=found.home_bytes + features,
         seconds=(found.seconds[0] + low, found.seconds[1] + high),
         notes=(
@@ -165,6 +166,7 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
     batch, steps = min(spec.batch_size, train), spec.steps_for(train)
     side = (spec.resolution or 224) / 224
     cells = math.ceil((spec.resolution or 224) / 32) ** 2
+    state = spec.trainer.state_bytes()
     d, looks = shape.d, math.ceil(shape.depth / shape.every)
     weights = query_weights(spec, shape, d_image=IMAGE_WIDTH, vocabulary=VOCABULARY)
     # Forward passes of a pair: queries alone, text alone, three judgements, writing.
@@ -184,6 +186,7 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         frozen=IMAGE_WEIGHTS,
         frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
         trainable=weights,
+        state=state,
         async_save=spec.trainer.async_save,
         activations=seen + 3 * 4 * batch * (_TEXT_TOKENS - 1) * VOCABULARY,
         caches=features,
@@ -198,7 +201,10 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         image_tokens=steps * batch * 5 * cells,
         flops=flops + pictures * _IMAGE_FLOPS_224 * side**2,
         memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * weights * 2, trainable=weights, keep=2) + pictures * 600,
+        disk_bytes=checkpoint_bytes(
+            weights=4 * weights * 2, trainable=weights, keep=2, state=spec.trainer.state_bytes()
+        )
+        + pictures * 600,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(
@@ -254,11 +260,13 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
     ]
     cells = math.ceil((spec.resolution or 224) / 32) ** 2
     features = pictures * cells * IMAGE_WIDTH * 2
+    state = spec.trainer.state_bytes()
     memory = peak_memory(
         machine,
         frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
         frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
         trainable=heads,
+        state=state,
         async_save=spec.trainer.async_save,
         activations=_head_activations(spec, widths, batch=batch),
         caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
@@ -272,7 +280,7 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         image_tokens=pictures * cells,
         flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
         memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2) + pictures * 600,
+        disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2, state=state) + pictures * 600,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(
@@ -304,11 +312,13 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     kept = tower.kept_bytes * micro
     together = f"{micro:,} of which" if micro < batch else "all of which"
     text_dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
+    state = spec.trainer.state_bytes()
     memory = peak_memory(
         machine,
         frozen=TEXT_WEIGHTS,
         frozen_dtype=text_dtype,
         trainable=trained,
+        state=state,
         async_save=spec.trainer.async_save,
         activations=kept + _head_activations(spec, widths, batch=batch),
         # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
@@ -326,7 +336,10 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         image_tokens=seen * tower.tokens,
         flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
         memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * (2 * trained + still), trainable=trained, keep=2) + pictures * 600,
+        disk_bytes=checkpoint_bytes(
+            weights=4 * (2 * trained + still), trainable=trained, keep=2, state=spec.trainer.state_bytes()
+        )
+        + pictures * 600,
         home_bytes=2 * pixels * pictures,
         d_image=tower.d_out,
         cells=tower.tokens,

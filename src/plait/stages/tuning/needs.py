@@ -102,11 +102,14 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         lora=lora,
         recompute=spec.trainer.recompute,
     )
+    tables = shape.vocab * shape.d_model * (1 if shape.tied else 2) if whole else 0
+    state = spec.trainer.state_bytes(tables=tables / max(1, adapter + learns))
     memory = peak_memory(
         machine,
         frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
         frozen_dtype=dtype,
         trainable=adapter + learns,
+        state=state,
         async_save=spec.trainer.async_save,
         activations=activations + scores,
         caches=4 * _WORDS * shape.d_model,
@@ -123,7 +126,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         image_tokens=steps * spec.batch_size * of.slots,
         flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
         memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2) * 2,
+        disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2, state=state) * 2,
         home_bytes=2 * picture.side**2 * picture.width * kept if spec.cache else 0,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),

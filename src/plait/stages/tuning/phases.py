@@ -309,6 +309,7 @@ class _Tuning:
             "model": results["decoder"].checkpoint.relative_to(self.folder).as_posix(),
             "steps": {name: result.step for name, result in results.items()},
             "skipped_steps": sum(result.skipped for result in results.values()),
+            "overflowed_steps": sum(result.overflowed for result in results.values()),
             "questions": len(self._train()),
         }
 
