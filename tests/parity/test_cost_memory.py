@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def alive_after_forward(
 
     with recomputed(model, how):
         forward()
+        gc.collect()  # what earlier tests left must not be given back now
         with torch.profiler.profile(profile_memory=True) as profile:
             forward()
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]

@@ -25,7 +25,10 @@ Recompute = Literal["none", "full", "selective"]
 
 _OURS = (Block, ReadingLayer, QFormerBlock, PerceiverBlock)
 _THEIRS = "GradientCheckpointingLayer"  # of transformers: every layer that may be recomputed
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+_PRODUCTS = {"mm": 0, "addmm": 1}  # which argument is the left factor
+_KEPT = ("convolution",)
+WIDE = 64
+"""Products over so many numbers or more are kept by ``selective``."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -127,8 +130,14 @@ class _Again:
         return learns or any(weight.requires_grad for weight in self.block.parameters())
 
 
-def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """Keep products and attention, which cost most to do again; recompute what is between them."""
+def _policy(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Keep what costs most to do again for each number that is kept: wide products, convolutions, fused attention.
+
+    Attention in steps has products over a head alone, and many numbers: they are recomputed, as section 5 says; so are
+    an adapter's, which are over its rank.
+    """
     name = str(getattr(operation, "_opname", ""))
-    keep = name in _PRODUCTS or name.startswith("_scaled_dot_product_")
+    keep = name in _KEPT or name.startswith("_scaled_dot_product_")
+    if name in _PRODUCTS:
+        keep = args[_PRODUCTS[name]].shape[1] >= WIDE
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,6 +10,7 @@ from torch import nn
 from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.models.compiled import compiled
+from plait.models.documents import NAME as BY_DOCUMENT
 from plait.models.multimodal import MultimodalLM
 from plait.models.recompute import recomputed
 from plait.models.wrapped.vlm import WrappedVLM
@@ -37,6 +38,7 @@ def computed(model: nn.Module, settings: Settings, *, events: Events) -> Iterato
         )
     with ExitStack() as stack:
         if settings.compile:
+            stack.enter_context(under_masks(model))
             count = stack.enter_context(compiled(model))
             events.note(f"{count} blocks run compiled; the first step takes longer", blocks=count)
         if settings.recompute != "none":
@@ -44,6 +46,20 @@ def computed(model: nn.Module, settings: Settings, *, events: Events) -> Iterato
             events.note(f"{count} blocks are recomputed in the backward pass ({settings.recompute})", blocks=count)
         stack.enter_context(head(model, settings.head))
         yield
+
+
+@contextmanager
+def under_masks(model: nn.Module) -> Iterator[None]:
+    """Inside, a decoder that attends document by document does so under a mask: every batch has one shape then."""
+    decoder = model.decoder if isinstance(model, MultimodalLM) else None
+    if decoder is None or getattr(getattr(decoder, "config", None), "_attn_implementation", "") != BY_DOCUMENT:
+        yield
+        return
+    decoder.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(BY_DOCUMENT)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

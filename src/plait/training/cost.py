@@ -59,6 +59,7 @@ HEAD_SCORES = 2**25
 """Scores that :mod:`plait.models.fused_head` holds at once."""
 
 _WIDENED = 2_048  # words of a 16-bit head that are widened at once
+_WIDE = 64  # products over so many numbers or more are kept by selective recomputation
 _RANDOM = 5_056  # the state of torch's generator, which every recomputed block keeps
 _UNMEASURED = 3.0
 _FACTOR: dict[Gradients, int] = {"none": 2, "through": 4, "full": 6}
@@ -196,7 +197,8 @@ def decoder_flops(
         gradients: For the decoder's own weights.
         head_positions: Positions at which logits are computed, over all rows; None means all.
         lora: Adapters, always trained.
-        recompute: ``full`` runs the blocks forward once more, up to their last product; ``selective`` does none again.
+        recompute: ``full`` runs the blocks forward once more, up to their last product; ``selective`` attention in
+            steps (fused attention is kept, and not counted apart here).
     """
     tokens = rows * length
     head = tokens if head_positions is None else head_positions
@@ -205,6 +207,8 @@ def decoder_flops(
         again = decoder_flops(shape, rows=rows, length=length, gradients="none", head_positions=0)
         again -= linear_flops(shape.layers * shape.d_ff * shape.d_model, tokens, "none")
         again += linear_flops(lora.params(shape), tokens, "none") if lora else 0.0
+    elif recompute == "selective" and gradients != "none":
+        again = attention_flops(shape, rows=rows, queries=length, keys=length, gradients="none")
     return again + (
         linear_flops(shape.linear_params, tokens, gradients)
         + linear_flops(shape.vocab * shape.d_model, head, gradients)
@@ -272,7 +276,7 @@ def decoder_activations(
     """
     if recompute != "none" and gradients != "none":
         kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
-        kept = kept_between(shape, length, products=recompute == "selective", **kind)
+        kept = kept_between(shape, products=recompute == "selective", **kind)
         block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
         return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.d_ff, shape.d_model, shape.d_attention
@@ -296,7 +300,6 @@ def decoder_activations(
 
 def kept_between(
     shape: DecoderShape,
-    length: int,
     *,
     dtype: str,
     gradients: Gradients,
@@ -304,17 +307,19 @@ def kept_between(
     lora: Lora | None,
     products: bool,
 ) -> int:
-    """Bytes a token that a block which is recomputed keeps: its input, and with ``products`` what they gave.
+    """Bytes a token that a block which is recomputed keeps: its input, and with ``products`` what wide ones gave.
 
-    The input is the sum of all blocks before: float32 where trained masters are.
+    Fused attention is kept, attention in steps is not, nor what an adapter of a low rank adds. The input is the sum of
+    all blocks before: float32 where trained masters are.
     """
     s, sizes = BYTES[dtype], shape.matrices()
     token = shape.d_model * (4 if gradients == "full" else s)
     if products:
-        token += s * sum(outputs for _, outputs in sizes.values())
-        token += s * shape.d_attention + (4 * shape.heads if attention == "sdpa" else s * shape.heads * length)
+        token += s * sum(outputs for inputs, outputs in sizes.values() if inputs >= _WIDE)
+        token += s * shape.d_attention + 4 * shape.heads if attention == "sdpa" else 0
         if lora is not None:
-            token += s * sum(lora.rank + sizes[name][1] for name in lora.targets)
+            token += s * sum(lora.rank for name in lora.targets if sizes[name][0] >= _WIDE)
+            token += s * sum(sizes[name][1] for name in lora.targets if lora.rank >= _WIDE)
     return token
 
 

@@ -46,8 +46,8 @@ class Trainer(Spec):
     `full` computes all at once. Values and gradients are equal."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What Transformer blocks keep for the backward pass: `none` recomputes nothing; `full` keeps a block's input alone
-    and runs the block again; `selective` keeps the results of matrix products and attention, too. Gradients are the
-    same bits."""
+    and runs the block again; `selective` keeps the results of wide matrix products and of fused attention, too.
+    Gradients are the same bits."""
     compile: bool = False
     """Compile Transformer blocks while training (torch.compile): takes up to a minute at the start of a phase, and a
     C++ compiler. Results differ by rounding."""

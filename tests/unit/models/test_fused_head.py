@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plait.models.fused_head import SCORES, fuses, token_logprobs
 from plait.models.output_head import float32_scores
+from plait.models.recompute import WIDE
 from plait.training import cost
 from plait.training.precision import autocast
 
@@ -196,3 +197,4 @@ def test_what_is_kept_has_the_width_of_the_hidden_states() -> None:
 
 def test_the_plan_knows_how_many_scores_are_held() -> None:
     assert cost.HEAD_SCORES == SCORES
+    assert cost._WIDE == WIDE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -28,8 +29,8 @@ def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -49,15 +50,15 @@ def spliced(*, bits16: bool = False) -> MultimodalLM:
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.1)
     hold_masters(w for w in decoder.parameters() if w.requires_grad)
-    return MultimodalLM({}, {"image": Mlp(6, 8, 32)}, decoder, placeholder=40)
+    return MultimodalLM({}, {"image": Mlp(6, 8, 64)}, decoder, placeholder=40)
 
 
 def inside() -> MultimodalLM:
     torch.manual_seed(0)
     decoder = GPT2LMHeadModel(
-        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)  # drops 0.1
+        GPT2Config(vocab_size=40, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)  # drops 0.1
     )
-    reading = [GatedCrossAttention(TransformerSizes(d=32, depth=1, heads=4, d_source=12, dropout=0.2)), None]
+    reading = [GatedCrossAttention(TransformerSizes(d=64, depth=1, heads=4, d_source=12, dropout=0.2)), None]
     for read in reading[:1]:
         assert read is not None
         nn.init.constant_(read.gate, 0.5)
@@ -92,22 +93,22 @@ def told(model: MultimodalLM, holes: int) -> Callable[[], Tensor]:
 def own() -> tuple[nn.Module, Callable[[], Tensor]]:
     torch.manual_seed(0)
     sizes = TransformerSizes(
-        d=32, depth=4, heads=4, dropout=0.1, attention_dropout=0.1, drop_path=0.2, layer_drop=0.3, layer_scale=0.5
+        d=64, depth=4, heads=4, dropout=0.1, attention_dropout=0.1, drop_path=0.2, layer_drop=0.3, layer_scale=0.5
     )
-    model, x = Transformer(sizes), torch.randn(4, 20, 32)
+    model, x = Transformer(sizes), torch.randn(4, 20, 64)
     return model, lambda: model(x).relu().square().sum()
 
 
 def queries() -> tuple[nn.Module, Callable[[], Tensor]]:
     torch.manual_seed(0)
-    model = QFormer(QFormerSizes(queries=4, d=32, depth=2, heads=4, d_source=6, dropout=0.1))
+    model = QFormer(QFormerSizes(queries=4, d=64, depth=2, heads=4, d_source=6, dropout=0.1))
     media = Patches(values=torch.randn(4 * 9, 6), grid=torch.tensor([[1, 3, 3]] * 4))
     return model, lambda: model(media).values.relu().square().sum()
 
 
 def tower() -> tuple[nn.Module, Callable[[], Tensor]]:
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16,
+    config = ViTConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=16,
                        patch_size=4, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)  # fmt: skip
     model, pixels = ViTModel(config), torch.randn(2, 3, 16, 16)
     return model, lambda: model(pixel_values=pixels).last_hidden_state.relu().square().sum()
@@ -168,6 +169,7 @@ def test_gradients_are_the_same_bits_with_dropout_on(name: str) -> None:
 def alive_after(work: Callable[[], object]) -> int:
     """Bytes that torch's allocator has given out while the result is held, and not got back."""
     work()
+    gc.collect()  # what earlier tests left must not be given back now
     with torch.profiler.profile(profile_memory=True) as profile:
         held = work()
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
@@ -251,7 +253,7 @@ def test_only_passes_with_a_gradient_are_run_again(monkeypatch: pytest.MonkeyPat
 
 def test_answers_and_collected_weights_are_made_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = calls(monkeypatch)
-    model, x = own()[0].eval(), torch.randn(1, 5, 32)
+    model, x = own()[0].eval(), torch.randn(1, 5, 64)
     collected: list[Tensor] = []
     told_model = spliced().eval()
     with recomputed(model, "full"), recomputed(told_model, "full"):

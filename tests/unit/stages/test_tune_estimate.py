@@ -82,7 +82,7 @@ def test_recomputation_takes_less_memory_and_more_time_and_a_full_head_more_memo
     kept = [estimate.memory["activations"] for estimate in (full, selective, plain)]
     assert kept == sorted(set(kept))
     assert full.flops > 1.2 * plain.flops
-    assert selective.flops == plain.flops
+    assert plain.flops < selective.flops < 1.1 * plain.flops
     assert of(head="full").memory["activations"] > plain.memory["activations"]
 
 

@@ -17,6 +17,7 @@ from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.tensors import IGNORE, Batch
 from plait.models.connectors.projection import Mlp
+from plait.models.documents import NAME, read_by_document
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training import computed as module
@@ -111,6 +112,14 @@ def test_compiled_blocks_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found == pytest.approx(loss, rel=1e-4)
     assert any("2 blocks run compiled" in line for line in said)
     assert any("2 blocks are recomputed in the backward pass (full)" in line for line in said)
+
+
+def test_compiled_decoders_attend_under_one_mask_and_by_document_again_afterwards() -> None:
+    model = language()
+    assert read_by_document(model.decoder)
+    with module.under_masks(model):
+        assert model.decoder.config._attn_implementation == "eager"  # pyright: ignore[reportAttributeAccessIssue]
+    assert model.decoder.config._attn_implementation == NAME  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

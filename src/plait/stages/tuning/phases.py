@@ -440,9 +440,8 @@ class _Tuning:
             context=context | {"row": self.row, "parts": keys, "data": self.data},
         )
         decay = phase.weight_decay if first else None
-        trainer = self.spec.trainer
-        if first:  # no Transformer learns
-            trainer = trainer.model_copy(update={"recompute": "none", "compile": False})
+        off = {"recompute": "none", "compile": False} if first else {}  # no Transformer learns
+        trainer = self.spec.trainer.model_copy(update=off)
         return settings.with_trainer(trainer, lr=phase.lr, parts=parts, weight_decay=decay)
 
     def _fit(
