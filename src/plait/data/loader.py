@@ -135,8 +135,8 @@ class Loader:
             self.close()
             raise
         self._next = step + 1
-        if self._next == self.steps:
-            self.close()
+        if self._next == self.steps and self._stream is not None:
+            self._stream.end()
         return found
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class _Stream:
 
         def give_up() -> None:
             late.set()
-            self._kill()  # also ends a wait inside a hand-over, which no time limit of a queue does
+            self.end()  # also ends a wait inside a hand-over, which no time limit of a queue does
 
         timer = threading.Timer(self._timeout_s, give_up)
         timer.daemon = True
@@ -242,17 +242,18 @@ class _Stream:
         finally:
             timer.cancel()
 
+    def end(self) -> None:
+        """End all processes without waiting. They only read: there is nothing that they would have to finish."""
+        for worker in self._workers:
+            worker.kill()
+
     def close(self) -> None:
-        """End all processes. They only read, so there is nothing that they would have to finish."""
-        self._kill()
+        """End all processes, and wait until they have ended."""
+        self.end()
         for worker in self._workers:
             worker.join(_GRACE_S)  # who waits for a dead disk does not even end by SIGKILL
         with contextlib.suppress(AttributeError):
             del self._batches
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
 
     def _why(self, error: Exception, *, late: bool) -> str:
         if late:

@@ -53,6 +53,9 @@ def test_the_workers_end_with_the_last_step_and_with_the_block() -> None:
     loader.step_batches(STEPS - 2)
     assert len(processes()) == 2
     loader.step_batches(STEPS - 1)
+    deadline = time.monotonic() + 10  # they are ended, but nobody waits for that
+    while processes() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert processes() == []
     loader.step_batches(0)
     loader.close()
