@@ -28,7 +28,7 @@ from plait.core.files import read_jsonl
 from plait.core.tensors import IGNORE
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.conversations import Conversation, ConversationBatches
-from plait.data.features import FeatureStore, cached_features
+from plait.data.features import FeatureStore, FreshFeatures, cached_features
 from plait.data.packing import row_length
 from plait.data.template import Template
 from plait.models.connectors.projection import Mlp
@@ -77,7 +77,7 @@ def load(work: Path, dtype: str) -> Loaded:
     return Loaded(compute=compute, image=image, language=language, connector=connector, model=model.eval())
 
 
-def batches(loaded: Loaded, job: dict[str, Any], cache: Path) -> ConversationBatches:
+def batches(loaded: Loaded, job: dict[str, Any], cache: Path | None) -> ConversationBatches:
     """Fill the feature cache, render the questions, plan the batches."""
     work = Path(job["work"])
     samples = [_sample(record) for record in read_questions(job)]
@@ -101,14 +101,20 @@ def batches(loaded: Loaded, job: dict[str, Any], cache: Path) -> ConversationBat
         steps=job["epochs"] * len(samples) // job["batch_size"],
         seed=job["seed"],
         pieces=job["batch_size"] // job["peer"]["micro_batch"],
+        packed=job.get("plait", {}).get("packing", True),
     )
     return replace(source, row=row_length(source.lengths()))
 
 
-def _features(image: ImageTower, refs: list[MediaRef], *, work: Path, cache: Path) -> FeatureStore:
+def _features(image: ImageTower, refs: list[MediaRef], *, work: Path, cache: Path | None) -> FeatureStore:
+    def read(ref: MediaRef) -> bytes:
+        return (work / ref.uri).read_bytes()
+
+    if cache is None:
+        return FreshFeatures(refs, read=read, prepare=image.prepare, encoder=image.encoder)
     return cached_features(
         refs,
-        read=lambda ref: (work / ref.uri).read_bytes(),
+        read=read,
         prepare=image.prepare,
         encoder=image.encoder,
         key=image.cache_key,
@@ -130,10 +136,11 @@ def _sample(record: dict[str, str]) -> Sample:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """One run, measured from the loaded model to the last checkpoint."""
-    loaded = load(Path(job["work"]), job["dtype"])
+    switched = job.get("plait", {})
+    loaded = load(Path(job["work"]), switched.get("dtype", job["dtype"]))
     with tempfile.TemporaryDirectory(dir=job["work"]) as folder:
         start = Start.now(loaded.model.parameters())
-        source = batches(loaded, job, Path(folder) / "features")
+        source = batches(loaded, job, Path(folder) / "features" if switched.get("cache", True) else None)
         seed_everything(job["seed"])
         attach(loaded.language.model, Lora(rank=job["rank"], alpha=job["alpha"], targets=tuple(job["targets"])))
         start_adapters(loaded.language.model)
@@ -146,6 +153,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             seed=job["seed"],
             rates=Rates(lr=job["lr"]),
             schedule=Cosine(),
+            head=switched.get("head", "fused"),
+            recompute=switched.get("recompute", "none"),
+            compile=switched.get("compile", False),
         )
         result = fit(loaded.model, NextToken(), source, settings=settings, folder=Path(folder), events=Events())
         measured = start.stop()
@@ -156,8 +166,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "trainable": sum(w.numel() for w in loaded.model.parameters() if w.requires_grad),
         "losses": losses,
         "skipped": result.skipped,
-        "cache_seconds": store.fill.seconds,
-        "rows": source.rows,
+        "cache_seconds": store.fill.seconds if switched.get("cache", True) else 0.0,
         "threads": torch.get_num_threads(),
         "versions": {"plait": __version__, "torch": torch.__version__},
     }

@@ -107,6 +107,7 @@ class ConversationBatches:
         group_by_length: Within windows of so many batches, put samples of like length into one batch, whose rows are
             then as long and as many as suits it, ``row`` at most: short ones are not paid for as long ones are.
             1 only fits the rows to each batch; 0 gives all batches the same rows.
+        packed: Whether a row holds several samples; without, each has one, as long as the longest of its step.
         rank: Which of the processes that train together this is.
         world: How many there are.
 
@@ -129,6 +130,7 @@ class ConversationBatches:
     dropout: FeatureDropout | None = None
     others: Mapping[Modality, FeatureStore] = field(default_factory=dict[Modality, FeatureStore])
     group_by_length: int = 0
+    packed: bool = True
     rank: int = 0
     world: int = 1
 
@@ -180,9 +182,11 @@ class ConversationBatches:
 
     def shape(self, step: int) -> tuple[int, int]:
         """Rows of a step's batch of all ranks together, and tokens of a row."""
+        lengths = self._lengths(step)
+        if not self.packed:
+            return len(lengths), max(lengths)
         if not self.group_by_length:
             return self.rows, self.row
-        lengths = self._lengths(step)
         row = min(row_length([lengths]), self.row)
         return len(pack(lengths, row=row)), row
 
@@ -214,7 +218,7 @@ class ConversationBatches:
     def __getstate__(self) -> dict[str, Any]:
         """For a process that makes batches: with the plan, and without the model behind the token account."""
         self.plan  # noqa: B018 (computed once, here)
-        if not self.group_by_length:
+        if self.packed and not self.group_by_length:
             self.rows  # noqa: B018
         refs = [ref for c in self.conversations for ref in c.rendered.media]
         return vars(self) | {"grid_out": tabled(self.grid_out, (*self.stores, *self.others.values()), refs)}
@@ -225,7 +229,7 @@ class ConversationBatches:
         """What stands in each row of this rank; as many rows on every rank."""
         height, row = self.shape(step)
         chosen = self._of(step)
-        packed = pack([len(c.rendered) for c in chosen], row=row)
+        packed = pack([len(c.rendered) for c in chosen], row=row) if self.packed else [[i] for i in range(len(chosen))]
         packed += [[]] * (-(-height // self.world) * self.world - len(packed))
         return [[chosen[index] for index in members] for members in packed[self.rank :: self.world]]
 

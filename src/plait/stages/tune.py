@@ -171,6 +171,9 @@ class Tune(Stage):
     row: int = Field(default=0, ge=0)
     """Tokens a packed row holds; 0 weighs padding against longer attention
     (:func:`plait.data.packing.row_length`)."""
+    packing: bool = True
+    """Put several questions into a row, which do not see each other; without, each has a row of its own, as long as the
+    longest of its batch."""
     group_by_length: int = Field(default=0, ge=0)
     """Within windows of so many batches, put questions of like length into one batch, whose rows are as long as suits
     them: less padding and shorter attention where lengths differ much. 1 only fits the rows to each batch; 0 gives all

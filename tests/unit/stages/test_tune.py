@@ -206,6 +206,12 @@ def test_a_step_in_parts_and_batches_of_like_lengths_train_the_same_questions(
     assert all(count > 0 for count in units[1])
 
 
+def test_rows_of_one_question_learn_the_same(data_stage: Path, tiny_folders: Folders) -> None:
+    kept = weights(tune(data_stage, spec(tiny_folders)))
+    alone = weights(tune(data_stage, spec(tiny_folders, packing=False), "02-alone"))
+    assert {n for n, w in alone.items() if not torch.allclose(w, kept[n], atol=2e-5)} == set()
+
+
 def test_a_connector_with_a_rate_learns_on_in_the_last_phase(data_stage: Path, tiny_folders: Folders) -> None:
     adapt = {"steps": 3, "rank": 2, "targets": ["q_proj"], "lr_connector": 1e-3}
     folder = tune(data_stage, spec(tiny_folders, adapt=adapt))

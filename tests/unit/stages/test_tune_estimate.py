@@ -92,6 +92,12 @@ def test_without_a_cache_the_tower_runs_in_every_step_and_nothing_is_kept() -> N
     assert cached.home_bytes > fresh.home_bytes == 0
 
 
+def test_without_packing_each_question_has_a_row() -> None:
+    packed, alone = (needs.estimate(Tune(packing=packing), MACHINE, {"data": DATA}) for packing in (True, False))
+    assert alone.image_tokens == packed.image_tokens
+    assert alone.tokens != packed.tokens
+
+
 def test_the_tower_is_the_real_one() -> None:
     from plait.models.towers.convnet import EfficientNetLite
 

@@ -81,6 +81,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     learns = of.parameters if spec.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
     row = spec.row or max(_ROW, 2 * (of.slots + _TEXT_TOKENS))
     rows = math.ceil(spec.batch_size * (_TEXT_TOKENS + of.slots) / (_FILLED * row))
+    if not spec.packing:
+        rows, row = spec.batch_size, math.ceil((_TEXT_TOKENS + of.slots) / _FILLED)
     flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
     dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
     low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)

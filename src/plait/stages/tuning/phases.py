@@ -421,13 +421,14 @@ class _Tuning:
             dropout=dropout,
             pieces=self.spec.trainer.pieces(self.spec.batch_size),
             group_by_length=self.spec.group_by_length,
+            packed=self.spec.packing,
             rank=mesh.rank(),
             world=mesh.world(),
         )
 
     def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
         # Phases begun before there was a setting go on. What the trainer says, the loop itself records.
-        once = {"lr_gates": 0.0, "cache": True, "group_by_length": 0}
+        once = {"lr_gates": 0.0, "cache": True, "packing": True, "group_by_length": 0}
         unset = {name for name, value in once.items() if getattr(self.spec, name) == value}
         context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"} | unset)
         context["words"].pop("weight_decay")
