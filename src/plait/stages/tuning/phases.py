@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -456,9 +457,7 @@ class _Tuning:
     ) -> FitResult:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
-        hooks = Hooks(
-            save_model=lambda target: save_multimodal(self.built, target), on_step=on_step, task=f"tune: {phase}"
-        )
+        hooks = Hooks(save_model=partial(save_multimodal, self.built), on_step=on_step, task=f"tune: {phase}")
         workers = self.spec.trainer.workers
         with Loader(batches, steps=settings.steps, workers=workers, events=self.events) as loader:
             ahead = OnDevice(loader, self.compute.device)
