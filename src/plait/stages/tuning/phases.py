@@ -458,8 +458,7 @@ class _Tuning:
     ) -> FitResult:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
-        save = partial(save_multimodal, self.built)
-        hooks = Hooks(save_model=save, on_step=on_step, task=f"tune: {phase}")
+        hooks = Hooks(save_model=partial(save_multimodal, self.built), on_step=on_step, task=f"tune: {phase}")
         workers = self.spec.trainer.workers
         with Loader(batches, steps=settings.steps, workers=workers, events=self.events) as loader:
             ahead = OnDevice(loader, self.compute.device)
