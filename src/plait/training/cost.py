@@ -399,14 +399,14 @@ def peak_memory(
         caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
         state: Bytes of the optimizer's state by trained weight
             (:meth:`plait.training.trainer.Trainer.state_bytes`); AdamW's by default.
-        async_save: Checkpoints are written beside training, from a copy of weights and moments; it counts as a cache.
+        async_save: Checkpoints are written beside training, from a copy of weights and state; it counts as a cache.
     """
     return {
         "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": round(state * trainable),
         "activations": int(HEAP * activations),
-        "caches": caches + (12 * trainable if async_save else 0),
+        "caches": caches + (round((4 + state) * trainable) if async_save else 0),
         "runtime": machine.runtime_bytes or RUNTIME_BYTES,
     }
 
