@@ -79,10 +79,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     lora = None if whole else Lora(rank=spec.adapt.rank, targets=tuple(spec.adapt.targets))
     adapter = shape.params if whole else _adapter(shape, lora)
     learns = of.parameters if spec.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
-    row = spec.row or max(_ROW, 2 * (of.slots + _TEXT_TOKENS))
-    rows = math.ceil(spec.batch_size * (_TEXT_TOKENS + of.slots) / (_FILLED * row))
-    if not spec.packing:
-        rows, row = spec.batch_size, math.ceil((_TEXT_TOKENS + of.slots) / _FILLED)
+    rows, row = _rows(spec, of.slots)
     flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
     dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
     low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)
@@ -90,20 +87,6 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     side = (spec.resolution or 224) / 224
     area = side**2 / (128 / 224) ** 2
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
-    pieces = spec.trainer.pieces(spec.batch_size)
-    at_once = math.ceil(trained / pieces)
-    gradients = "full" if whole else "through"
-    scores = head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=spec.trainer.head)
-    activations = decoder_activations(
-        shape,
-        rows=math.ceil(rows / pieces),
-        length=row,
-        dtype=machine.dtype,
-        gradients=gradients,
-        attention="eager",
-        lora=lora,
-        recompute=spec.trainer.recompute,
-    )
     tables = shape.vocab * shape.d_model * (1 if shape.tied else 2) if whole else 0
     state = spec.trainer.state_bytes(tables=tables / max(1, adapter + learns))
     memory = peak_memory(
@@ -113,7 +96,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         trainable=adapter + learns,
         state=state,
         async_save=spec.trainer.async_save,
-        activations=activations + scores,
+        activations=_activations(spec, machine, shape, lora=lora, rows=rows, row=row, trained=trained),
         caches=4 * _WORDS * shape.d_model,
     )
     memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
@@ -134,6 +117,34 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
         slots=of.slots,
     )
+
+
+def _rows(spec: Tune, slots: int) -> tuple[int, int]:
+    """Rows of a batch, and places of a row."""
+    sample = _TEXT_TOKENS + slots
+    if not spec.packing:
+        return spec.batch_size, math.ceil(sample / _FILLED)
+    row = spec.row or max(_ROW, 2 * sample)
+    return math.ceil(spec.batch_size * sample / (_FILLED * row)), row
+
+
+def _activations(
+    spec: Tune, machine: Machine, shape: DecoderShape, *, lora: Lora | None, rows: int, row: int, trained: int
+) -> int:
+    """Live bytes of a micro-batch, with what head and loss need."""
+    pieces, gradients = spec.trainer.pieces(spec.batch_size), "through" if lora else "full"
+    kept = decoder_activations(
+        shape,
+        rows=math.ceil(rows / pieces),
+        length=row,
+        dtype=machine.dtype,
+        gradients=gradients,
+        attention="eager",
+        lora=lora,
+        recompute=spec.trainer.recompute,
+    )
+    at_once = math.ceil(trained / pieces)
+    return kept + head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=spec.trainer.head)
 
 
 def _work(

@@ -50,6 +50,7 @@ from plait.objectives.words import WordTargets
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
+from plait.stages.tuning.learning import connector_trains, gate_rates, let_media_learn
 from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.loop import fit
 from plait.training.monitor import METRICS
@@ -218,14 +219,14 @@ class _Tuning:
         spec = self.spec.frozen
         batches = self._batches(spec.steps)
         self._draw(batches)
-        self._connector_learns()
-        self._clear()
+        let_media_learn(self.built.model)
+        connector_trains(self.built.connector, drops=self.vocabulary is None)
         result = self._fit(
             "connector",
             self.built.model,
             objective=NextToken(),
             batches=batches,
-            settings=self._settings(spec, parts=self._gate_rates()),
+            settings=self._settings(spec, parts=gate_rates(self.built.model, self.spec.lr_gates)),
         )
         self.built.model.eval()
         self.show(self._done(result), "connector")
@@ -246,10 +247,10 @@ class _Tuning:
             else:
                 decoder.float().requires_grad_(requires_grad=True)
         self.built.model.to(self.compute.device)
-        self._clear()
+        connector_trains(self.built.connector, drops=self.vocabulary is None)
         decoder.train()
-        parts = dict.fromkeys(self._connector_learns(), spec.lr_connector) if spec.lr_connector else {}
-        parts |= self._gate_rates() if parts else {}
+        parts = dict.fromkeys(let_media_learn(self.built.model), spec.lr_connector) if spec.lr_connector else {}
+        parts |= gate_rates(self.built.model, self.spec.lr_gates) if parts else {}
         before = self.steps
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
@@ -463,29 +464,6 @@ class _Tuning:
         with Loader(batches, steps=settings.steps, workers=workers, events=self.events) as loader:
             ahead = OnDevice(loader, self.compute.device)
             return fit(model, objective, ahead, settings=settings, folder=place, events=self.events, hooks=hooks)
-
-    def _clear(self) -> None:
-        """Training mode for the connector; one that speaks in words from now on drops nothing."""
-        self.built.connector.train()
-        if self.vocabulary:
-            for part in self.built.connector.modules():
-                if isinstance(part, nn.Dropout):
-                    part.p = 0.0
-
-    def _connector_learns(self) -> list[str]:
-        """Let the weights learn that make pictures readable; returns the beginnings of their names."""
-        found: set[str] = set()
-        for name, weight in self.built.model.named_parameters():
-            if holds_media(name):
-                weight.requires_grad = True
-                layer, inside, _ = name.partition(".reads.")
-                found.add(f"{layer}.reads" if inside else name.split(".")[0])
-        return sorted(found)
-
-    def _gate_rates(self) -> dict[str, float]:
-        """The rate of each gate of layers that read inside the decoder, where it is another than theirs."""
-        gates = (name for name, _ in self.built.model.named_parameters() if ".reads." in name and name.endswith("gate"))
-        return dict.fromkeys(gates, self.spec.lr_gates) if self.spec.lr_gates else {}
 
     def _done(self, result: FitResult) -> int:
         self.steps += result.step
