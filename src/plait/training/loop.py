@@ -155,6 +155,8 @@ class _Run:
         """Every step that is left."""
         values: dict[str, Any] = {}
         with self.saver:
+            if self.progress.unjudged:
+                self._evaluate(stop)
             if self.progress.untold is not None:
                 self._tell(self.progress.untold, stop)
             while self.progress.step < self.settings.steps and not self._gave_up():
@@ -239,7 +241,7 @@ class _Run:
             work_s=time.perf_counter() - began,
             save_s=self.saver.take_stalled(),
         )
-        found |= {"skipped": self.progress.skipped} | self._evaluate()
+        found |= {"skipped": self.progress.skipped} | self._evaluate(stop)
         values = self.monitor.step(self.progress.step, found, cost)
         if self.progress.skipped_in_row >= settings.max_skipped_in_row:
             raise NumericsError(
@@ -284,14 +286,20 @@ class _Run:
         else:
             self._skip(kept, sums, norm=norm, ids=ids)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Ask the hook if it is time, and remember the best."""
+    def _evaluate(self, stop: StopRequest) -> dict[str, float]:
+        """Ask the hook if it is time, and remember the best; given up after a signal, it is asked when resumed."""
         settings, step = self.settings.stopping, self.progress.step
         if settings is None or self.hooks.evaluate is None or (step % settings.every and step != self.settings.steps):
             return {}
-        with rng_kept(), self._shown():
-            value = float(self.hooks.evaluate())
-        self.train_state.reset_modes()
+        self.progress.unjudged = False
+        try:
+            with rng_kept(), self._shown(), stop.patience():
+                value = float(self.hooks.evaluate())
+        except Woken:
+            self.progress.unjudged = True
+            return {}
+        finally:
+            self.train_state.reset_modes()
         best = self.progress.best
         if settings.gains(value, best[1] if best else None):
             self.progress.best, self.progress.stale = (step, value), 0

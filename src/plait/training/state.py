@@ -55,6 +55,7 @@ class Progress:
         averaged: Updates of the moving average.
         best: Step and value of the best evaluation.
         stale: Evaluations since the best one.
+        unjudged: Whether a signal ended the evaluation of the last step.
     """
 
     step: int = 0
@@ -66,6 +67,7 @@ class Progress:
     averaged: int = 0
     best: tuple[int, float] | None = None
     stale: int = 0
+    unjudged: bool = False
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plait.core.device import Compute
-from plait.core.errors import ConfigError
+from plait.core.errors import ConfigError, Stopped
 from plait.core.events import Events
 from plait.core.files import read_jsonl
 from plait.core.tensors import Batch
+from plait.training import interrupt
 from plait.training.loop import fit
 from plait.training.optim import Rates
 from plait.training.schedule import Constant
@@ -63,7 +68,12 @@ def valid(model: nn.Module) -> float:
 
 
 def train(
-    folder, *, steps: int = 300, stopping: Stopping | None = None, average: Average | None = None
+    folder,
+    *,
+    steps: int = 300,
+    stopping: Stopping | None = None,
+    average: Average | None = None,
+    evaluate: Callable[[nn.Module], float] = valid,
 ) -> tuple[nn.Module, FitResult]:
     model = network()
     settings = Settings(
@@ -78,7 +88,7 @@ def train(
     )
     hooks = Hooks(
         save_model=lambda target: save_file(model.state_dict(), target / "model.safetensors"),
-        evaluate=lambda: valid(model),
+        evaluate=lambda: evaluate(model),
     )
     result = fit(model, Fit(), Same(), settings=settings, folder=folder, events=Events(), hooks=hooks)
     return model, result
@@ -140,6 +150,27 @@ def test_a_run_cut_off_on_the_way_ends_the_same(tmp_path):
     again, rest = train(tmp_path, stopping=Stopping(every=5, patience=4))
     assert rest.resumed_from == whole.best[0]
     assert (rest.step, rest.best) == (whole.step, whole.best)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.row("S4-63")
+def test_an_evaluation_given_up_after_a_signal_is_made_when_resumed(tmp_path, monkeypatch):
+    model, whole = train(tmp_path / "whole", stopping=Stopping(every=5, patience=4))
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.1)
+    asked: list[int] = []
+
+    def slow(of: nn.Module) -> float:
+        asked.append(1)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return valid(of)
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow)
+    assert (tmp_path / "cut" / "checkpoints" / "000015").is_dir()
+    again, rest = train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow)
+    assert (rest.resumed_from, rest.step, rest.best) == (15, whole.step, whole.best)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
