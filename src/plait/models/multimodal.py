@@ -159,13 +159,14 @@ class MultimodalLM(nn.Module):
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other."""
         embedded, view = self.inputs(batch)
+        masks = packed_masks(self.decoder, batch.segment_ids, embedded.dtype)
         return self._decode(
             view,
             inputs_embeds=embedded,
-            attention_mask=packed_masks(self.decoder, batch.segment_ids, embedded.dtype),
+            attention_mask=masks,
             position_ids=positions(batch.segment_ids),
             use_cache=False,
-            **documents_for(self.decoder, batch.segment_ids),
+            **documents_for(self.decoder, batch.segment_ids, masks),
         ).last_hidden_state
 
     def prefill(self, batch: Batch) -> Decoding:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from plait.models.attention import causal_mask, positions
+from plait.models import documents
+from plait.models.attention import positions
 from plait.models.documents import NAME, Documents, documents_for, read_by_document
+from plait.models.packing import packed_masks
 
 COMMON: dict[str, Any] = {
     "vocab_size": 50,
@@ -33,8 +35,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON,
     "opt": {"vocab_size": 50, "hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"max_position_embeddings": 64, "word_embed_proj_dim": 24, "dropout": 0.0},
-    "gemma2": GROUPED | {"head_dim": 6},  # caps its scores: stays with its own attention
+    "deepseek_v3": COMMON  # values of another width than keys
+    | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    | {"v_head_dim": 6, "n_routed_experts": 2, "first_k_dense_replace": 2, "moe_intermediate_size": 8},
+    "gemma2": GROUPED | {"head_dim": 6},  # caps its scores
+    "doge": GROUPED | {"keep_window_size": 4},  # changes its mask in each layer
 }
+OWN = ("gemma2", "doge")
+"""Families that stay with their own attention."""
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 9 + [0] * 2, [1] * 16, [1, 2, 3] + [4] * 4 + [0] * 9, [0] * 16])
 
 
@@ -75,16 +83,17 @@ def decoder(family: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).double().train()
 
 
-def run(model: Any, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states of the tokens, and gradients of a random sum of them."""
+def run(model: Any, *, told: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states of the tokens, and gradients of a random sum of them; the model may be told the documents."""
     model.zero_grad()
+    masks = packed_masks(model, SEGMENTS, torch.float64)
     ids = torch.randint(50, SEGMENTS.shape, generator=torch.Generator().manual_seed(1))
     hidden = model.base_model(
         inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=causal_mask(SEGMENTS, torch.float64),
+        attention_mask=masks,
         position_ids=positions(SEGMENTS),
         use_cache=False,
-        **more,
+        **(documents_for(model, SEGMENTS, masks) if told else {}),
     ).last_hidden_state[SEGMENTS != 0]
     (
         hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -92,14 +101,29 @@ def run(model: Any, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return hidden.detach(), {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A layer that attends by document adds an entry."""
+    found: list[int] = []
+    plain = documents.attend_documents
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(documents, "attend_documents", counted)
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_values_and_gradients_are_those_of_a_mask(family: str) -> None:
+def test_values_and_gradients_are_those_of_a_mask(family: str, calls: list[int]) -> None:
     dense, by_document = decoder(family), decoder(family)
-    # Eager attention of transformers rounds its softmax to float32 even here; Gemma 2 has no other.
-    dense.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
+    # Eager attention of transformers rounds its softmax to float32 even here.
+    dense.set_attn_implementation("eager" if family in OWN else "sdpa")
     assert read_by_document(by_document)
     wanted, gradients = run(dense)
-    found, same = run(by_document, **documents_for(by_document, SEGMENTS))
+    found, same = run(by_document, told=True)
+    assert len(calls) == (0 if family in OWN else 2)  # in both layers, or in none
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
     assert gradients.keys() == same.keys()
     for name, gradient in gradients.items():
@@ -111,21 +135,21 @@ def test_values_and_gradients_are_those_of_a_mask(family: str) -> None:
 def test_no_scores_between_documents_are_kept() -> None:
     """Live bytes of backward: with a mask each row keeps t x t scores a head, by document each keeps its own square."""
 
-    def kept(model: Any, **more: Any) -> int:
+    def kept(model: Any, *, told: bool) -> int:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] * 1 and tensor.shape[-1] > 6:
+            if tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] and tensor.shape[-1] > 6:
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run(model, **more)
+            run(model, told=told)
         return sum(sizes.values())
 
     model = decoder("gpt2")
     read_by_document(model)
-    assert kept(model, **documents_for(model, SEGMENTS)) < kept(model) / 2
+    assert kept(model, told=True) < kept(model, told=False) / 2
 
 
 def test_a_window_shorter_than_a_document_keeps_the_mask() -> None:
@@ -135,7 +159,7 @@ def test_a_window_shorter_than_a_document_keeps_the_mask() -> None:
     model.set_attn_implementation("eager")
     wanted, _ = run(model)
     read_by_document(model)
-    assert run(model, **documents_for(model, SEGMENTS))[0].equal(wanted)
+    assert run(model, told=True)[0].equal(wanted)
 
 
 def test_a_family_that_attends_in_its_own_way_stays_as_it_is() -> None:
@@ -143,7 +167,7 @@ def test_a_family_that_attends_in_its_own_way_stays_as_it_is() -> None:
     model = AutoModelForCausalLM.from_config(config)
     assert not read_by_document(model)
     assert model.config._attn_implementation == "eager"
-    assert documents_for(model, SEGMENTS) == {}
+    assert documents_for(model, SEGMENTS, packed_masks(model, SEGMENTS, torch.float32)) == {}
     assert NAME not in model.config.to_json_string()
 
 
