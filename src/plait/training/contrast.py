@@ -45,12 +45,15 @@ class Share:
 
     Attributes:
         sums: Of each term over this rank's rows.
-        reached: Whether the loss depends on anything that learns, or is not finite: then there are no gradients.
-        broken: Sample ids of the micro-batches whose vectors are not finite.
+        reached: Whether the loss depends on anything that learns.
+        complete: Whether the gradients are those of all micro-batches. They are not where the loss that was to be
+            differentiated was not finite.
+        broken: Sample ids of the micro-batches that are the reason, as far as that is known.
     """
 
     sums: Mapping[str, Tensor]
     reached: bool
+    complete: bool = True
     broken: tuple[str, ...] = ()
 
 
@@ -99,7 +102,7 @@ def backward_pairwise(
     total = mesh.all_reduce_sum(loss.detach().clone())
     detached = {name: value.detach() for name, value in sums.items()}
     if not bool(total.isfinite()):
-        return Share(sums=detached, reached=True, broken=_not_finite(parts))
+        return Share(sums=detached, reached=False, complete=False, broken=_not_finite(parts))
     loss.backward()
     _hand_out(whole, parts, first=first)
     kept, reached = {name: buffer.clone() for name, buffer in _live_buffers(model).items()}, _learns(objective)

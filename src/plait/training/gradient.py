@@ -16,7 +16,7 @@ from plait.core import mesh
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
-from plait.training.contrast import backward_pairwise
+from plait.training.contrast import Share, backward_pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,15 @@ class Sums:
         loss: Weighted sum of the terms.
         terms: Each term over its global count; a term without units in this step is left out.
         counts: Global count of each term.
-        not_finite: Sample ids of the micro-batch whose loss was not finite, at which the step was broken off.
+        complete: Whether the gradients are those of the whole step. They are not where the loss of a micro-batch,
+            times the scale, was not finite on any rank: the step was broken off there.
+        not_finite: Sample ids of that micro-batch, as far as this rank knows.
     """
 
     loss: float
     terms: Mapping[str, float]
     counts: Mapping[str, float]
+    complete: bool = True
     not_finite: tuple[str, ...] = ()
 
 
@@ -81,11 +84,12 @@ def accumulate(
     weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__, scale=scale)
     if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
         share = backward_pairwise(model, objective, micro, weigh=weigh, around=around)
-        totals, reached, broken = {name: share.sums[name] for name in used}, share.reached, share.broken
     else:
-        totals, reached, broken = _each(model, objective, micro, weigh=weigh, used=used, around=around)
-    flag = next(iter(totals.values())).new_tensor(float(reached or bool(broken)))
-    if not float(mesh.all_reduce_sum(flag)):  # a rank without one trained token reaches none; the others wait for it
+        share = _each(model, objective, micro, weigh=weigh, used=used, around=around)
+    totals = {name: _wide(share.sums[name]) for name in used}
+    flags = next(iter(totals.values())).new_tensor([share.reached, not share.complete])
+    reached, broken_off = mesh.all_reduce_sum(flags).tolist()
+    if not (reached or broken_off):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
             place=type(objective).__name__,
@@ -95,7 +99,7 @@ def accumulate(
         _sum_gradients(model, objective)
     terms = {name: float(mesh.all_reduce_sum(total.clone())) / used[name] for name, total in totals.items()}
     loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
-    return Sums(loss=loss_value, terms=terms, counts=counts, not_finite=broken)
+    return Sums(loss=loss_value, terms=terms, counts=counts, complete=not broken_off, not_finite=share.broken)
 
 
 def _each(
@@ -106,8 +110,8 @@ def _each(
     weigh: Callable[[Mapping[str, Tensor]], Tensor],
     used: Mapping[str, float],
     around: Callable[[], contextlib.AbstractContextManager[object]],
-) -> tuple[dict[str, Tensor], bool, tuple[str, ...]]:
-    """Forward and backward of one micro-batch after the other: sums, whether anything learns, ids that broke it off."""
+) -> Share:
+    """Forward and backward of one micro-batch after the other, up to the first whose loss is not finite."""
     totals: dict[str, Tensor] = {}
     reached = False
     for batch in micro:
@@ -115,14 +119,14 @@ def _each(
             sums = objective(model, batch)
         loss = weigh(sums)
         for name in used:
-            term = sums[name].detach()
+            term = _wide(sums[name].detach())
             totals[name] = totals[name] + term if name in totals else term
         if not loss.isfinite():
-            return totals, reached, tuple(batch.sample_ids)
+            return Share(sums=totals, reached=reached, complete=False, broken=tuple(batch.sample_ids))
         if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
             reached = True
             loss.backward()
-    return totals, reached, ()
+    return Share(sums=totals, reached=reached)
 
 
 def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) -> None:
@@ -195,11 +199,18 @@ def _weighted(
             place=place,
             remedy="return a sum for each count",
         )
-    shares = [weights.get(name, 1.0) * (sums[name] / count) for name, count in used.items() if weights.get(name, 1.0)]
+    shares = [
+        weights.get(name, 1.0) * (_wide(sums[name]) / count) for name, count in used.items() if weights.get(name, 1.0)
+    ]
     if not shares:
         raise ConfigError("every term has weight 0", place="weights", remedy="give at least one term a weight")
     loss = functools.reduce(operator.add, shares)
     return loss * scale if scale != 1 else loss
+
+
+def _wide(value: Tensor) -> Tensor:
+    """At least float32: a loss in float16 times the first scale, 65,536, would be infinite."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _sum_gradients(model: nn.Module, objective: Objective) -> None:

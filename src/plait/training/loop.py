@@ -228,7 +228,7 @@ class _Run:
             self._buffers_back(kept)
             self.optimizer.zero_grad(set_to_none=True)
             raise
-        norm = self._clip()
+        norm = self._clip() if sums.complete else math.nan  # that of a part of the gradient says nothing
         self.progress.step += 1
         found = self._values(sums, norm=norm, factor=factor)
         self._update(kept, sums, norm=norm, ids=ids)
@@ -268,7 +268,7 @@ class _Run:
 
     def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Move the weights, or leave the update out where a number is not finite."""
-        finite = math.isfinite(sums.loss) and math.isfinite(norm)
+        finite = sums.complete and math.isfinite(sums.loss) and math.isfinite(norm)
         too_high = self.scaler is not None and math.isfinite(sums.loss) and not finite and self.scaler.scale > 1
         if self.scaler is not None and math.isfinite(sums.loss):
             self.scaler.update(finite=finite)

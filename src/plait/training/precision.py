@@ -60,8 +60,9 @@ class LossScale:
     patience: int = 2000
 
     def unscale(self, grads: Sequence[Tensor]) -> None:
-        """Divide gradients by the scale, in place."""
-        torch._foreach_div_(list(grads), self.scale)
+        """Divide gradients by the scale, in place; there may be none."""
+        if grads:
+            torch._foreach_div_(list(grads), self.scale)
 
     def update(self, *, finite: bool) -> None:
         """Adapt the scale to a step whose gradients were finite or not."""

@@ -295,7 +295,17 @@ def test_a_loss_that_is_not_finite_sends_nothing_back_and_names_its_micro_batch(
     model = dual()
     found, sums = gradients_and_sums(model, Contrastive(), pieces)
     assert not math.isfinite(sums.loss)
+    assert not sums.complete
     assert sums.not_finite == pieces[1].sample_ids
+    assert all(not g.any() for g in found.values())
+
+
+def test_a_scaled_loss_that_is_not_finite_sends_nothing_back_either() -> None:
+    pieces = cut(pairs().step_batches(0)[0], [5, 6, 3])
+    assert gradients_and_sums(dual(), Contrastive(), pieces, scale=2.0**16)[1].complete
+    found, sums = gradients_and_sums(dual(), Contrastive(), pieces, scale=1.7e308)
+    assert math.isfinite(sums.loss)
+    assert not sums.complete
     assert all(not g.any() for g in found.values())
 
 

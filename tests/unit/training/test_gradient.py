@@ -276,7 +276,43 @@ def test_a_broken_micro_batch_ends_the_step_and_is_named():
 
     sums = accumulate(Language(), Broken(), [rows((5,), seed=s) for s in range(3)], weights={})
     assert not math.isfinite(sums.loss)
+    assert not sums.complete
     assert sums.not_finite == ("s1-0",)
+
+
+def test_a_micro_batch_whose_scaled_loss_alone_is_not_finite_ends_the_step_too():
+    class Large(NextToken):
+        def __call__(self, model, batch):
+            sums = super().__call__(model, batch)
+            return sums | {"text": sums["text"] * (1e36 if batch.sample_ids[0] == "s1-0" else 1.0)}
+
+    micro = [rows((5,), seed=s) for s in range(3)]
+    assert accumulate(Language(), Large(), micro, weights={}).complete
+    sums = accumulate(Language(), Large(), micro, weights={}, scale=2.0**16)
+    assert math.isfinite(sums.loss)
+    assert not sums.complete
+    assert sums.not_finite == ("s1-0",)
+
+
+def test_a_step_that_one_rank_broke_off_is_complete_on_none(monkeypatch):
+    class Broken(NextToken):
+        def __call__(self, model, batch):
+            sums = super().__call__(model, batch)
+            return sums | {"text": sums["text"] * (float("inf") if batch.sample_ids[0] == "s1-0" else 1.0)}
+
+    models, found = [Language(), Language()], {}
+
+    def work(rank: int) -> None:
+        found[rank] = module.accumulate(models[rank], Broken(), [rows((5,), seed=rank)], weights={})
+
+    monkeypatch.setattr(module, "mesh", Ranks(2))
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[rank].complete for rank in range(2)] == [False, False]
+    assert [found[rank].not_finite for rank in range(2)] == [(), ("s1-0",)]
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

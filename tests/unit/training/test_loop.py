@@ -26,6 +26,7 @@ from plait.training.settings import Hooks, Settings
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 5
 CPU = Compute(device="cpu", dtype="float32", threads=torch.get_num_threads(), why=())
+HALF = Compute(device="cpu", dtype="float16", threads=torch.get_num_threads(), why=())
 
 
 class Language(nn.Module):
@@ -261,8 +262,8 @@ class Normed(Language):
 
 
 @pytest.mark.row("S4-60")
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "compute"), [("loss", CPU), ("gradient", CPU), ("loss", HALF)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, kind, compute):
     seen, states = [], []
     model = Normed()
     hooks = Hooks(on_step=lambda step, values: states.append(weights(model)))
@@ -275,10 +276,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, kind):
         steps=3,
         save_every=1,
         keep_last=9,
+        compute=compute,
     )
     assert_same(states[0], states[1])  # weights, running mean and variance, batch counter
     assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"])
-    assert result.skipped == 1
+    assert (result.skipped, result.overflowed) == (1, 0)
     assert [r["skipped"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 1]
     (warning,) = [e for e in seen if e.kind == "warning"]
     assert warning.fields["step"] == 2
@@ -294,22 +296,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, kind):
 
 
 @pytest.mark.row("S4-60")
-def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("compute", [CPU, HALF])
+def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, compute):
     with pytest.raises(NumericsError, match="10 steps in a row not finite") as error:
-        train(tmp_path, objective=Poisoned(range(3, 99)), steps=50, save_every=1)
+        train(tmp_path, objective=Poisoned(range(3, 99)), steps=50, save_every=1, compute=compute)
     assert error.value.exit_code == 6
     assert "000003" in error.value.remedy
     assert "s25-0" in error.value.place
     skipped = read_json(tmp_path / "not_finite.json")  # every step of the row, with the samples to look at
     assert [record["step"] for record in skipped] == list(range(4, 14))
-    assert skipped[0] == {"step": 4, "loss": "nan", "grad_norm": "0.0", "samples": ["s7-0", "s7-1", "s7-2"]}
+    assert skipped[0] == {"step": 4, "loss": "nan", "grad_norm": "nan", "samples": ["s7-0", "s7-1", "s7-2"]}
     assert str(tmp_path / "not_finite.json") in error.value.remedy
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 13
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000002", "000003"]
 
 
-def test_nine_in_a_row_do_not(tmp_path):
-    _, result = train(tmp_path, objective=Poisoned([*range(1, 10), *range(11, 20)]), steps=21)
+@pytest.mark.parametrize("compute", [CPU, HALF])
+def test_nine_in_a_row_do_not(tmp_path, compute):
+    _, result = train(tmp_path, objective=Poisoned([*range(1, 10), *range(11, 20)]), steps=21, compute=compute)
     assert result.skipped == 18
 
 

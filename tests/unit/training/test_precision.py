@@ -94,6 +94,7 @@ def test_gradients_are_divided_by_the_scale():
     LossScale(scale=4.0).unscale(grads)
     assert torch.equal(grads[0], torch.tensor([2.0, -0.5]))
     assert grads[1] == 0.75
+    LossScale().unscale([])  # of a step that was broken off before there was any
 
 
 @pytest.mark.row("S2-27")
@@ -132,7 +133,9 @@ class Numbers:
         return [Batch(token_ids=ids, labels=ids, segment_ids=ones, media={}, item_row={}, sample_ids=names)]
 
 
-def train(folder, dtype: str, *, factor: float = 1.0, steps: int = 40, **changes) -> tuple[nn.Module, FitResult]:
+def train(
+    folder, dtype: str, *, factor: float = 1.0, steps: int = 40, objective: Squares | None = None, **changes
+) -> tuple[nn.Module, FitResult]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
     settings = Settings(
@@ -141,7 +144,7 @@ def train(folder, dtype: str, *, factor: float = 1.0, steps: int = 40, **changes
         rates=Rates(lr=0.02),
         **({"schedule": Constant()} | changes),
     )
-    result = fit(model, Squares(factor), Numbers(), settings=settings, folder=folder, events=Events())
+    result = fit(model, objective or Squares(factor), Numbers(), settings=settings, folder=folder, events=Events())
     return model, result
 
 
@@ -171,6 +174,36 @@ def test_an_overflow_leaves_the_step_out_halves_the_scale_and_is_counted(tmp_pat
     over = [record["step"] for record in records if record["grad_norm"] is None]
     assert len(over) == result.overflowed
     assert records[-1]["loss"] < 0.2 * records[0]["loss"]
+
+
+def test_a_loss_in_float16_is_scaled_in_float32(tmp_path):
+    """There a loss of 1 times 2**16 would be infinite at once."""
+
+    class Half(Squares):
+        def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            x = batch.token_ids.float().view(-1, 1) / 8
+            loss = (model(x) - (3 * x).half()).square().sum()
+            assert loss.dtype == torch.float16
+            assert loss > 8  # more than 1 a row
+            return {"fit": loss}
+
+    _, result = train(tmp_path, "float16", objective=Half(), steps=5)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (result.skipped, result.overflowed) == (0, 0)
+    assert [record["loss_scale"] for record in records] == [2**16] * 5
+    assert records[-1]["loss"] < 0.95 * records[0]["loss"]
+
+
+def test_a_step_broken_off_because_its_scaled_loss_is_not_finite_is_an_overflow(tmp_path):
+    """A loss of 1e36 is a number of float32; times 2**16 it is none, and there is no gradient."""
+    start, _ = train(tmp_path / "start", "float32", steps=1, schedule=Constant(warmup=1))
+    model, result = train(tmp_path, "float16", factor=1e36, steps=3)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (result.skipped, result.overflowed) == (0, 3)
+    assert [record["loss_scale"] for record in records] == [2.0**16, 2.0**15, 2.0**14]
+    assert [record["grad_norm"] for record in records] == [None] * 3
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), start.parameters(), strict=True))
 
 
 @pytest.mark.row("S2-27")
