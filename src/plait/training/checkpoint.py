@@ -132,6 +132,18 @@ class Checkpoints:
             )
         return None
 
+    def whole(self, step: int) -> Path | None:
+        """The checkpoint of one step if it is there and verifies; a damaged one is moved to quarantine and named."""
+        folder = self.path(step)
+        if not folder.is_dir():
+            return None
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            self._quarantine(folder, error.cause)
+            return None
+        return folder
+
     def _rotate(self) -> None:
         for folder in list_checkpoints(self.folder)[: -self.keep_last]:
             if self.best is not None and int(folder.name) == self.best:

@@ -24,7 +24,7 @@ from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
 from plait.training.average import Average
-from plait.training.checkpoint import Checkpoints, check_origin, verify
+from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
@@ -327,12 +327,17 @@ class _Run:
         """Leave the model as it is best, or as it is last; returns its checkpoint."""
         used = self.settings.average is not None and self.settings.average.use
         step, best = self.progress.step, self.progress.best
-        if best is not None and best[0] != step and (path := self.checkpoints.path(best[0])).is_dir():
-            verify(path)
-            read_weights(path, self.train_state, average=used)
-            early = f"stopped early, after step {step} of {self.settings.steps}: " if self._gave_up() else ""
-            self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
-            return path
+        if best is not None and best[0] != step:
+            if (path := self.checkpoints.whole(best[0])) is not None:
+                read_weights(path, self.train_state, average=used)
+                early = f"stopped early, after step {step} of {self.settings.steps}: " if self._gave_up() else ""
+                self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
+                return path
+            self.events.warning(
+                f"the checkpoint of the best step, {best[0]}, is damaged or missing: the model is that of step {step}; "
+                f"to have the best one (evaluation {best[1]:.6g}), put a good copy back and resume",
+                step=best[0],
+            )
         if self.average is not None and used:
             self.average.copy_to_model()
         return self.checkpoints.path(step)

@@ -74,6 +74,8 @@ def train(
     stopping: Stopping | None = None,
     average: Average | None = None,
     evaluate: Callable[[nn.Module], float] = valid,
+    told: dict[int, dict] | None = None,
+    seen: list | None = None,
 ) -> tuple[nn.Module, FitResult]:
     model = network()
     settings = Settings(
@@ -89,8 +91,10 @@ def train(
     hooks = Hooks(
         save_model=lambda target: save_file(model.state_dict(), target / "model.safetensors"),
         evaluate=lambda: evaluate(model),
+        on_step=lambda step, values: told.update({step: dict(values)}) if told is not None else None,
     )
-    result = fit(model, Fit(), Same(), settings=settings, folder=folder, events=Events(), hooks=hooks)
+    events = Events(listeners=(seen.append,) if seen is not None else ())
+    result = fit(model, Fit(), Same(), settings=settings, folder=folder, events=events, hooks=hooks)
     return model, result
 
 
@@ -151,6 +155,31 @@ def test_a_run_cut_off_on_the_way_ends_the_same(tmp_path):
     assert rest.resumed_from == whole.best[0]
     assert (rest.step, rest.best) == (whole.step, whole.best)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.row("S4-63")
+def test_without_a_whole_best_checkpoint_the_run_ends_with_the_last_model_and_says_so(tmp_path):
+    _, first = train(tmp_path, stopping=Stopping(every=5, patience=4))
+    assert first.best is not None
+    best, copy = first.checkpoint, tmp_path / "copy"
+    shutil.copytree(best, copy)
+    last = load_file(tmp_path / "checkpoints" / f"{first.step:06d}" / "model.safetensors")
+    (best / "model.safetensors").write_bytes(b"cut")
+
+    for damaged in (True, False):
+        seen: list = []
+        model, result = train(tmp_path, stopping=Stopping(every=5, patience=4), seen=seen)
+        warnings = [event.text for event in seen if event.kind == "warning"]
+        assert any(text.startswith(f"checkpoint {best.name} is damaged") for text in warnings) == damaged
+        assert f"the model is that of step {first.step}" in warnings[-1]
+        assert (result.step, result.best, result.checkpoint.name) == (first.step, first.best, f"{first.step:06d}")
+        assert torch.equal(model[0].weight, last["0.weight"])
+        assert not best.exists()
+    assert (tmp_path / "checkpoints" / "quarantine" / best.name / "model.safetensors").read_bytes() == b"cut"
+
+    shutil.copytree(copy, best)  # as the warning says
+    model, result = train(tmp_path, stopping=Stopping(every=5, patience=4))
+    assert (result.checkpoint, valid(model)) == (best, first.best[1])
 
 
 @pytest.mark.row("S4-63")
