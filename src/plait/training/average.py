@@ -26,7 +26,13 @@ class Average:
         self._weights = dict(weights)
         self._decay = decay
         self.updates = 0
+        self._means: dict[str, Tensor] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin anew, with the values that the weights have now."""
         self._means = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self.updates = 0
 
     @property
     def decay(self) -> float:

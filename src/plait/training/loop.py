@@ -329,7 +329,8 @@ class _Run:
         step, best = self.progress.step, self.progress.best
         if best is not None and best[0] != step:
             if (path := self.checkpoints.whole(best[0])) is not None:
-                read_weights(path, self.train_state, average=used)
+                then = read_state(path)["settings"].get("average")  # it may have been taken up or dropped since
+                read_weights(path, self.train_state, average=bool(then and then["use"]))
                 early = f"stopped early, after step {step} of {self.settings.steps}: " if self._gave_up() else ""
                 self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
                 return path
@@ -428,6 +429,15 @@ class _Run:
         self.events.note(text, step=step, signal=stop.signal)
         raise Stopped(stop.signal, text)
 
+    def _resume_average(self, average: Average, found: Path) -> None:
+        """Go on with the average of a checkpoint, or begin one where none was kept until now."""
+        if means := read_average(found):
+            average.restore(means, updates=self.progress.averaged)
+            return
+        average.begin()
+        self.progress.averaged = 0
+        self.events.note(f"{found.name} has no moving average: it begins with the weights of step {self.progress.step}")
+
     def _resume(self) -> None:
         found = self.checkpoints.newest()
         if found is None:
@@ -437,7 +447,7 @@ class _Run:
         if isinstance(self.batches, StatefulBatches):
             self.batches.restore(read_batches(found))
         if self.average is not None:
-            self.average.restore(read_average(found), updates=self.progress.averaged)
+            self._resume_average(self.average, found)
         if self.scaler is not None and self.progress.scale:
             self.scaler.scale, self.scaler.good = self.progress.scale
         self.saver.found(found, step=self.progress.step)

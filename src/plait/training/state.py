@@ -264,22 +264,26 @@ def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.
 
 
 def read_weights(folder: Path, train_state: TrainState, *, average: bool) -> None:
-    """Put back only the trained weights and buffers of a checkpoint, or the average in their place.
+    """Put back only the trained weights and buffers of a checkpoint, or the average in their place if it has one.
 
     Raises:
         CheckpointError: They are not those of this model; nothing was changed then.
     """
     saved, present = _read_tensors(folder / WEIGHTS), train_state.tensors()
     if average:
-        saved |= _read_tensors(folder / AVERAGE)
+        saved |= read_average(folder)
     _same_tensors(saved, present, folder / WEIGHTS)
     for name, tensor in saved.items():
         present[name].copy_(tensor)
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:
-    """The moving average of a checkpoint."""
-    return _read_tensors(folder / AVERAGE)
+    """The moving average of a checkpoint; nothing if none was kept.
+
+    Raises:
+        CheckpointError: The file changed since it was verified.
+    """
+    return _read_tensors(folder / AVERAGE) if (folder / AVERAGE).is_file() else {}
 
 
 def read_batches(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 
 import pytest
@@ -12,9 +13,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plait.core.device import Compute
+from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.tensors import Batch
 from plait.training.average import Average
+from plait.training.checkpoint import accepting
 from plait.training.loop import fit
 from plait.training.optim import Rates
 from plait.training.schedule import Constant
@@ -98,18 +101,25 @@ class Steps:
 
 
 def train(
-    folder, *, average: AverageSpec | None, seen: list | None = None, broken: int = -1
+    folder,
+    *,
+    average: AverageSpec | None,
+    seen: list | None = None,
+    broken: int = -1,
+    steps: int = 8,
+    said: list | None = None,
 ) -> tuple[nn.Module, FitResult]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     settings = Settings(
-        steps=8, compute=CPU, rates=Rates(lr=0.1), schedule=Constant(), save_every=4, keep_last=9, average=average
+        steps=steps, compute=CPU, rates=Rates(lr=0.1), schedule=Constant(), save_every=4, keep_last=9, average=average
     )
     hooks = Hooks(
         save_model=lambda target: save_file(model.state_dict(), target / "model.safetensors"),
         on_step=lambda step, _: seen.append(model.weight.detach().clone()) if seen is not None else None,
     )
-    result = fit(model, Toward(broken), Steps(), settings=settings, folder=folder, events=Events(), hooks=hooks)
+    events = Events(listeners=(said.append,) if said is not None else ())
+    result = fit(model, Toward(broken), Steps(), settings=settings, folder=folder, events=events, hooks=hooks)
     return model, result
 
 
@@ -154,6 +164,28 @@ def test_it_goes_on_to_the_bit(tmp_path):
         for key, value in load_file(second.checkpoint / "resume" / name).items():
             # beartype, which checks types here, draws from Python's generator itself.
             assert key == "python" or torch.equal(value, tensors[key]), (name, key)
+
+
+def test_an_average_that_a_run_takes_up_later_begins_with_the_weights_it_has_then(tmp_path):
+    plain: list[torch.Tensor] = []
+    train(tmp_path / "raw", average=None, seen=plain)
+    train(tmp_path / "late", average=None, steps=4)
+    with pytest.raises(ConfigError, match="average") as error:
+        train(tmp_path / "late", average=AverageSpec(decay=0.5))
+    keys = re.findall(r"--accept ([\w.]+)", error.value.remedy)
+    assert set(keys) == {"average.decay", "average.use"}
+    shown: list[torch.Tensor] = []
+    said: list = []
+    with accepting(keys):
+        model, result = train(tmp_path / "late", average=AverageSpec(decay=0.5), seen=shown, said=said)
+    assert result.resumed_from == 4
+    assert any("000004 has no moving average: it begins with the weights of step 4" in event.text for event in said)
+    mean = plain[3].clone()
+    for step, weight in enumerate(plain[4:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weight
+        torch.testing.assert_close(shown[step], mean)
+    assert torch.equal(model.weight, shown[-1])
 
 
 def test_a_step_that_is_left_out_does_not_enter(tmp_path):
