@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from plait.core.errors import ResourceError
 from plait.core.events import Events
 from plait.core.snapshot import Snapshot
 from plait.training.checkpoint import Checkpoints
@@ -83,7 +84,8 @@ class Saver:
             before: Makes durable what a checkpoint must never be ahead of.
 
         Raises:
-            ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
+            ResourceError: The disk is full or not writable, or the system gives no thread; earlier checkpoints are
+                untouched.
             CheckpointError: What was written does not read back; earlier checkpoints are untouched.
         """
         self.wait()
@@ -98,10 +100,7 @@ class Saver:
             else:
                 with self._snapshot.taking():
                     write(temp)
-                self._done.clear()
-                self._job, rest = job, folder.pop_all()
-                # A daemon: a second signal ends the process without it.
-                threading.Thread(target=self._finish, args=(job, rest, before), name="checkpoint", daemon=True).start()
+                self._start(job, folder, before)
         job.stalled = time.perf_counter() - began
         self._stalled += job.stalled
         if not self._beside:
@@ -138,6 +137,24 @@ class Saver:
         """Seconds for which training waited since this was last asked."""
         seconds, self._stalled = self._stalled, 0.0
         return seconds
+
+    def _start(self, job: _Job, folder: contextlib.ExitStack, before: Callable[[], None]) -> None:
+        """Hand the folder over to a thread; it is on its way only once that runs."""
+        rest = folder.pop_all()
+        self._done.clear()
+        # A daemon: a second signal ends the process without it.
+        thread = threading.Thread(target=self._finish, args=(job, rest, before), name="checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            folder.push(rest)  # which clears it away
+            raise ResourceError(
+                f"cannot write beside training: {error}",
+                place=str(self._checkpoints.path(job.step)),
+                remedy="end other programs, raise the limit of threads (ulimit -u) or set async_save to false, "
+                "then `plait resume` the run",
+            ) from error
+        self._job = job
 
     def _finish(self, job: _Job, folder: contextlib.ExitStack, before: Callable[[], None]) -> None:
         try:

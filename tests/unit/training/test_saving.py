@@ -113,6 +113,28 @@ def test_what_does_not_read_back_is_the_same_error(tmp_path: Path, monkeypatch: 
         train(tmp_path)
 
 
+def test_a_thread_that_cannot_be_started_is_an_error_not_a_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "checkpoint" and (tmp_path / "checkpoints" / "000002").is_dir():
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="can't start new thread") as error:
+            train(tmp_path)
+    assert "async_save" in error.value.remedy
+    assert "000003" in error.value.place
+    assert names(tmp_path) == ["000001", "000002"]
+    train(tmp_path / "whole")
+    assert train(tmp_path).resumed_from == 2
+    assert {k: v for k, v in files(tmp_path / "whole").items() if "/000006/" in k}.items() <= files(tmp_path).items()
+
+
 class Broken(Stream):
     def step_batches(self, step: int) -> list[Batch]:
         if step == 3:
