@@ -63,10 +63,12 @@ class StopRequest:
         """Let the first signal end the block at once: for work that can be given up, such as waiting for data.
 
         Raises:
-            Woken: A signal came.
+            Woken: A signal came, in the block or before it.
         """
         self._wake = True
         try:
+            if self.signal:
+                raise Woken
             yield
         finally:
             self._wake = False

@@ -136,7 +136,6 @@ class _Run:
         self.scaler = LossScale() if settings.compute.dtype == "float16" else None
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
         self.folder = folder
-        self.skipped: list[dict[str, Any]] = []
         self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
         self.progress = Progress()
         seed_everything(settings.seed)
@@ -155,10 +154,7 @@ class _Run:
         """Every step that is left."""
         values: dict[str, Any] = {}
         with self.saver:
-            if self.progress.unjudged:
-                self._evaluate(stop)
-            if self.progress.untold is not None:
-                self._tell(self.progress.untold, stop)
+            self._catch_up(stop)
             while self.progress.step < self.settings.steps and not self._gave_up():
                 self.saver.check()
                 rng_back = rng_restorer()
@@ -188,6 +184,18 @@ class _Run:
             resumed_from=self.resumed_from,
             values=values,
         )
+
+    def _catch_up(self, stop: StopRequest) -> None:
+        """Evaluate and tell the step that a signal ended, as if nothing had happened."""
+        progress = self.progress
+        if progress.unjudged and (found := self._evaluate(stop)):
+            self.monitor.amend(progress.step, found)
+            if progress.untold is not None:
+                progress.untold |= found
+        if progress.untold is not None and not stop:
+            self._tell(progress.untold, stop)
+        if stop:
+            self._stop(stop)
 
     def _fetch(self, stop: StopRequest) -> tuple[Sequence[Batch], float]:
         """The next step's batches and the seconds they took; a signal ends the wait, since nothing is half done."""
@@ -247,10 +255,13 @@ class _Run:
             raise NumericsError(
                 f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
                 place=f"step {self.progress.step}, samples {named(ids)}",
-                remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.skipped)}; "
+                remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.progress.broken)}; "
                 f"the last good state is {self.saver.last_good()}",
             )
-        self._tell(values, stop)
+        if self.progress.unjudged:
+            self.progress.untold = values  # told with its evaluation, when resumed
+        else:
+            self._tell(values, stop)
         return values
 
     def _tell(self, values: Mapping[str, Any], stop: StopRequest) -> None:
@@ -276,7 +287,7 @@ class _Run:
         if finite:
             self.optimizer.step()
             self.progress.skipped_in_row = 0
-            self.skipped.clear()
+            self.progress.broken.clear()
             if self.average is not None:
                 self.average.update()
                 self.progress.averaged = self.average.updates
@@ -289,9 +300,9 @@ class _Run:
     def _evaluate(self, stop: StopRequest) -> dict[str, float]:
         """Ask the hook if it is time, and remember the best; given up after a signal, it is asked when resumed."""
         settings, step = self.settings.stopping, self.progress.step
+        self.progress.unjudged = False
         if settings is None or self.hooks.evaluate is None or (step % settings.every and step != self.settings.steps):
             return {}
-        self.progress.unjudged = False
         try:
             with rng_kept(), self._shown(), stop.patience():
                 value = float(self.hooks.evaluate())
@@ -366,7 +377,7 @@ class _Run:
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         culprits = sums.not_finite or tuple(ids)
-        self.skipped.append(
+        self.progress.broken.append(
             {"step": self.progress.step, "loss": str(sums.loss), "grad_norm": str(norm), "samples": list(culprits)}
         )
         self.events.warning(

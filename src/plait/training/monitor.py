@@ -107,10 +107,25 @@ class Monitor:
         shown = full | {"memory_mb": round(full["memory_bytes"] / 1e6), "eta_s": self._eta.after(step)}
         self.events.progress(self.plan.task, step, self.plan.total, **shown)
         if step % self.plan.log_every == 0 or step == self.plan.total:
-            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in full.items()}
-            self._append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._append(_line(full))
             self._open.clear()
         return full
+
+    def amend(self, step: int, found: Mapping[str, float]) -> None:
+        """Add to the last record what was found out after it was written; nothing if that step has none.
+
+        Raises:
+            ResourceError: The disk is full or not writable; the file is as before.
+        """
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        if last.get("step") != step:
+            return
+        measured = [name for name in ("samples", "tokens", *TIMING) if name in last and name not in found]
+        first = {name: value for name, value in last.items() if name not in measured}
+        rest = {name: value for name, value in last.items() if name in measured}
+        write_atomic(path, "".join(lines[:-1]) + _line(first | found | rest))
 
     def sync(self) -> None:
         """Make what was recorded durable; call it before a checkpoint, which must never be ahead of its metrics."""
@@ -164,6 +179,11 @@ def write_skipped(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     """Write ``not_finite.json``: the steps left out in a row that ended a run, each with the samples to look at."""
     write_json(folder / NOT_FINITE, records)
     return folder / NOT_FINITE
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class _Eta:

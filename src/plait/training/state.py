@@ -48,7 +48,8 @@ class Progress:
         step: Finished steps; also the data cursor, since the order of the data is a pure function of the step.
         skipped: Steps whose update was left out because a number was not finite.
         skipped_in_row: How many of these were the last ones.
-        untold: Values of the last step if a signal ended the caller's hook before it was done with them.
+        broken: Those last ones, each with its numbers and samples.
+        untold: Values of the last step if a signal came before the caller's hook was done with them.
         overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
         scale: Of float16: factor of the loss, and steps without overflow since it changed
             (:class:`plait.training.precision.LossScale`).
@@ -61,6 +62,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+    broken: list[dict[str, Any]] = field(default_factory=list)
     untold: dict[str, Any] | None = None
     overflowed: int = 0
     scale: tuple[float, int] | None = None

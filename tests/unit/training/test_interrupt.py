@@ -89,6 +89,14 @@ def test_time_runs_from_the_signal_not_from_the_block() -> None:
         assert time.monotonic() - began < 10
 
 
+def test_a_signal_that_came_before_ends_a_wait_at_once() -> None:
+    with stop_requests() as stop:
+        ask()
+        with pytest.raises(Woken), stop.wake():
+            until(20)
+        until(0.01)  # and nothing is raised afterwards
+
+
 def test_a_second_signal_ends_it_at_once() -> None:
     with stop_requests() as stop, pytest.raises(Stopped, match="at once"), stop.patience():
         asked(2)

@@ -42,6 +42,19 @@ def test_rates_come_from_the_costs(tmp_path):
     assert set(record) - TIMING == {"step", "loss", "samples", "tokens"}
 
 
+def test_what_is_found_out_later_joins_the_record_of_its_step_alone(tmp_path):
+    run(tmp_path, 3, log_every=2, total=3)
+    before = read_jsonl(tmp_path / "metrics.jsonl")
+    monitor = run(tmp_path, 0, at=3, log_every=2, total=3)
+    monitor.amend(2, {"evaluation": 9.0})  # not the last one
+    assert read_jsonl(tmp_path / "metrics.jsonl") == before
+    for value in (0.5, float("inf")):
+        monitor.amend(3, {"evaluation": value})
+    after = read_jsonl(tmp_path / "metrics.jsonl")
+    assert after == [before[0], before[1] | {"evaluation": None}]
+    assert list(after[1])[:4] == ["step", "loss", "evaluation", "samples"]
+
+
 def test_mfu_is_left_out_where_a_rate_is_unknown(tmp_path):
     run(tmp_path, 1, flops_per_token=1e6)
     assert "mfu" not in read_jsonl(tmp_path / "metrics.jsonl")[0]

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from plait.core.files import read_jsonl
 from plait.core.tensors import Batch
 from plait.training import interrupt
 from plait.training.loop import fit
+from plait.training.monitor import TIMING
 from plait.training.optim import Rates
 from plait.training.schedule import Constant
 from plait.training.settings import FitResult, Hooks, Settings, Stopping
@@ -96,6 +97,11 @@ def train(
     events = Events(listeners=(seen.append,) if seen is not None else ())
     result = fit(model, Fit(), Same(), settings=settings, folder=folder, events=events, hooks=hooks)
     return model, result
+
+
+def lasting(records: Iterable[dict]) -> list[dict]:
+    """Without what tells about the machine."""
+    return [{key: value for key, value in record.items() if key not in TIMING} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +190,10 @@ def test_without_a_whole_best_checkpoint_the_run_ends_with_the_last_model_and_sa
 
 @pytest.mark.row("S4-63")
 def test_an_evaluation_given_up_after_a_signal_is_made_when_resumed(tmp_path, monkeypatch):
-    model, whole = train(tmp_path / "whole", stopping=Stopping(every=5, patience=4))
+    expected: dict[int, dict] = {}
+    model, whole = train(tmp_path / "whole", stopping=Stopping(every=5, patience=4), told=expected)
     monkeypatch.setattr(interrupt, "GRACE_S", 0.1)
+    told: dict[int, dict] = {}
     asked: list[int] = []
 
     def slow(of: nn.Module) -> float:
@@ -196,11 +204,58 @@ def test_an_evaluation_given_up_after_a_signal_is_made_when_resumed(tmp_path, mo
         return valid(of)
 
     with pytest.raises(Stopped):
-        train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow)
+        train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow, told=told)
     assert (tmp_path / "cut" / "checkpoints" / "000015").is_dir()
-    again, rest = train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow)
+    assert max(told) == 14  # the step is told with its evaluation or not at all
+    again, rest = train(tmp_path / "cut", stopping=Stopping(every=5, patience=4), evaluate=slow, told=told)
     assert (rest.resumed_from, rest.step, rest.best) == (15, whole.step, whole.best)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    records = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole")]
+    assert lasting(records[0]) == lasting(records[1])
+    assert list(records[0][14]) == list(records[1][14])  # the fields' order, too
+    assert lasting(told.values()) == lasting(expected.values())
+    assert "evaluation" in told[15]
+
+
+def test_a_signal_while_a_resumed_step_is_evaluated_stops_before_the_next_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.1)
+    told: dict[int, dict] = {}
+    asked: list[int] = []
+
+    def signalled(of: nn.Module) -> float:
+        asked.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if len(asked) == 1:
+            time.sleep(60)
+        return valid(of)
+
+    stopping = Stopping(every=5)
+    for _ in range(2):
+        with pytest.raises(Stopped, match="after step 5 of 300, which is saved"):
+            train(tmp_path, stopping=stopping, evaluate=signalled, told=told)
+        assert max(told) == 4
+    assert len(asked) == 2
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 5
+    _, result = train(tmp_path, stopping=stopping, steps=10, told=told)
+    assert (result.resumed_from, list(told)) == (5, list(range(1, 11)))
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "evaluation" in r] == [5, 10]
+
+
+def test_a_step_that_is_no_longer_to_be_evaluated_is_told_and_so_are_the_next(tmp_path, monkeypatch):
+    """The last step of a run is evaluated; that of a longer one is not."""
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.1)
+    told: dict[int, dict] = {}
+
+    def endless(_: nn.Module) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return 0.0
+
+    with pytest.raises(Stopped):
+        train(tmp_path, steps=3, stopping=Stopping(every=5), evaluate=endless, told=told)
+    _, result = train(tmp_path, steps=6, stopping=Stopping(every=5), told=told)
+    assert (result.resumed_from, list(told)) == (3, [1, 2, 3, 4, 5, 6])
+    assert [step for step, values in told.items() if "evaluation" in values] == [5, 6]
 
 
 @pytest.mark.row("S4-63")
