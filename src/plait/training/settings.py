@@ -214,7 +214,8 @@ class FitResult:
     """Result of :func:`plait.training.loop.fit`.
 
     Attributes:
-        checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated, else the last.
+        checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated and that one is
+            whole, else the last.
         step: Finished steps.
         skipped: Steps whose update was left out because a number was not finite.
         overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
