@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_run import VOCABULARY, Epochs, files, names, rows, tiny_model, train
+from tests.tiny_run import VOCABULARY, Counted, Epochs, files, names, rows, tiny_model, train
 from torch import nn
 
-from plait.core.errors import CheckpointError, ConfigError, ResourceError, Stopped
+from plait.core.errors import CheckpointError, ConfigError, NumericsError, ResourceError, Stopped
 from plait.core.files import read_json, read_jsonl
 from plait.core.tensors import Batch
 from plait.training import checkpoint, loop
@@ -138,6 +138,25 @@ def test_an_old_checkpoint_still_loads_every_tensor(tmp_path: Path) -> None:
     held = {f"{name}/{key}": v for name, w in model.named_parameters() for key, v in optimizer.state[w].items()}
     assert moments.keys() == held.keys()
     assert all(torch.equal(held[name], value) for name, value in moments.items())
+
+
+class Poisoned(Counted):
+    """From the fourth step on the loss is not a number."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        bad = int(batch.sample_ids[0].split("-")[0]) >= 3
+        return {"text": super().__call__(model, batch)["text"] * (float("nan") if bad else 1.0)}
+
+
+@pytest.mark.row("S4-60")
+def test_the_steps_that_were_not_finite_are_all_listed_also_after_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="after step 7"):
+        train(tmp_path, objective=Poisoned(), on_step=stop_after(7), steps=50)
+    with pytest.raises(NumericsError, match="10 steps in a row"):
+        train(tmp_path, objective=Poisoned(), steps=50)
+    records = read_json(tmp_path / "not_finite.json")
+    assert [record["step"] for record in records] == list(range(4, 14))
+    assert records[0]["samples"] == ["3-0", "3-1"]
 
 
 # --- what differs --------------------------------------------------------------------------------------------------

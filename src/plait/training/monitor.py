@@ -125,7 +125,7 @@ class Monitor:
         measured = [name for name in ("samples", "tokens", *TIMING) if name in last and name not in found]
         first = {name: value for name, value in last.items() if name not in measured}
         rest = {name: value for name, value in last.items() if name in measured}
-        write_atomic(path, "".join(lines[:-1]) + _line(first | found | rest))
+        write_atomic(path, "".join(lines[:-1]) + _line({**first, **found, **rest}))
 
     def sync(self) -> None:
         """Make what was recorded durable; call it before a checkpoint, which must never be ahead of its metrics."""

@@ -311,17 +311,6 @@ def test_ten_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, c
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000002", "000003"]
 
 
-@pytest.mark.row("S4-60")
-def test_the_steps_of_a_row_are_all_listed_also_after_a_resume(tmp_path):
-    with pytest.raises(Stopped, match="after step 7"):
-        train(tmp_path, objective=Poisoned(range(3, 99)), hooks=Hooks(on_step=interrupt_at(7)), steps=50)
-    with pytest.raises(NumericsError, match="10 steps in a row"):
-        train(tmp_path, objective=Poisoned(range(3, 99)), steps=50)
-    records = read_json(tmp_path / "not_finite.json")
-    assert [record["step"] for record in records] == list(range(4, 14))
-    assert records[0]["samples"] == ["s7-0", "s7-1", "s7-2"]
-
-
 @pytest.mark.parametrize("compute", [CPU, HALF])
 def test_nine_in_a_row_do_not(tmp_path, compute):
     _, result = train(tmp_path, objective=Poisoned([*range(1, 10), *range(11, 20)]), steps=21, compute=compute)
