@@ -261,8 +261,9 @@ def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.
     for name, tensor in saved.items():
         present[name].copy_(tensor)
     optimizer.load_state_dict(state)
+    progress = Progress.read(record)  # before the generators: beartype, which checks types in tests, draws from one
     set_rng_state(_read_tensors(folder / RNG), record["rng"])
-    return Progress.read(record)
+    return progress
 
 
 def read_weights(folder: Path, train_state: TrainState, *, average: bool) -> None:
