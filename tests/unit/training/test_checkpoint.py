@@ -98,7 +98,8 @@ def test_everything_comes_back_to_the_bit(tmp_path, spec):
 
     other, fresh, blank = trained(spec, steps=1, seed=5)
     other.base.load_state_dict(model.base.state_dict())
-    assert restore_state(folder, fresh, blank) == Progress(step=3, skipped=2, skipped_in_row=1)
+    expected = Progress(step=3, skipped=2, skipped_in_row=1)
+    assert restore_state(folder, fresh, blank) == expected
     assert draw() == numbers
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
