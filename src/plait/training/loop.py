@@ -23,7 +23,7 @@ from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
-from plait.training.average import Average
+from plait.training.average import MovingAverage as Average
 from plait.training.checkpoint import Checkpoints, check_origin, verify
 from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
