@@ -205,6 +205,7 @@ def test_the_plan_knows_how_many_scores_are_held() -> None:
     assert held["cpu"] // 4 - many == SCORES // 1_000 * 1_000
     assert held["cuda"] == held["mps"]
     assert held["cuda"] - held["cpu"] == pytest.approx(4 * (ACCELERATED - 1) * SCORES, rel=1e-3)
+    assert cost._WIDE == WIDE
 
 
 def test_how_many_scores_are_held_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
