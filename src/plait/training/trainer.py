@@ -47,8 +47,8 @@ class Trainer(Spec):
     recompute: Literal["none", "full", "selective"] = "none"
     """What Transformer blocks keep for the backward pass: `none` recomputes nothing; `full` keeps a block's input alone
     and runs the block again; `selective` keeps the results of wide matrix products and of fused attention, too; not
-    together with `compile`. Gradients are the same bits. Not for pretrain with frozen towers, whose heads have no
-    blocks; tune's phase `words`, in which no Transformer learns, does without."""
+    together with `compile`. Gradients are the same bits. Pretrain refuses it where no
+    Transformer learns (heads on frozen towers, convolutions); tune's phase `words` does without."""
     compile: bool = False
     """Compile Transformer blocks while training (torch.compile): takes up to a minute at the start of a phase, and a
     C++ compiler. Results differ by rounding. Where there are blocks: as `recompute`."""

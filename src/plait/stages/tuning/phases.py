@@ -53,6 +53,7 @@ from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
 from plait.stages.tuning.learning import connector_trains, gate_rates, let_media_learn
 from plait.stages.tuning.vocabulary import read_vocabulary
+from plait.training.computed import computed
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
 from plait.training.settings import FitResult, Hooks, Settings
@@ -162,6 +163,8 @@ class _Tuning:
         longest = max(len(c.rendered) for c in self.conversations)  # which may be one that no step draws
         self.row = spec.row or row_length([*last.lengths(), [longest]])
         self.steps = 0
+        with computed(self.built.model, self._settings(spec.adapt), events=Events()):
+            pass  # a decoder without blocks, a compiler that is not there: said before the first phase, too
 
     def start_from(self, queries: Path) -> None:
         """Let the connector begin where the pretrain stage's Q-Former ended."""
