@@ -129,7 +129,7 @@ def test_an_old_checkpoint_still_loads_every_tensor(tmp_path: Path) -> None:
         for weight in model.parameters():
             weight.zero_()
     trainee = TrainState(model)
-    optimizer = AdamW().build(trainee.weights, trainee.norms, rates=Rates(lr=0.05))
+    optimizer = AdamW().build(trainee.weights, trainee.roles, rates=Rates(lr=0.05))
     assert restore_state(old, trainee, optimizer) == Progress(step=4)
     saved = load_file(old / "resume/weights.safetensors")
     assert saved.keys() == dict(model.named_parameters()).keys()
@@ -167,6 +167,7 @@ def test_settings_newer_than_a_checkpoint_go_on_at_their_defaults_and_are_refuse
     del state["settings"]["optimizer"]["nesterov"], state["settings"]["optimizer"]["layer_decay"]
     del state["settings"]["context"]["packing"], state["settings"]["async_save"], state["settings"]["defaults"]
     write_json(folder / "resume/state.json", state)
+    (folder / "manifest.json").unlink()
     checkpoint.write_manifest(folder, step=3)
     with pytest.raises(ConfigError, match=r"1 settings.*optimizer\.nesterov: not set -> true"):
         train(tmp_path / "cut", **how | {"optimizer": SGD(momentum=0.9, nesterov=True)})
@@ -188,7 +189,7 @@ def test_another_batch_size_is_refused_with_both_values(tmp_path: Path) -> None:
 def test_another_number_format_or_shape_names_the_tensors_and_changes_nothing(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
     trainee = TrainState(tiny_model().double())
-    optimizer = AdamW().build(trainee.weights, trainee.norms, rates=Rates(lr=0.05))
+    optimizer = AdamW().build(trainee.weights, trainee.roles, rates=Rates(lr=0.05))
     before = {name: value.clone() for name, value in trainee.weights.items()}
     with pytest.raises(CheckpointError, match=r"0\.bias: saved float32 \[8\], model has float64 \[8\]"):
         restore_state(tmp_path / "checkpoints/000003", trainee, optimizer)
@@ -199,7 +200,7 @@ def test_an_optimizer_state_without_its_weight_is_named(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
     trainee = TrainState(tiny_model())
     some = {name: weight for name, weight in trainee.weights.items() if name != "0.bias"}
-    optimizer = AdamW().build(some, trainee.norms, rates=Rates(lr=0.05))
+    optimizer = AdamW().build(some, trainee.roles, rates=Rates(lr=0.05))
     with pytest.raises(CheckpointError, match=r"state is of 1 weights that do not train now: 0\.bias"):
         restore_state(tmp_path / "checkpoints/000003", trainee, optimizer)
 
