@@ -17,11 +17,11 @@ from tests.tiny_run import VOCABULARY, Counted, Epochs, files, names, rows, tiny
 from torch import nn
 
 from plait.core.errors import CheckpointError, ConfigError, NumericsError, ResourceError, Stopped
-from plait.core.files import read_json, read_jsonl
+from plait.core.files import read_json, read_jsonl, write_json
 from plait.core.tensors import Batch
 from plait.training import checkpoint, loop
 from plait.training.checkpoint import accepting, verify
-from plait.training.optim import AdamW, Rates
+from plait.training.optim import SGD, AdamW, Rates
 from plait.training.state import Progress, TrainState, restore_state
 
 STEPS = 6
@@ -174,6 +174,29 @@ def test_a_changed_setting_is_refused_with_both_values_and_goes_on_with_consent(
         assert train(tmp_path, seen=seen, **faster).resumed_from == 3
     assert any("and accepted: optimizer.lr: 0.05 -> 0.5" in e.text for e in seen if e.kind == "warning")
     assert train(tmp_path, **faster).resumed_from == STEPS  # the new value is the checkpoint's own now
+
+
+def test_settings_newer_than_a_checkpoint_go_on_at_their_defaults_and_are_refused_otherwise(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"optimizer": SGD(momentum=0.9), "context": {"data": "a", "packing": True}}
+    how["context_defaults"] = {"packing": True}
+    train(tmp_path / "whole", **how)
+    stopped(tmp_path / "cut", 3, **how)
+    folder = tmp_path / "cut/checkpoints/000003"
+    state = read_json(folder / "resume/state.json")
+    del state["settings"]["optimizer"]["nesterov"], state["settings"]["optimizer"]["layer_decay"]
+    del state["settings"]["context"]["packing"], state["settings"]["async_save"], state["settings"]["defaults"]
+    write_json(folder / "resume/state.json", state)
+    (folder / "manifest.json").unlink()
+    checkpoint.write_manifest(folder, step=3)
+    with pytest.raises(ConfigError, match=r"1 settings.*optimizer\.nesterov: not set -> true"):
+        train(tmp_path / "cut", **how | {"optimizer": SGD(momentum=0.9, nesterov=True)})
+    with pytest.raises(ConfigError, match=r"context\.packing: not set -> false"):
+        train(tmp_path / "cut", **how | {"context": {"data": "a", "packing": False}})
+    seen: list[Any] = []
+    assert train(tmp_path / "cut", seen=seen, **how).resumed_from == 3
+    assert not any("setting changed" in event.text for event in seen)
+    last = {name: data for name, data in files(tmp_path / "whole").items() if "/000006/" in name}
+    assert last.items() <= files(tmp_path / "cut").items()
 
 
 def test_another_batch_size_is_refused_with_both_values(tmp_path: Path) -> None:

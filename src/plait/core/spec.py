@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema, NoDefault
-from pydantic_core import core_schema
+from pydantic_core import core_schema, to_jsonable_python
 
 from plait.core.catalogue import Catalogue
 from plait.core.check import Check
@@ -111,6 +111,30 @@ class Resolved(Generic[S]):
 def to_yaml(spec: Spec) -> str:
     """A spec as YAML that loads to the same spec."""
     return write_text(spec.model_dump(mode="json"))
+
+
+def defaults(spec: Spec) -> dict[str, Any]:
+    """What stands where nobody sets anything, as plain data, by dotted path.
+
+    Within a spec that holds another one, the inner defaults are those of its own type, also where the outer default
+    differs from them: what an inner setting was before there was one, whoever holds it.
+
+    Example:
+        >>> class Inner(Spec):
+        ...     rate: float = 0.1
+        >>> class Outer(Spec):
+        ...     inner: Inner = Inner(rate=0.5)
+        >>> defaults(Outer())
+        {'inner': {'rate': 0.5}, 'inner.rate': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for name, field in type(spec).model_fields.items():
+        if not field.is_required() and not field.default_factory_takes_validated_data:
+            found[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+        value = getattr(spec, name)
+        if isinstance(value, Spec):
+            found |= {f"{name}.{inner}": default for inner, default in defaults(value).items()}
+    return found
 
 
 @cache

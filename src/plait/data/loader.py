@@ -14,17 +14,18 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from plait.core.errors import ConfigError, DataError, PlaitError
 from plait.core.events import Events
-from plait.core.protocols import Batches
+from plait.core.protocols import Batches, StatefulBatches
 from plait.core.tensors import Batch
 
 TIMEOUT_S = 300.0
@@ -78,7 +79,8 @@ class Loader:
         events: Told when a worker had to be replaced.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range; or workers are to make the batches of a source that holds a state, which
+            may not be asked ahead of the model.
     """
 
     def __init__(
@@ -96,6 +98,12 @@ class Loader:
                 raise ConfigError(f"{name} is {value}", place=name, remedy=f"set it to {least} or more")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s}", place="timeout_s", remedy="set it above 0")
+        if workers and isinstance(batches, StatefulBatches):
+            raise ConfigError(
+                f"workers is {workers}, but {type(batches).__name__} holds a state, which is of the step at hand",
+                place="workers",
+                remedy="set workers to 0",
+            )
         self.batches, self.steps, self.workers, self.ahead = batches, steps, workers, ahead
         self.timeout_s = timeout_s
         self._events = events or Events()
@@ -138,6 +146,15 @@ class Loader:
         if self._next == self.steps and self._stream is not None:
             self._stream.end()
         return found
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The source's state; nothing if it has none."""
+        return self.batches.state() if isinstance(self.batches, StatefulBatches) else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the source its state back."""
+        if isinstance(self.batches, StatefulBatches):
+            self.batches.restore(tensors)
 
     def close(self) -> None:
         """End the workers; a step that is asked for later starts new ones."""

@@ -16,11 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from plait.models.head_room import scores_held
 from plait.models.output_head import Widened
-
-SCORES = 2**25
-"""Scores that are held at once on a CPU: 128 MiB in float32. An accelerator wants larger products: eight times as
-many."""
 
 
 def fuses(head: nn.Module) -> bool:
@@ -42,7 +39,7 @@ def token_logprobs(
         head: A plain linear layer, of any format; its bias counts.
         hidden: Hidden states of the positions that predict.
         targets: The token that came after each.
-        scores: Scores held at once; 0 takes :data:`SCORES`.
+        scores: Scores held at once; 0 takes :func:`plait.models.head_room.scores_held`.
 
     Raises:
         TypeError: The head is none of :func:`fuses`.
@@ -53,7 +50,7 @@ def token_logprobs(
     bias = None if head.bias is None else head.bias.to(wide)
     # A head that learns in 16 bits is widened whole, so that its gradient arrives; a frozen one piece by piece.
     weight = head.weight.to(wide) if head.weight.requires_grad else head.weight
-    room = scores or (SCORES if hidden.device.type == "cpu" else 8 * SCORES)
+    room = scores or scores_held(hidden.device.type)
     rows = max(1, room // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         learns = torch.is_grad_enabled()

@@ -14,7 +14,9 @@ from plait.core.errors import DataError
 from plait.core.estimate import Estimate, Machine, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
+from plait.core.spec import defaults
 from plait.core.yamltext import Keys
+from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, Task, named_setting
 from plait.training.schedule import Cosine
 from plait.training.trainer import Trainer
@@ -187,7 +189,8 @@ class Align(Stage):
             frozen_dtype=machine.dtype,
             trainable=weights,
             state=state,
-            activations=kept + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head),
+            activations=kept
+            + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head, device=machine.device),
             async_save=self.trainer.async_save,
         )
         tokens = (self.steps + passes + scored) * rows * length
@@ -327,12 +330,10 @@ class Align(Stage):
         events: Events,
     ) -> FitResult:
         from plait.assembly.multimodal import save_multimodal
-        from plait.data.loader import Loader
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
-        from plait.training.loop import fit
-        from plait.training.settings import Hooks, OnDevice
+        from plait.training.settings import Hooks
 
         shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
 
@@ -358,9 +359,16 @@ class Align(Stage):
         built.model.eval()
         built.model.training = True
         objective = DirectPreference(reference, beta=self.beta)
-        with Loader(batches, steps=settings.steps, workers=self.trainer.workers, events=events) as loader:
-            ahead = OnDevice(loader, settings.compute.device)
-            return fit(built.model, objective, ahead, settings=settings, folder=folder, events=events, hooks=hooks)
+        return fit_ahead(
+            built.model,
+            objective,
+            batches,
+            workers=self.trainer.workers,
+            settings=settings,
+            folder=folder,
+            events=events,
+            hooks=hooks,
+        )
 
     def _scores(
         self,
@@ -409,6 +417,7 @@ class Align(Stage):
             weights=dict.fromkeys(DirectPreference.REPORTED, 0.0),
             save_every=self.save_every,
             context={**context, **origin},
+            context_defaults=defaults(self),
         ).with_trainer(self.trainer, lr=self.lr)
 
 

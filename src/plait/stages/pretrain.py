@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
-from plait.core.spec import Derived
+from plait.core.spec import Derived, defaults
 from plait.core.yamltext import Keys
-from plait.models.specs import Part, QFormerShape, ScratchImage
+from plait.models.specs import EfficientNetLite, Part, QFormerShape, ResNet, ScratchImage
 from plait.report import names
+from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, named_setting
 from plait.stages.voices import Voices
 from plait.training.optim import AdamW
@@ -181,6 +182,15 @@ class Pretrain(Stage):
             self.trainer.check_whole(stage="a Q-Former, which judges pairs of the whole batch,")
         return self
 
+    @model_validator(mode="after")
+    def _computable(self) -> Pretrain:
+        self.trainer.check_no_head(stage="the pretrain stage")
+        tower = self.image_tower
+        if self.qformer is None and isinstance(tower, str | ResNet | EfficientNetLite):
+            heads = "a pair of heads on frozen towers" if isinstance(tower, str) else f"a {tower.kind}"
+            self.trainer.check_no_blocks(learns=heads)
+        return self
+
     @property
     def tower_name(self) -> str:
         """The picture tower as a person reads it."""
@@ -258,8 +268,7 @@ class Pretrain(Stage):
         # How long to train and how often to save may change when a run is resumed; the loop sees to them itself, and
         # records what the trainer says.
         mutable = {"steps", "epochs", "save_every", "device", "trainer"}
-        unused = {name for name in ("qformer", "spoken") if getattr(self, name) is None}  # once there were none
-        context = self.model_dump(mode="json", exclude=mutable | unused)
+        context = self.model_dump(mode="json", exclude=mutable)
         # Under these names older runs recorded them.
         context |= {"weight_decay": self.trainer.optimizer.weight_decay, "warmup": self.trainer.schedule.warmup}
         return Settings(
@@ -268,6 +277,7 @@ class Pretrain(Stage):
             seed=self.seed,
             save_every=self.save_every,
             context=context | {"towers": list(towers), "data": data},
+            context_defaults=defaults(self),
         ).with_trainer(self.trainer, lr=self.lr)
 
     def steps_for(self, pairs: int) -> int:
@@ -365,11 +375,9 @@ class Pretrain(Stage):
         import torch
 
         from plait.assembly.dual import save_dual
-        from plait.data.loader import Loader
         from plait.objectives.contrastive import Contrastive
         from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
-        from plait.training.loop import fit
-        from plait.training.settings import Hooks, OnDevice
+        from plait.training.settings import Hooks
 
         check_pairs(len(pairs.ids), folder)
         batches = self._batches(pairs)
@@ -385,9 +393,16 @@ class Pretrain(Stage):
         workers = self.trainer.workers
         if workers:  # which have no GPU
             batches = batches.to(torch.device("cpu"))
-        with Loader(batches, steps=settings.steps, workers=workers, events=events) as loader:
-            ahead = OnDevice(loader, settings.compute.device)
-            return fit(dual.model, Contrastive(), ahead, settings=settings, folder=folder, events=events, hooks=hooks)
+        return fit_ahead(
+            dual.model,
+            Contrastive(),
+            batches,
+            workers=workers,
+            settings=settings,
+            folder=folder,
+            events=events,
+            hooks=hooks,
+        )
 
     def _batches(self, pairs: Pairs) -> PairBatches:
         from plait.core import mesh

@@ -165,7 +165,7 @@ class Tune(Stage):
     trainer: Trainer = Trainer(schedule=Cosine(warmup=0.08))
     """Optimizer, schedule and what else is common to all training; the phases say how long and how fast. `micro_batch`
     is of the second and third phase: the packed rows of a step are dealt into `batch_size / micro_batch` parts, of one
-    row at least."""
+    row at least; the first one takes its pictures whole, and has nothing to recompute or compile."""
     batch_size: int = Field(default=24, ge=1)
     """Questions a step, in the second and third phase."""
     row: int = Field(default=0, ge=0)
@@ -179,7 +179,7 @@ class Tune(Stage):
     them: less padding and shorter attention where lengths differ much. 1 only fits the rows to each batch; 0 gives all
     batches the same rows."""
     save_every: int = Field(default=40, ge=0)
-    """Steps between checkpoints; 0 saves only the last step of each phase."""
+    """Steps between checkpoints; 0 saves only the last step of each phase, as the short phase `words` always does."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where it is trained: `auto`, `cpu`, `cuda` or `mps`."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class MovingAverage:
     """Holds ``a <- d a + (1 - d) w``, with ``d = min(decay, (1 + t) / (10 + t))`` at update ``t`` (from 0).
 
     Buffers (running means of batch norm) are not averaged.

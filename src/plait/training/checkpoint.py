@@ -29,6 +29,9 @@ QUARANTINE = "quarantine"
 _DELETED = re.compile(r"\.\d+\.deleted")
 _PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
 
+DEFAULTS = "defaults"
+"""Name in the recorded settings under which stands, by dotted path, what each is where nobody sets it."""
+
 FREE_TO_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "keep_last", "async_save", "max_skipped_in_row", "stopping.patience"}
 )
@@ -247,7 +250,8 @@ def accepting(keys: Iterable[str]) -> Generator[None]:
 def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
     """Compare the run that wrote a checkpoint with the one that wants to continue it.
 
-    Says which free settings changed, and warns of others that were accepted and of another machine or libraries.
+    Says which free settings changed, and warns of others that were accepted and of another machine or libraries. A
+    setting newer than the checkpoint is no change while it is at its default.
 
     Raises:
         ConfigError: Settings outside :data:`FREE_TO_CHANGE` changed that :func:`accepting` does not name; lists each
@@ -284,10 +288,41 @@ def check_origin(checkpoint: Path, now: Origin, *, events: Events) -> None:
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted key → ``key: old -> new`` for every leaf that differs."""
-    old, new = _leaves(then), _leaves(now)
+    """Dotted key → ``key: old -> new`` for every leaf that differs.
+
+    Args:
+        then: Settings of the checkpoint. What they lack is newer than it.
+        now: Settings of the run, with their defaults under :data:`DEFAULTS`; newer ones at these are left out.
+    """
+    then, defaults = _without_defaults(then), now.get(DEFAULTS, {})
+    old, new = _leaves(then), _leaves(_known(_without_defaults(now), then, defaults))
     keys = [*old, *(k for k in new if k not in old)]
     return {k: f"{k}: {_shown(old, k)} -> {_shown(new, k)}" for k in keys if _shown(old, k) != _shown(new, k)}
+
+
+def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != DEFAULTS}
+
+
+def _known(
+    now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[str, Any], *, prefix: str = ""
+) -> dict[str, Any]:
+    """``now`` without what ``then`` has not and nobody set."""
+    found: dict[str, Any] = {}
+    for name, value in now.items():
+        path = f"{prefix}{name}"
+        if name in then:
+            inner = then[name]
+            both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+            found[name] = _known(value, inner, defaults, prefix=f"{path}.") if both else value
+        elif path not in defaults or _plain(defaults[path]) != _plain(value):
+            found[name] = value
+    return found
+
+
+def _plain(value: Any) -> str:
+    """As text in which a tuple is a list and the order of a mapping is nothing."""
+    return json.dumps(value, ensure_ascii=False, default=str, sort_keys=True)
 
 
 def _free(key: str) -> bool:
@@ -297,7 +332,7 @@ def _free(key: str) -> bool:
 
 def _free_of(settings: Mapping[str, Any]) -> list[str]:
     """Names of settings that may change and are there; "steps" is none if some part of the run has steps of its own."""
-    keys = _leaves(settings)
+    keys = _leaves(_without_defaults(settings))
     bound = {key.rpartition(".")[2] for key in keys if not _free(key)}
     return sorted({key.rpartition(".")[2] for key in keys if _free(key)} - bound)
 

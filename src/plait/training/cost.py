@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.core.estimate import Machine
+from plait.models.head_room import scores_held
 
 Gradients = Literal["none", "through", "full"]
 """What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
@@ -54,9 +55,6 @@ EFFICIENCY: dict[str, tuple[float, float]] = {"float32": (0.40, 0.85), "bfloat16
 SmolLM2's shape, 16 to 64 rows of 20 tokens, seen here: 0.45 to 0.86 in float32; 0.08 to 0.56 in bfloat16, where AMX
 makes products so fast that everything else dominates (0.22 to 0.30 on a quiet machine).
 """
-
-HEAD_SCORES = 2**25
-"""Scores that :mod:`plait.models.fused_head` holds at once."""
 
 _WIDENED = 2_048  # words of a 16-bit head that are widened at once
 _WIDE = 64  # products over so many numbers or more are kept by selective recomputation
@@ -346,7 +344,8 @@ def head_bytes(
     dtype: str,
     gradients: Gradients = "through",
     head: Literal["fused", "full"] = "fused",
-    scores: int = HEAD_SCORES,
+    device: str = "cpu",
+    scores: int = 0,
 ) -> int:
     """Peak live bytes of output head and loss in a training step.
 
@@ -360,7 +359,8 @@ def head_bytes(
         dtype: Format of the hidden states and of a frozen head; one that learns has float32 masters.
         gradients: Of the head: ``full`` where it learns.
         head: How it is computed: :mod:`plait.models.fused_head`, or all scores at once.
-        scores: Scores held at once.
+        device: Where; it says how many scores are held at once.
+        scores: Scores held at once, instead; 0 takes the device's.
     """
     if head == "full":
         return logits_bytes(shape, positions, gradients=gradients)
@@ -368,7 +368,7 @@ def head_bytes(
     states = positions * shape.d_model
     wide = 0 if dtype == "float32" else states
     piece = min(_WIDENED, shape.vocab) * shape.d_model if wide and not learned else 0
-    room = min(positions, max(1, scores // shape.vocab)) * shape.vocab
+    room = min(positions, max(1, (scores or scores_held(device)) // shape.vocab)) * shape.vocab
     return 4 * (states + learned + max(wide + piece + room, wide * bool(learned) + states + learned))
 
 

@@ -23,7 +23,7 @@ from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, StatefulBatches
 from plait.core.tensors import Batch
-from plait.training.average import Average
+from plait.training.average import MovingAverage
 from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
@@ -132,7 +132,7 @@ class _Run:
         )
         self.average = None
         if settings.average:
-            self.average = Average(self.train_state.weights, decay=settings.average.decay)
+            self.average = MovingAverage(self.train_state.weights, decay=settings.average.decay)
         self.scaler = LossScale() if settings.compute.dtype == "float16" else None
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
         self.folder = folder
@@ -440,7 +440,7 @@ class _Run:
         self.events.note(text, step=step, signal=stop.signal)
         raise Stopped(stop.signal, text)
 
-    def _resume_average(self, average: Average, found: Path) -> None:
+    def _resume_average(self, average: MovingAverage, found: Path) -> None:
         """Go on with the average of a checkpoint, or begin one where none was kept until now."""
         if means := read_average(found):
             average.restore(means, updates=self.progress.averaged)

@@ -62,9 +62,13 @@ class Rates:
             )
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for the checkpoint; what is newer than some checkpoints only where it is used."""
-        newer = {} if self.layer_decay == 1 else {"layer_decay": self.layer_decay}
-        return {"lr": self.lr, "parts": dict(self.parts), "no_decay": list(self.no_decay)} | newer
+        """As plain data, for the checkpoint."""
+        return {
+            "lr": self.lr,
+            "parts": dict(self.parts),
+            "no_decay": list(self.no_decay),
+            "layer_decay": self.layer_decay,
+        }
 
 
 class _Optimizer(Spec):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
 from plait.core.protocols import Batches, StatefulBatches
+from plait.core.spec import defaults
 from plait.core.tensors import Batch
+from plait.training.checkpoint import DEFAULTS
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
 from plait.training.trainer import Average, Trainer
@@ -94,6 +96,9 @@ class Settings:
         recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
         compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
         context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
+        context_defaults: What stands in it where nobody sets anything, by dotted path
+            (:func:`plait.core.spec.defaults`): a run goes on with a setting that is newer than its checkpoint, while
+            that is at its default.
     """
 
     steps: int
@@ -115,6 +120,7 @@ class Settings:
     recompute: Literal["none", "full", "selective"] = "none"
     compile: bool = False
     context: Mapping[str, Any] = field(default_factory=dict)
+    context_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "log_every": 1, "save_every": 0, "keep_last": 1, "max_skipped_in_row": 1}
@@ -165,10 +171,7 @@ class Settings:
         """
         how = {"head", "recompute", "compile"}
         skip = how | {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
-        # Checkpoints from before there was a setting have none: it is named where it is used.
-        newer = {"average": self.average.model_dump(mode="json")} if self.average else {}
-        if self.stopping:
-            newer["stopping"] = asdict(self.stopping)
+        skip |= {"context_defaults"}
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in skip},
             "dtype": self.compute.dtype,
@@ -176,8 +179,26 @@ class Settings:
             "schedule": self.schedule.model_dump(mode="json"),
             "weights": dict(self.weights),
             "context": dict(self.context),
-            **newer,
+            **({"average": self.average.model_dump(mode="json")} if self.average else {}),
+            **({"stopping": asdict(self.stopping)} if self.stopping else {}),
+            DEFAULTS: self._defaults(),
         }
+
+    def _defaults(self) -> dict[str, Any]:
+        """Dotted path → what stands there in :meth:`plain` where nobody sets anything."""
+        inner = {
+            "optimizer": defaults(self.optimizer) | _defaults_of(self.rates),
+            "schedule": defaults(self.schedule),
+            "average": defaults(self.average) if self.average else {},
+            "stopping": _defaults_of(self.stopping) if self.stopping else {},
+            "context": {n: v for n, v in self.context_defaults.items() if n.partition(".")[0] in self.context},
+        }
+        own = {name: value for name, value in _defaults_of(self).items() if name not in inner}
+        return own | {f"{group}.{name}": value for group, found in inner.items() for name, value in found.items()}
+
+
+def _defaults_of(settings: Settings | Rates | Stopping) -> dict[str, Any]:
+    return {item.name: item.default for item in fields(settings) if item.default is not MISSING}
 
 
 def _nothing(_: Path) -> None: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.core.spec import Spec
 from plait.training.optim import AdamW, Optimizer
@@ -42,15 +42,16 @@ class Trainer(Spec):
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
     head: Literal["fused", "full"] = "fused"
-    """Loss over a vocabulary: `fused` goes through the scores of some positions after the others and keeps none;
-    `full` computes all at once. Values and gradients are equal."""
+    """Loss over a vocabulary, in tune and align (pretrain leaves no choice): `fused` goes through the scores of some
+    positions after the others and keeps none; `full` computes all at once. Values and gradients are equal."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What Transformer blocks keep for the backward pass: `none` recomputes nothing; `full` keeps a block's input alone
-    and runs the block again; `selective` keeps the results of wide matrix products and of fused attention, too.
-    Gradients are the same bits."""
+    and runs the block again; `selective` keeps the results of wide matrix products and of fused attention, too; not
+    together with `compile`. Gradients are the same bits. Pretrain refuses it where no
+    Transformer learns (heads on frozen towers, convolutions); tune's phase `words` does without."""
     compile: bool = False
     """Compile Transformer blocks while training (torch.compile): takes up to a minute at the start of a phase, and a
-    C++ compiler. Results differ by rounding."""
+    C++ compiler. Results differ by rounding. Where there are blocks: as `recompute`."""
     workers: int = Field(default=0, ge=0)
     """Processes that make batches ahead while training is at work; 0 makes each batch when it is its turn. Batches and
     their order are the same for any number. It pays where batches take long to make (`data_wait` in `metrics.jsonl`)
@@ -64,6 +65,15 @@ class Trainer(Spec):
     async_save: bool = False
     """Write checkpoints beside training, from a copy of the state in host memory: a step waits only while it is copied.
     It takes as much more memory as a checkpoint has bytes."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Trainer:
+        if self.compile and self.recompute == "selective":
+            raise ValueError(
+                "recompute is selective and compile is true: it chooses among operations, of which a compiled block "
+                "has one; set recompute to full or none, or compile to false"
+            )
+        return self
 
     def pieces(self, batch_size: int) -> int:
         """Micro-batches that a batch of so many samples comes in."""
@@ -79,6 +89,28 @@ class Trainer(Spec):
             raise ValueError(
                 f"trainer.micro_batch is {self.micro_batch}: {stage} takes its batches whole; lower batch_size instead"
             )
+
+    def check_no_head(self, *, stage: str) -> None:
+        """See that no head is chosen, for a stage without a choice.
+
+        Raises:
+            ValueError: ``head`` is not the default.
+        """
+        if self.head != "fused":
+            raise ValueError(f"trainer.head is {self.head}: {stage} leaves no choice of head; take it out")
+
+    def check_no_blocks(self, *, learns: str) -> None:
+        """See that nothing is to be done with Transformer blocks, where none learns.
+
+        Args:
+            learns: What does.
+
+        Raises:
+            ValueError: ``recompute`` or ``compile`` is set.
+        """
+        if self.compile or self.recompute != "none":
+            name, value, off = ("compile", "true", "false") if self.compile else ("recompute", self.recompute, "none")
+            raise ValueError(f"trainer.{name} is {value}: {learns} learns, without Transformer blocks; set {off}")
 
     def state_bytes(self, *, tables: float = 0.0) -> float:
         """Bytes that the optimizer and the average keep of each trained float32 weight, for large matrices.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,26 @@ from plait.core.tensors import IGNORE, Batch
 from plait.data.loader import Loader
 from plait.training.loop import fit
 from plait.training.monitor import TIMING
-from plait.training.settings import Hooks, Settings
+from plait.training.settings import Hooks, OnDevice, Settings
 
 STEPS = 6
+
+
+class Counting(Stream):
+    """Holds how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = torch.zeros((), dtype=torch.long)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        self.asked = self.asked + 1
+        return super().step_batches(step)
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return {"asked": self.asked}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.asked = tensors["asked"]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -92,6 +110,26 @@ def test_numbers_out_of_range(given: dict[str, int], place: str) -> None:
     assert caught.value.place == place
     with pytest.raises(ConfigError, match="timeout_s is 0"):
         Loader(Stream(), steps=1, timeout_s=0.0)
+
+
+def test_the_state_of_a_source_goes_through_the_loader_and_back() -> None:
+    source = Counting()
+    with Loader(source, steps=STEPS) as loader:
+        ahead = OnDevice(loader, "cpu")
+        ahead.step_batches(0)
+        kept = {name: value.clone() for name, value in ahead.state().items()}
+        ahead.step_batches(1)
+        ahead.restore(kept)
+    assert source.asked.item() == kept["asked"].item() == 1
+    with Loader(Stream(), steps=STEPS) as loader:
+        OnDevice(loader, "cpu").restore({})
+        assert OnDevice(loader, "cpu").state() == {}
+
+
+def test_a_source_with_a_state_is_not_asked_ahead() -> None:
+    with pytest.raises(ConfigError, match="Counting holds a state") as caught:
+        Loader(Counting(), steps=STEPS, workers=1)
+    assert caught.value.place == "workers"
 
 
 def test_a_step_beyond_the_last_one() -> None:

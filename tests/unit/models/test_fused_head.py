@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plait.models.fused_head import SCORES, fuses, token_logprobs
+from plait.models import fused_head
+from plait.models.fused_head import fuses, token_logprobs
+from plait.models.head_room import ACCELERATED, SCORES
 from plait.models.output_head import float32_scores
 from plait.models.recompute import WIDE
 from plait.training import cost
@@ -196,5 +198,20 @@ def test_what_is_kept_has_the_width_of_the_hidden_states() -> None:
 
 
 def test_the_plan_knows_how_many_scores_are_held() -> None:
-    assert cost.HEAD_SCORES == SCORES
+    """Of a head that learns nothing, in float32: hidden states, and the scores that the device is given room for."""
+    shape = cost.DecoderShape(layers=1, d_model=1, d_ff=1, heads=1, kv_heads=1, vocab=1_000)
+    many = 10**6
+    held = {device: cost.head_bytes(shape, many, dtype="float32", device=device) for device in ("cpu", "cuda", "mps")}
+    assert held["cpu"] // 4 - many == SCORES // 1_000 * 1_000
+    assert held["cuda"] == held["mps"]
+    assert held["cuda"] - held["cpu"] == pytest.approx(4 * (ACCELERATED - 1) * SCORES, rel=1e-3)
     assert cost._WIDE == WIDE
+
+
+def test_how_many_scores_are_held_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, targets = drawn(600, 16, 3_000, dtype=torch.float32)
+    asked: list[str] = []
+    monkeypatch.setattr(fused_head, "scores_held", lambda device: asked.append(device) or 60_000)
+    with torch.no_grad(), Largest() as largest:
+        token_logprobs(head, hidden, targets)
+    assert (asked, largest.numbers) == (["cpu"], 60_000)

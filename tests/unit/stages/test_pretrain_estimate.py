@@ -57,6 +57,19 @@ def test_names_said_aloud_cost_a_head_and_their_sounds():
     assert more.home_bytes > hearing.home_bytes > base.home_bytes
 
 
+def test_checkpoints_beside_training_hold_a_copy_of_all_heads():
+    """Weights and two moments of each trained number, the third head's, too."""
+    for spoken in (None, SpokenNames()):
+        within, beside = (
+            Pretrain(spoken=spoken, trainer=Pretrain().trainer.model_copy(update={"async_save": on})).estimate(
+                MACHINE, {"data": DATA}
+            )
+            for on in (False, True)
+        )
+        copy = beside.memory["caches"] - within.memory["caches"]
+        assert copy == pytest.approx(12 * within.params_trainable, abs=2)
+
+
 def test_the_audio_tower_has_the_size_of_whisper_tiny():
     import torch
     from transformers import WhisperConfig

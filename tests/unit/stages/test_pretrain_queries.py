@@ -165,13 +165,13 @@ def test_tunes_connector_begins_with_the_weights_of_the_first_stage(
     first = pretrain(data_stage, spec(tiny_folders))
     trained = load_file(checkpoint(first) / "model.safetensors")
     begun: list[dict[str, torch.Tensor]] = []
-    fit = phases.fit
+    fit = phases.fit_ahead
 
     def watched(model: Any, *rest: Any, **more: Any) -> Any:
         begun.append({name: value.clone() for name, value in model.connectors["image"].state_dict().items()})
         return fit(model, *rest, **more)
 
-    monkeypatch.setattr(phases, "fit", watched)
+    monkeypatch.setattr(phases, "fit_ahead", watched)
     folder, said = tune(first, tune_spec(tiny_folders))
     taken = {name: value for name, value in begun[0].items() if not name.startswith("out.")}
     assert set(begun[0]) - set(taken) == {"out.weight", "out.bias"}
@@ -255,15 +255,6 @@ def test_a_start_that_no_stage_can_give_is_refused() -> None:
     parts = {"encoders": {"image": {"kind": "vit"}}, "connectors": {"image": connector}}
     with pytest.raises(ValueError, match="only a recipe has a pretrain stage"):
         Composition.model_validate(parts)
-
-
-def test_a_dual_encoders_checkpoints_tell_of_no_qformer() -> None:
-    from plait.core.device import setup
-
-    compute = setup(device="cpu", dtype="float32")
-    assert "qformer" not in Pretrain().settings(compute, 1, towers=["a"], data="b").context
-    chosen = Pretrain.model_validate({"qformer": SHAPE})
-    assert chosen.settings(compute, 1, towers=["a"], data="b").context["qformer"]["queries"] == 3
 
 
 def test_the_estimate_counts_the_weights_that_learn() -> None:

@@ -183,6 +183,18 @@ def test_the_trainer_reaches_every_phase(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(folder).items())
 
 
+def test_what_no_phase_can_compute_is_said_before_the_first(
+    data_stage: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: str) -> None:
+        raise ResourceError("there is no compiler", place="trainer.compile")
+
+    monkeypatch.setattr("plait.models.compiled._require_compiler", missing)
+    with pytest.raises(ResourceError, match="no compiler"):
+        tune(data_stage, spec(tiny_folders, trainer={"compile": True}))
+    assert not any((data_stage.parent / "02-tune" / phase).exists() for phase in PHASES)
+
+
 def test_without_a_cache_it_learns_the_same(data_stage: Path, tiny_folders: Folders) -> None:
     cached = tune(data_stage, spec(tiny_folders))
     fresh = tune(data_stage, spec(tiny_folders, cache=False), "02-fresh")

@@ -16,7 +16,7 @@ from plait.core.device import Compute
 from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.tensors import Batch
-from plait.training.average import Average
+from plait.training.average import MovingAverage
 from plait.training.checkpoint import accepting
 from plait.training.loop import fit
 from plait.training.optim import Rates
@@ -37,7 +37,7 @@ def walk(model: nn.Module, steps: int) -> None:
 @pytest.mark.row("S4-63")
 def test_once_warm_it_is_torchs():
     model = nn.Linear(3, 4)
-    ours = Average(dict(model.named_parameters()), decay=0.9)
+    ours = MovingAverage(dict(model.named_parameters()), decay=0.9)
     ours.updates = 1000  # past the warm-up
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     theirs.update_parameters(model)  # the first one copies
@@ -52,7 +52,7 @@ def test_once_warm_it_is_torchs():
 @pytest.mark.row("S4-63")
 def test_the_decay_warms_up():
     weight = nn.Parameter(torch.zeros(()))
-    average = Average({"w": weight}, decay=0.5)
+    average = MovingAverage({"w": weight}, decay=0.5)
     expected = 0.0
     for step in range(12):
         weight.data.fill_(float(step))
@@ -65,7 +65,7 @@ def test_the_decay_warms_up():
 
 def test_inside_the_block_the_model_has_the_average_and_then_its_own_weights_again():
     model = nn.Linear(2, 2)
-    average = Average(dict(model.named_parameters()), decay=0.9)
+    average = MovingAverage(dict(model.named_parameters()), decay=0.9)
     walk(model, 1)
     own, mean = model.weight.detach().clone(), average.tensors()["weight"].clone()
     with average.in_place():

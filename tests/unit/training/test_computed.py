@@ -122,7 +122,13 @@ def test_compiled_decoders_attend_under_one_mask_and_by_document_again_afterward
     assert model.decoder.config._attn_implementation == NAME  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a compiled block has one") as caught:
-        trained(tmp_path, compile=True, recompute="selective")
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="of which a compiled block has one"):
+        Trainer(compile=True, recompute="selective")
+    settings = Settings(steps=3, compute=CPU, compile=True, recompute="selective")  # from Python, past the recipe
+    with (
+        pytest.raises(ConfigError, match="a compiled block has one") as caught,
+        module.computed(language(), settings, events=Events()),
+    ):
+        pass
     assert caught.value.place == "trainer.recompute"

@@ -276,7 +276,7 @@ def test_the_best_is_the_first_that_nothing_beats_by_the_least_gain(values, gain
     best: float | None = None
     for value in values:
         if stopping.gains(value, best):
-            assert best is None or (value - best if higher else best - value) > gain or gain == 0
+            assert best is None or (value - best if higher else best - value) >= gain
             best = value
         elif best is not None and not math.isnan(value):
             assert (value <= best + gain) if higher else (value >= best - gain)

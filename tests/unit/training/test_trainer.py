@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
 from plait.core.estimate import Machine
-from plait.core.spec import Resolved
+from plait.core.spec import Resolved, defaults
 from plait.recipes.recipe import Recipe, load_recipe
 from plait.stages.align import Align
 from plait.stages.pretrain import Pretrain
 from plait.stages.tune import Tune
+from plait.training.checkpoint import changed_settings
 from plait.training.optim import SGD, AdamW, Rates
 from plait.training.roles import Roles
 from plait.training.schedule import Cosine, Linear
@@ -48,7 +50,7 @@ def test_the_loop_gets_what_the_recipe_says():
     assert (settings.steps, settings.seed) == (5, 7)
     assert settings.plain()["optimizer"] == {
         "kind": "sgd", "momentum": 0.5, "weight_decay": 0.2, "lr": 0.3, "parts": {"a": 0.1}, "no_decay": [],
-        "nesterov": False,
+        "nesterov": False, "layer_decay": 1.0,
     }  # fmt: skip
 
 
@@ -141,16 +143,102 @@ def test_old_and_new_place_at_once_is_a_fault(load):
         load(stages="{align: {warmup: 0.2, trainer: {schedule: {warmup: 0.1}}}}")
 
 
-def test_a_run_of_before_finds_its_settings_unchanged():
-    """What a checkpoint recorded before there was a trainer is what these defaults record; else none could go on."""
-    settings = Pretrain().settings(CPU, 10, towers=["a"], data="b").plain()
-    assert settings["optimizer"] == {
+# What a pretrain stage recorded before there was a trainer.
+BEFORE: dict[str, Any] = {
+    "steps": 10, "seed": 0, "clip_norm": 1.0, "log_every": 1, "save_every": 25, "keep_last": 2,
+    "max_skipped_in_row": 10, "dtype": "float32", "weights": {},
+    "optimizer": {
         "kind": "adamw", "lr": 1e-3, "parts": {}, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1,
         "no_decay": [],
-    }  # fmt: skip
-    assert (settings["schedule"], settings["clip_norm"]) == ({"kind": "cosine", "warmup": 0.05, "floor": 0.0}, 1.0)
-    assert (settings["context"]["warmup"], settings["context"]["weight_decay"]) == (0.05, 0.1)
-    assert "trainer" not in settings["context"]
+    },
+    "schedule": {"kind": "cosine", "warmup": 0.05, "floor": 0.0},
+    "context": {
+        "kind": "pretrain", "seed": 0, "image_tower": "efficientnet-lite0", "resolution": 160, "text_tower": "minilm",
+        "max_tokens": 128, "tower_dtype": "auto", "keywords": True, "d_hidden": 1024, "d_shared": 512, "dropout": 0.3,
+        "scale": 14.3, "batch_size": 512, "lr": 1e-3, "weight_decay": 0.1, "warmup": 0.05, "towers": ["a"], "data": "b",
+    },
+}  # fmt: skip
+
+
+def changes(stage: Pretrain, before: Mapping[str, Any] = BEFORE) -> list[str]:
+    """Dotted keys that differ from what was recorded."""
+    return [*changed_settings(before, stage.settings(CPU, 10, towers=["a"], data="b").plain())]
+
+
+def test_a_run_of_before_finds_its_settings_unchanged():
+    """What came later (layer_decay, qformer, spoken ...) stands at its default; else none could go on."""
+    assert changes(Pretrain()) == []
+    assert changes(Pretrain(), Pretrain().settings(CPU, 10, towers=["a"], data="b").plain()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "keys"),
+    [
+        ({"trainer": {"layer_decay": 0.5}}, ["optimizer.layer_decay"]),
+        ({"trainer": {"average": {}}}, ["average.decay", "average.use"]),
+        ({"trainer": {"schedule": {"warmup": 0.1}}}, ["schedule.warmup", "context.warmup"]),
+        ({"spoken": {"takes": 2}}, None),
+    ],
+)
+def test_a_setting_that_came_later_and_is_used_is_a_change(given: dict[str, Any], keys: list[str] | None):
+    found = changes(Pretrain.model_validate(given))
+    assert found == keys if keys else all(key.startswith("context.spoken.") for key in found)
+    assert found
+
+
+def test_a_phase_of_before_goes_on_with_what_tune_has_now():
+    stage = Tune()
+    context = stage.model_dump(mode="json", exclude={"trainer"})
+    before = Settings(steps=3, compute=CPU, context=_without(context, "packing", "cache", "lr_gates")).plain()
+    for changed, keys in (({}, []), ({"packing": False}, ["context.packing"])):
+        now = Settings(steps=3, compute=CPU, context=context | changed, context_defaults=defaults(stage)).plain()
+        assert [*changed_settings(before, now)] == keys
+
+
+def test_an_inner_setting_that_came_later_stands_at_the_default_of_its_own_type():
+    """The stage's own connector drops 0.3 where nobody says otherwise; the setting's default is what no one had."""
+    context = Tune().model_dump(mode="json", include={"connector"})
+    before = {"context": {"connector": _without(context["connector"], "dropout")}}
+    now = {"context": context, "defaults": {f"context.{name}": value for name, value in defaults(Tune()).items()}}
+    assert [*changed_settings(before, now)] == ["context.connector.dropout"]
+    now["context"] = {"connector": context["connector"] | {"dropout": defaults(Tune())["connector.dropout"]}}
+    assert changed_settings(before, now) == {}
+
+
+def _without(plain: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in plain.items() if name not in names}
+
+
+# --- what does not go together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("stages.pretrain.trainer.head=full",), "trainer.head is full: the pretrain stage leaves no choice"),
+        (("stages.pretrain.trainer.recompute=full",), "trainer.recompute is full: a pair of heads on frozen towers"),
+        (("stages.pretrain.trainer.compile=true",), "trainer.compile is true: a pair of heads on frozen towers"),
+        (
+            ("stages.pretrain.image_tower={kind: resnet, size: 64}", "stages.pretrain.trainer.recompute=full"),
+            "trainer.recompute is full: a resnet learns, without Transformer blocks",
+        ),
+        (
+            ("stages.tune.trainer.compile=true", "stages.tune.trainer.recompute=selective"),
+            "recompute is selective and compile is true",
+        ),
+    ],
+)
+def test_what_a_stage_cannot_use_is_refused_with_the_recipe(load, given: tuple[str, ...], says: str):
+    with pytest.raises(ConfigError, match=says):
+        load(*given)
+
+
+@pytest.mark.parametrize("learns", [{"qformer": {}}, {"image_tower": {"kind": "vit", "size": 64}}])
+def test_blocks_that_learn_in_pretrain_may_be_recomputed_or_compiled(learns: dict[str, Any]):
+    for how in ({"recompute": "selective"}, {"compile": True, "recompute": "full"}):
+        assert Pretrain.model_validate({**learns, "trainer": how}).trainer == Pretrain().trainer.model_copy(update=how)
+    with pytest.raises(ValueError, match=r"trainer\.head is full"):
+        Pretrain.model_validate({**learns, "trainer": {"head": "full"}})
 
 
 def test_defaults_are_those_of_the_stages():

@@ -120,7 +120,8 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
     state = spec.trainer.state_bytes()
     for part, times in (("gradients", 4.0), ("optimizer", state)):
         memory[part] = memory.get(part, 0) + round(head * times)
-    memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH
+    copy = round((4 + state) * head) if spec.trainer.async_save else 0  # as in peak_memory
+    memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH + copy
     features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
     flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
     low, high = (sounds * (once + window * second) for once, second in _SECONDS_PER_SOUND)

@@ -17,16 +17,15 @@ from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
 from plait.core.packages import home
 from plait.data.caption_batches import CaptionBatches
-from plait.data.loader import Loader
 from plait.evaluation.picture_names import RetrievalResult, compare
 from plait.evaluation.query_names import QueryTask
 from plait.models.blip2 import Blip2Stage1
 from plait.models.specs import QFormerShape
 from plait.objectives.matching import QueryTasks
+from plait.stages.fitting import fit_ahead
 from plait.stages.pretrain import TESTS, Pretrain
 from plait.stages.pretraining.outcome import SHOWN, check_pairs, milestones, show, summarize
-from plait.training.loop import fit
-from plait.training.settings import FitResult, Hooks, OnDevice, Settings
+from plait.training.settings import FitResult, Hooks, Settings
 
 
 def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Path, events: Events) -> dict[str, Any]:
@@ -109,9 +108,16 @@ def _fit(
     built.model.train()
     built.model.tower.eval()
     hooks = Hooks(save_model=lambda target: save_queries(built, target), on_step=on_step, task="pretrain")
-    with Loader(batches, steps=settings.steps, workers=workers, events=events) as loader:
-        ahead = OnDevice(loader, settings.compute.device)
-        return fit(built.model, objective, ahead, settings=settings, folder=folder, events=events, hooks=hooks)
+    return fit_ahead(
+        built.model,
+        objective,
+        batches,
+        workers=workers,
+        settings=settings,
+        folder=folder,
+        events=events,
+        hooks=hooks,
+    )
 
 
 def _look(

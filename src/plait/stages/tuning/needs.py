@@ -144,7 +144,8 @@ def _activations(
         recompute=spec.trainer.recompute,
     )
     at_once = math.ceil(trained / pieces)
-    return kept + head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=spec.trainer.head)
+    head = spec.trainer.head
+    return kept + head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=head, device=machine.device)
 
 
 def _work(

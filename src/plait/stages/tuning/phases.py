@@ -27,12 +27,12 @@ from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
 from plait.core.packages import home
 from plait.core.protocols import Batches, Objective
+from plait.core.spec import defaults
 from plait.core.types import Modality, Sample
 from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, check_lengths
-from plait.data.loader import Loader
 from plait.data.media import STORED, decode_image
 from plait.data.packing import row_length
 from plait.data.shards import ShardReader
@@ -47,15 +47,16 @@ from plait.models.connectors.words import WordReader
 from plait.models.crossattend import plain
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
+from plait.stages.fitting import fit_ahead
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
 from plait.stages.tuning.learning import connector_trains, gate_rates, let_media_learn
 from plait.stages.tuning.vocabulary import read_vocabulary
-from plait.training.loop import fit
+from plait.training.computed import computed
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
-from plait.training.settings import FitResult, Hooks, OnDevice, Settings
+from plait.training.settings import FitResult, Hooks, Settings
 
 _SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
 _SHOWN_EACH = 3
@@ -162,6 +163,8 @@ class _Tuning:
         longest = max(len(c.rendered) for c in self.conversations)  # which may be one that no step draws
         self.row = spec.row or row_length([*last.lengths(), [longest]])
         self.steps = 0
+        with computed(self.built.model, self._settings(spec.adapt), events=Events()):
+            pass  # a decoder without blocks, a compiler that is not there: said before the first phase, too
 
     def start_from(self, queries: Path) -> None:
         """Let the connector begin where the pretrain stage's Q-Former ended."""
@@ -428,10 +431,8 @@ class _Tuning:
         )
 
     def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
-        # Phases begun before there was a setting go on. What the trainer says, the loop itself records.
-        once = {"lr_gates": 0.0, "cache": True, "packing": True, "group_by_length": 0}
-        unset = {name for name, value in once.items() if getattr(self.spec, name) == value}
-        context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"} | unset)
+        # What the trainer says, the loop itself records.
+        context = self.spec.model_dump(mode="json", exclude={"save_every", "device", "trainer"})
         context["words"].pop("weight_decay")
         keys = [*(tower.key for tower in self.built.towers.values()), self.built.language.key]
         first = isinstance(phase, Words)  # short and small: in float32, and without checkpoints on the way
@@ -441,6 +442,7 @@ class _Tuning:
             seed=self.spec.seed,
             save_every=0 if first else self.spec.save_every,
             context=context | {"row": self.row, "parts": keys, "data": self.data},
+            context_defaults=defaults(self.spec),
         )
         decay = phase.weight_decay if first else None
         off = {"recompute": "none", "compile": False} if first else {}  # no Transformer learns
@@ -461,9 +463,16 @@ class _Tuning:
         place.mkdir(exist_ok=True)
         hooks = Hooks(save_model=partial(save_multimodal, self.built), on_step=on_step, task=f"tune: {phase}")
         workers = self.spec.trainer.workers
-        with Loader(batches, steps=settings.steps, workers=workers, events=self.events) as loader:
-            ahead = OnDevice(loader, self.compute.device)
-            return fit(model, objective, ahead, settings=settings, folder=place, events=self.events, hooks=hooks)
+        return fit_ahead(
+            model,
+            objective,
+            batches,
+            workers=workers,
+            settings=settings,
+            folder=place,
+            events=self.events,
+            hooks=hooks,
+        )
 
     def _done(self, result: FitResult) -> int:
         self.steps += result.step
