@@ -65,7 +65,7 @@ class _Compiled:
                 warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
                 return self.fast(*args, **kwargs)
         except TorchDynamoException as error:
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            said = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__  # who raised, and what
             raise ConfigError(
                 f"{type(self.block).__name__} cannot be compiled as a whole: {said}",
                 place="trainer.compile",

@@ -207,6 +207,7 @@ def test_without_a_compiler_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own
 def test_inductor_gives_the_same_loss_and_compiles_once() -> None:
     model, given = adapted(), batch(16)
     wanted = step(model, told(model, given), "bfloat16")
@@ -214,4 +215,7 @@ def test_inductor_gives_the_same_loss_and_compiles_once() -> None:
         found = [step(model, told(model, given), "bfloat16") for _ in range(2)]
     assert graphs() == 1
     torch.testing.assert_close(found[0][0], wanted[0], rtol=2e-3, atol=0)
-    close(found[1], wanted, to=0.05)
+    # Joined operations round less often: compiled gradients are as near to those of float32 as plain ones are.
+    exact = torch.cat([one.flatten() for one in step(model, told(model, given))[1:]])
+    plain, fused = (torch.cat([one.float().flatten() for one in each[1:]]) for each in (wanted, found[1]))
+    assert float((fused - exact).norm()) <= 1.5 * float((plain - exact).norm())
