@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import io
 import os
 import platform
@@ -130,15 +131,14 @@ def on_processor(seconds: float) -> None:
         _FACTOR @ _FACTOR
 
 
+@functools.cache
 def _seconds_a_product() -> float:
-    if not hasattr(_seconds_a_product, "found"):
-        times: list[float] = []
-        for _ in range(40):
-            begun = time.perf_counter()
-            _FACTOR @ _FACTOR
-            times.append(time.perf_counter() - begun)
-        _seconds_a_product.found = statistics.median(times)  # type: ignore[attr-defined]
-    return _seconds_a_product.found  # type: ignore[attr-defined]
+    times: list[float] = []
+    for _ in range(40):
+        begun = time.perf_counter()
+        _FACTOR @ _FACTOR
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
 
 
 CASES: dict[str, Callable[[float], None]] = {"accelerator": on_accelerator, "processor": on_processor}

@@ -210,7 +210,7 @@ def test_another_number_format_or_shape_names_the_tensors_and_changes_nothing(tm
     trainee = TrainState(tiny_model().double())
     optimizer = AdamW().build(trainee.weights, trainee.roles, rates=Rates(lr=0.05))
     before = {name: value.clone() for name, value in trainee.weights.items()}
-    with pytest.raises(CheckpointError, match=r"0\.bias: saved float32 \[8\], model has float64 \[8\]"):
+    with pytest.raises(CheckpointError, match=r"0\.bias: saved float32 \[8\], wanted float64 \[8\]"):
         restore_state(tmp_path / "checkpoints/000003", trainee, optimizer)
     assert all(torch.equal(before[name], value) for name, value in trainee.weights.items())
 

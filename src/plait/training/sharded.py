@@ -23,6 +23,7 @@ from plait.core import mesh
 from plait.core.errors import CheckpointError, PlaitError, ResourceError
 from plait.core.files import disk_error
 from plait.training.checkpoint import Checkpoints, verify
+from plait.training.state import require_same
 
 SHARDS = "shards"
 """Folder of the pieces inside a checkpoint."""
@@ -163,18 +164,7 @@ def _forms(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
 def _same_forms(saved: Mapping[str, TensorStorageMetadata], into: Mapping[str, Tensor], place: Path) -> None:
     then = {name: f"{str(m.properties.dtype).removeprefix('torch.')} {list(m.size)}" for name, m in saved.items()}
     now = {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in into.items()}
-    wrong = [
-        f"{name}: saved {then.get(name, 'nothing')}, wanted {now.get(name, 'nothing')}"
-        for name in sorted(then | now)
-        if then.get(name) != now.get(name)
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"{len(wrong)} of {len(then | now)} tensors do not fit: {'; '.join(wrong[:3])}{more}",
-            place=str(place),
-            remedy="resume with the recipe that wrote it, or start a new run",
-        )
+    require_same(then, now, place=place)
 
 
 def _read(checkpoint: Path, into: dict[str, Tensor]) -> None:

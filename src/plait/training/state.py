@@ -323,16 +323,29 @@ def _same_tensors(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], pl
     def form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
 
-    then, now = form(saved), form(present)
+    require_same(form(saved), form(present), place=place)
+
+
+def require_same(then: Mapping[str, str], now: Mapping[str, str], *, place: Path) -> None:
+    """See that tensors are those that are wanted.
+
+    Args:
+        then: Dtype and shape, as text, of each saved tensor.
+        now: The same of those to be filled.
+        place: Of the saved ones.
+
+    Raises:
+        CheckpointError: They are not; names up to three with both forms.
+    """
     wrong = [
-        f"{n}: saved {then.get(n, 'nothing')}, model has {now.get(n, 'nothing')}"
-        for n in sorted(then | now)
+        f"{n}: saved {then.get(n, 'nothing')}, wanted {now.get(n, 'nothing')}"
+        for n in sorted({**then, **now})
         if then.get(n) != now.get(n)
     ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"{len(wrong)} of {len(then | now)} tensors do not fit: {'; '.join(wrong[:3])}{more}",
+            f"{len(wrong)} of {len({**then, **now})} tensors do not fit: {'; '.join(wrong[:3])}{more}",
             place=str(place),
             remedy="resume with the recipe that wrote it, or start a new run",
         )

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_model_names_the_tensors_and_changes_nothing(tmp
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(
         CheckpointError,
-        match=r"1 of 6 tensors do not fit: head\.weight: saved float32 \[3, 3\], model has float32 \[4, 3\]",
+        match=r"1 of 6 tensors do not fit: head\.weight: saved float32 \[3, 3\], wanted float32 \[4, 3\]",
     ):
         restore_state(folder, trainee, optimizer)
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
