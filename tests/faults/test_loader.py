@@ -21,6 +21,7 @@ from plait.data.loader import Loader
 TIMEOUT_S = 5.0  # of what hangs; a worker's start must fit in
 FAULTS = {
     "killed": (stream.killed, "was killed by SIGKILL"),
+    "killed at the event": (stream.killed_at_the_event, "was killed by SIGKILL"),
     "ended": (stream.ended, "ended with exit code 7"),
     "hanging": (stream.hang, "nothing came for 5 s"),
     "stopped": (stream.stopped, "nothing came for 5 s"),

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,34 @@ _NAMED = 8  # sample ids in a message
 # SIGTERM, which only remember them, and its death would raise an error in training wherever that is: in the middle of
 # an update or of a checkpoint.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+class _Flag:
+    """An event that nobody waits for: a byte in shared memory, without a lock.
+
+    Workers look at torch's own event between two steps, holding its lock; one that is killed just then keeps the lock
+    for ever, and the trainer, which sets the event when it closes, hangs.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._byte = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._byte.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._byte.value)
+
+
+def _context() -> BaseContext:
+    """How processes are started, with events that outlive them."""
+    kind = type(multiprocessing.get_context(_START))
+
+    class Context(kind):
+        def Event(self) -> _Flag:  # pyright: ignore[reportIncompatibleMethodOverride] - all torch calls
+            return _Flag(self)
+
+    return Context()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +235,7 @@ class _Stream:
 
     def __init__(self, batches: Batches, steps: range, *, workers: int, ahead: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        context = multiprocessing.get_context(_START)
+        context = _context()
         context.set_forkserver_preload([__name__, type(batches).__module__])
         before = set(multiprocessing.active_children())
         try:

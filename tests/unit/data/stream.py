@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -58,6 +59,18 @@ class Faulty(Stream):
 
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at_the_event() -> None:
+    """As killed, while it looks whether it is to end: with the event's lock in its hands, if the event has one."""
+    frame = inspect.currentframe()
+    while frame is not None and "done_event" not in frame.f_locals:
+        frame = frame.f_back
+    assert frame is not None, "torch's worker keeps its event under another name"
+    lock = getattr(frame.f_locals["done_event"], "_cond", None)
+    if lock is not None:
+        lock.acquire()
+    killed()
 
 
 def stopped() -> None:
