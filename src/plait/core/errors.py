@@ -20,10 +20,12 @@ class PlaitError(Exception):
     Attributes:
         code: Stable name for scripts and docs, one per class.
         exit_code: What the command line exits with.
+        rank: In which of several processes it was met, if in another one than this; -1 if nobody knows.
     """
 
     code = "internal"
     exit_code = 1
+    rank: int | None = None
 
     def __init__(self, cause: str, *, place: str = "", remedy: str = "") -> None:
         super().__init__(cause)

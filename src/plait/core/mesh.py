@@ -1,35 +1,101 @@
-"""The processes that train together: rank, world, sums and gathers over ranks, barrier. No-ops in a single process.
+"""The processes that train together: rank, world, sums and gathers over ranks, and what one tells the others.
 
-Launch with ``torchrun`` (or anything that sets its environment); without it ``torch.distributed`` is never initialized.
+Launch with ``torchrun`` (or anything that sets its environment); without it ``torch.distributed`` is never initialized,
+and everything here is a no-op.
+
+No process waits in vain: one that fails says why before it leaves, and the others end with its words; of one that was
+killed they find the connection closed.
 
 Example:
     >>> import torch
     >>> with joined():
-    ...     world(), all_reduce_sum(torch.tensor([3.0])).item()
-    (1, 3.0)
+    ...     world(), all_reduce_sum(torch.tensor([3.0])).item(), first(lambda: "once")
+    (1, 3.0, 'once')
 """
 
 # torch's annotations are partial: its members count as partially unknown.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import json
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from plait.core.errors import ConfigError
+from plait.core import errors
+from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
+from plait.core.files import disk_error
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a sum or gather waits for a rank that is alive and does not come."""
+
+BUCKET = 25 * 2**20
+"""Bytes that are summed in one message."""
+
+_FAULT, _LEFT = "fault", "left"
+_LINGER_S = 3.0
+_LOOK_S = 0.05  # while a rank waits for the first one
+_Result = TypeVar("_Result")
+
+
+class _Session:
+    """What the processes tell each other beside tensors: through torch's store, which needs nobody to take part."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store = store
+        self.asked = 0
+        self.left = False  # whether another's fault has been found: then this process has none of its own to tell
+
+    def tell(self, error: BaseException) -> None:
+        """Say why this process leaves; the first to say so is the reason of all."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if not self.left and not self.store.check([_FAULT]):
+                self.store.set(_FAULT, json.dumps((rank(), _told(error))))
+
+    def fault(self) -> BaseException | None:
+        """Why another process left, if one did."""
+        if not self.store.check([_FAULT]):
+            return None
+        place, told = json.loads(self.store.get(_FAULT))
+        self.left = place != rank()
+        return _retold(told, of=place) if self.left else None
+
+    def leave(self, *, first: bool, of: int) -> None:
+        """Rank 0, which may be the one that holds the store, leaves last, so that the others can read why they end."""
+        with contextlib.suppress(RuntimeError):
+            self.store.add(_LEFT, 1)
+            deadline = time.monotonic() + _LINGER_S
+            while first and int(self.store.get(_LEFT)) < of and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
+
+    def wait(self, key: str) -> Any:
+        """What the first rank put under a key, as soon as it is there."""
+        while not self.store.check([key]):
+            if (fault := self.fault()) is not None:
+                raise fault
+            time.sleep(_LOOK_S)  # not in the store: a signal is answered in between
+        return json.loads(self.store.get(key))
+
+
+_session: ContextVar[_Session | None] = ContextVar("session", default=None)
 
 
 def active() -> bool:
     """Whether this process has joined others."""
-    return dist.is_available() and dist.is_initialized()
+    return _session.get() is not None
 
 
 def rank() -> int:
@@ -42,42 +108,93 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum ``value`` over ranks, in place, and return it; counts as integers or float64, for float32 stops at 2**24."""
     if active():
-        dist.all_reduce(value, op=dist.ReduceOp.SUM)
+        with explained():
+            dist.all_reduce(value, op=dist.ReduceOp.SUM)
     return value
+
+
+def all_reduce_many(tensors: Sequence[torch.Tensor], *, bucket: int = BUCKET) -> int:
+    """Sum tensors over ranks, in place: small ones together, in messages of a size that networks are good at.
+
+    Args:
+        tensors: The same shapes, dtypes and order on every rank.
+        bucket: Bytes of a message, at least.
+
+    Returns:
+        Bytes that this rank gave into the sums.
+    """
+    if not active():
+        return 0
+    sent = 0
+    for members in _buckets(tensors, bucket):
+        sent += sum(tensor.nbytes for tensor in members)
+        if len(members) == 1 and members[0].is_contiguous():
+            all_reduce_sum(members[0])
+            continue
+        flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in members]))
+        for tensor, part in zip(members, torch.split(flat, [tensor.numel() for tensor in members]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    return sent
 
 
 def all_gather(value: torch.Tensor) -> list[torch.Tensor]:
     """Every rank's tensor, in the order of ranks; their first sizes may differ, the others and the dtype must agree."""
     if not active():
         return [value]
-    sizes = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(world())]
-    dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
-    counts = [int(size) for size in sizes]
-    if not any(counts):
-        return [value for _ in counts]
-    padded = value.new_zeros(max(counts), *value.shape[1:])
-    padded[: len(value)] = value
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    with explained():
+        sizes = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(world())]
+        dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
+        counts = [int(size) for size in sizes]
+        if not any(counts):
+            return [value for _ in counts]
+        padded = value.new_zeros(max(counts), *value.shape[1:])
+        padded[: len(value)] = value
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if active():
+        with explained():
+            for tensor in tensors:
+                whole = tensor.contiguous()
+                dist.broadcast(whole, src=0)
+                tensor.copy_(whole)
+
+
+def _buckets(tensors: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    """In order, for each dtype and device apart."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for members in kinds.values():
+        found: list[torch.Tensor] = []
+        for tensor in members:
+            found.append(tensor)
+            if sum(one.nbytes for one in found) >= size:
+                yield found
+                found = []
+        if found:
+            yield found
+
+
+# --- plain data ----------------------------------------------------------------------------------------------------
 
 
 def all_gather_text(text: str) -> list[str]:
     """Every rank's text, in the order of ranks."""
     if not active():
         return [text]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    parts = all_gather(torch.tensor(list(text.encode()), dtype=torch.uint8, device=device))
-    return [part.cpu().numpy().tobytes().decode() for part in parts]
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if active():
-        dist.barrier()
+    parts = all_gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+    return [part.numpy().tobytes().decode() for part in parts]
 
 
 def gather(value: Any) -> list[Any]:
@@ -85,21 +202,168 @@ def gather(value: Any) -> list[Any]:
     if not active():
         return [value]
     found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
+    with explained():
+        dist.all_gather_object(found, value)
     return found
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if active():
+        with explained():
+            dist.barrier()
+
+
+def first(work: Callable[[], _Result]) -> _Result:
+    """Let rank 0 do something, while the others wait as long as it takes; its result, plain JSON data, is given to all.
+
+    Raises:
+        PlaitError: What it raises there, in all.
+        Stopped: Somebody stopped it there.
+    """
+    session = _session.get()
+    if session is None:
+        return work()
+    session.asked += 1
+    key = f"first/{session.asked}"
+    if rank() == 0:
+        try:
+            result = work()
+        except BaseException as error:
+            session.store.set(key, json.dumps((_told(error), None)))
+            raise
+        session.store.set(key, json.dumps((None, result)))
+        return result
+    with explained():
+        told, result = session.wait(key)
+    if told is not None:
+        session.left = True
+        raise _retold(told, of=0)
+    return result
+
+
+def first_then_others(work: Callable[[], _Result]) -> _Result:
+    """Let rank 0 do something and then, all at once, the others: for what the first one leaves in a cache for them."""
+    found: list[_Result] = []
+    first(lambda: found.append(work()))
+    return found[0] if found else work()
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def agreed(place: Path) -> Generator[None]:
+    """All ranks end the block well, or all raise: their own fault, or one that names the rank that has it.
+
+    Args:
+        place: What an error of the disk names.
+    """
+    fault: BaseException | None = None
+    try:
+        yield
+    except PlaitError as error:
+        fault = error
+    except OSError as error:
+        fault = disk_error(error, place)
+    except SafetensorError as error:  # its Rust writer reports a full disk as its own type
+        fault = disk_error(OSError(str(error)), place)
+    except Exception as error:
+        fault = error
+    said = gather(None if fault is None else _told(fault))
+    if fault is not None:
+        raise fault
+    for other, told in enumerate(said):
+        if told is not None:
+            raise _retold(told, of=other)
+
+
+@contextmanager
+def explained() -> Generator[None]:
+    """Where others are needed: if one of them is gone, say which and why, and not what the network said.
+
+    Raises:
+        PlaitError: As the other one told.
+        ResourceError: It told nothing: it was killed, or its machine is gone.
+    """
+    session = _session.get()
+    try:
+        yield
+    except RuntimeError as error:
+        if session is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        if (fault := _fault_of_another(session)) is not None:
+            raise fault from error
+        if not any(word in str(error) for word in ("onnection", "eset by peer", "roken pipe", "imed out", "onnect")):
+            raise
+        session.left = True
+        gone = ResourceError(
+            f"another of {world()} processes is gone, and said nothing: {str(error).splitlines()[0]}",
+            place=f"process {rank()}",
+            remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
+            "Start all again: `plait resume`, or torchrun with --max-restarts",
+        )
+        gone.rank = -1
+        raise gone from error
+
+
+def _fault_of_another(session: _Session) -> BaseException | None:
+    for _ in range(20):  # it tells before it leaves, but the store may be slower than a closed connection
+        try:
+            if (fault := session.fault()) is not None:
+                return fault
+        except RuntimeError:  # the store has gone with its process
+            return None
+        time.sleep(_LOOK_S)
+    return None
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """A fault as plain data."""
+    if isinstance(error, PlaitError):
+        return {
+            "kind": next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__)),
+            "cause": error.cause,
+            "place": error.place,
+            "remedy": error.remedy,
+            "rank": error.rank,
+        }
+    if isinstance(error, Stopped):
+        return {"kind": "Stopped", "signal": error.signal, "cause": str(error)}
+    return {"kind": "", "cause": f"{type(error).__name__}: {error}", "place": "", "remedy": "", "rank": None}
+
+
+def _retold(told: dict[str, Any], *, of: int) -> BaseException:
+    """The fault of another process."""
+    if told["kind"] == "Stopped":
+        return Stopped(told["signal"], told["cause"])
+    kind: type[PlaitError] = getattr(errors, told["kind"]) if told["kind"] else PlaitError
+    if told["rank"] is not None:  # passed on from a third
+        fault = kind(told["cause"], place=told["place"], remedy=told["remedy"])
+        fault.rank = told["rank"]
+        return fault
+    fault = kind(f"process {of} of {world()}: {told['cause']}", place=told["place"], remedy=told["remedy"])
+    fault.rank = of
+    return fault
+
+
+# --- joining -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def joined(device: str = "cpu") -> Generator[None]:
     """Join the processes that ``torchrun`` started, for the length of the block; does nothing in a single process.
 
+    What the block raises is told to the other processes before this one leaves.
+
     Args:
-        device: ``cuda`` talks over NCCL and takes the GPU of this process's local rank; all else talks over gloo.
+        device: ``cuda`` talks over NCCL about tensors there and takes the GPU of this process's local rank; all else
+            talks over gloo.
 
     Raises:
         ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
     """
-    if active() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    if active() or not launched():
         yield
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
@@ -111,8 +375,25 @@ def joined(device: str = "cpu") -> Generator[None]:
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("torch", store), rank=place, world_size=count, timeout=TIMEOUT
+    )
+    session = _Session(dist.PrefixStore("plait", store))
+    token = _session.set(session)
     try:
         yield
+        barrier()
+    except BaseException as error:
+        session.tell(error)
+        raise
     finally:
+        _session.reset(token)
         dist.destroy_process_group()
+        session.leave(first=place == 0, of=count)
+
+
+def launched() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -29,7 +29,7 @@ class Sums:
         counts: Global count of each term.
         complete: Whether the gradients are those of the whole step. They are not where the loss of a micro-batch,
             times the scale, was not finite on any rank: the step was broken off there.
-        not_finite: Sample ids of that micro-batch, as far as this rank knows.
+        not_finite: Sample ids of the micro-batches it was broken off at.
     """
 
     loss: float
@@ -87,8 +87,7 @@ def accumulate(
     else:
         share = _each(model, objective, micro, weigh=weigh, used=used, around=around)
     totals = {name: _wide(share.sums[name]) for name in used}
-    flags = next(iter(totals.values())).new_tensor([share.reached, not share.complete])
-    reached, broken_off = mesh.all_reduce_sum(flags).tolist()
+    reached, broken_off = mesh.all_reduce_sum(torch.tensor([int(share.reached), int(not share.complete)])).tolist()
     if not (reached or broken_off):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
@@ -97,9 +96,11 @@ def accumulate(
         )
     if mesh.world() > 1:
         _sum_gradients(model, objective)
-    terms = {name: float(mesh.all_reduce_sum(total.clone())) / used[name] for name, total in totals.items()}
+    sums = mesh.all_reduce_sum(torch.tensor([float(total) for total in totals.values()], dtype=torch.float64))
+    terms = {name: value / used[name] for name, value in zip(totals, sums.tolist(), strict=True)}
     loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
-    return Sums(loss=loss_value, terms=terms, counts=counts, complete=not broken_off, not_finite=share.broken)
+    broken = tuple(i for ids in mesh.gather(share.broken) for i in ids) if broken_off else ()
+    return Sums(loss=loss_value, terms=terms, counts=counts, complete=not broken_off, not_finite=broken)
 
 
 def _each(
@@ -179,8 +180,7 @@ def _counts(objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
     told = [json.loads(text) for text in mesh.all_gather_text(json.dumps([*counts]))]
     names: list[str] = list(dict.fromkeys(name for one in told for name in one))
     here = [float(counts.get(name, 0)) for name in names]
-    device = next(iter(counts.values())).device
-    sums: Tensor = mesh.all_reduce_sum(torch.tensor(here, dtype=torch.float64, device=device))
+    sums: Tensor = mesh.all_reduce_sum(torch.tensor(here, dtype=torch.float64))
     return dict(zip(names, sums.tolist(), strict=True))
 
 
@@ -216,5 +216,8 @@ def _wide(value: Tensor) -> Tensor:
 def _sum_gradients(model: nn.Module, objective: Objective) -> None:
     """Add the gradients of all ranks; a rank on which a weight got none still takes part in the sum."""
     modules = [model, objective] if isinstance(objective, nn.Module) else [model]
-    for weight in (w for module in modules for w in module.parameters() if w.requires_grad):
-        weight.grad = mesh.all_reduce_sum(weight.grad if weight.grad is not None else torch.zeros_like(weight))
+    weights = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    mesh.all_reduce_many([weight.grad for weight in weights if weight.grad is not None])

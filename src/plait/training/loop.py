@@ -8,6 +8,7 @@ counted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,31 +22,18 @@ from plait.core import mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
-from plait.core.protocols import Batches, Objective, StatefulBatches
+from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
-from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.computed import computed
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
+from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
 from plait.training.precision import LossScale, autocast, hold_masters
-from plait.training.saving import Saver
+from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.settings import FitResult, Hooks, Settings
-from plait.training.state import (
-    Origin,
-    Progress,
-    TrainState,
-    digest_json,
-    read_average,
-    read_batches,
-    read_state,
-    read_weights,
-    restore_state,
-    rng_kept,
-    rng_restorer,
-    save_state,
-)
+from plait.training.state import Origin, Progress, TrainState, rng_kept, rng_restorer
 
 
 def fit(
@@ -74,8 +62,8 @@ def fit(
         hooks: What the caller adds.
 
     Raises:
-        ConfigError: Several processes have joined, nothing is trainable, settings are not those of the checkpoint, or
-            a term has to see the whole batch at once.
+        ConfigError: Nothing is trainable, settings are not those of the checkpoint, or a term has to see the whole
+            batch at once.
         DataError: A step has no batch, or nothing to train on.
         NumericsError: Too many steps in a row were not finite; the last checkpoint stays.
         CheckpointError: A checkpoint does not fit this model, or none of several is whole.
@@ -101,18 +89,12 @@ class _Run:
         events: Events,
         hooks: Hooks,
     ) -> None:
-        if mesh.world() > 1:
-            raise ConfigError(
-                f"{mesh.world()} processes have joined, but this loop saves and stops for one",
-                place="fit",
-                remedy="start it without torchrun",
-            )
         if settings.stopping and hooks.evaluate is None:
             raise ConfigError(
                 "stopping is set, but nothing evaluates", place="stopping", remedy="give the hook evaluate"
             )
         self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
-        self.events, self.hooks = events, hooks
+        self.events, self.hooks, self.folder = events, hooks, folder
         self.train_state = TrainState(model, objective)
         if not self.train_state.trains:
             raise ConfigError(
@@ -125,43 +107,50 @@ class _Run:
         )
         if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
             events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
-        self.origin = Origin(
+        origin = Origin(
             settings=settings.plain(),
             fingerprint=fingerprint(settings.compute),
             frozen=self.train_state.frozen_digest(),
         )
+        start_alike(self.train_state, origin, batches, events=events)
         self.average = None
         if settings.average:
             self.average = MovingAverage(self.train_state.weights, decay=settings.average.decay)
         self.scaler = LossScale() if settings.compute.dtype == "float16" else None
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=settings.keep_last, events=events)
-        self.folder = folder
-        self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
-        self.progress = Progress()
+        trained = Trained(
+            tensors=self.train_state,
+            optimizer=self.optimizer,
+            average=self.average,
+            scaler=self.scaler,
+            batches=batches,
+            progress=Progress(),
+        )
+        self.keeper = Keeper(folder, trained, settings, origin=origin, hooks=hooks, events=events, shown=self._shown)
         seed_everything(settings.seed)
-        self._resume()
+        self.progress = self.keeper.resume()
         self.resumed_from = self.progress.step
         plan = Plan(
             task=hooks.task,
             total=settings.steps,
             log_every=settings.log_every,
             flops_per_token=hooks.flops_per_token,
-            peak_flops=hooks.peak_flops,
+            peak_flops=hooks.peak_flops * mesh.world(),
         )
         self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
 
     def all(self, stop: StopRequest) -> FitResult:
         """Every step that is left."""
         values: dict[str, Any] = {}
-        with self.saver:
+        with self.keeper.saver:
             self._catch_up(stop)
             while self.progress.step < self.settings.steps and not self._gave_up():
-                self.saver.check()
+                self.keeper.saver.check()
                 rng_back = rng_restorer()
                 micro, waited = self._fetch(stop)
-                if stop:
+                if asked(stop):
                     rng_back()
                     self._stop(stop)
+                seed_step(self.settings.seed, self.progress.step)
                 try:
                     values = self._step(micro, waited, stop)
                 except Woken:
@@ -169,14 +158,14 @@ class _Run:
                     self._stop(stop)
                 step = self.progress.step
                 is_best = self.progress.best is not None and self.progress.best[0] == step
-                if step == self.settings.steps or self._save_due(step) or is_best or self._gave_up():
-                    self._save()
-                if stop:
+                if step == self.settings.steps or self.keeper.due(step) or is_best or self._gave_up():
+                    self.keeper.save(before=self.monitor.sync)
+                if asked(stop):
                     self._stop(stop)
-            self.saver.wait()
+            self.keeper.wait()
         self.monitor.results()
         return FitResult(
-            checkpoint=self._leave_best(),
+            checkpoint=self.keeper.leave(gave_up=self._gave_up()),
             step=self.progress.step,
             skipped=self.progress.skipped,
             overflowed=self.progress.overflowed,
@@ -192,9 +181,9 @@ class _Run:
             self.monitor.amend(progress.step, found)
             if progress.untold is not None:
                 progress.untold |= found
-        if progress.untold is not None and not stop:
+        if progress.untold is not None and not asked(stop):
             self._tell(progress.untold, stop)
-        if stop:
+        if asked(stop):
             self._stop(stop)
 
     def _fetch(self, stop: StopRequest) -> tuple[Sequence[Batch], float]:
@@ -223,7 +212,7 @@ class _Run:
         check_batches(micro, self.objective, step=step)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
         try:
-            with stop.patience():
+            with patience(stop):
                 sums = accumulate(
                     self.model,
                     self.objective,
@@ -241,13 +230,13 @@ class _Run:
         found = self._values(sums, norm=norm, factor=factor)
         self._update(kept, sums, norm=norm, ids=ids)
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(int((batch.segment_ids != 0).sum()) for batch in micro)
+        samples, tokens = total_units(len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro))
         cost = Cost(
-            samples=len(ids),
+            samples=samples,
             tokens=tokens,
             wait_s=waited,
             work_s=time.perf_counter() - began,
-            save_s=self.saver.take_stalled(),
+            save_s=self.keeper.saver.take_stalled(),
         )
         found |= {"skipped": self.progress.skipped} | self._evaluate(stop)
         values = self.monitor.step(self.progress.step, found, cost)
@@ -256,7 +245,7 @@ class _Run:
                 f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
                 place=f"step {self.progress.step}, samples {named(ids)}",
                 remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.progress.broken)}; "
-                f"the last good state is {self.saver.last_good()}",
+                f"the last good state is {self.keeper.saver.last_good()}",
             )
         if self.progress.unjudged:
             self.progress.untold = values  # told with its evaluation, when resumed
@@ -270,8 +259,8 @@ class _Run:
         if self.hooks.on_step is None:
             return
         try:
-            with rng_kept(), self._shown(), stop.patience():
-                self.hooks.on_step(self.progress.step, values)
+            with rng_kept(), self._shown(), patience(stop):
+                mesh.first(functools.partial(self.hooks.on_step, self.progress.step, values))
         except Woken:
             self.progress.untold = dict(values)
         finally:
@@ -299,13 +288,13 @@ class _Run:
 
     def _evaluate(self, stop: StopRequest) -> dict[str, float]:
         """Ask the hook if it is time, and remember the best; given up after a signal, it is asked when resumed."""
-        settings, step = self.settings.stopping, self.progress.step
+        settings, step, evaluate = self.settings.stopping, self.progress.step, self.hooks.evaluate
         self.progress.unjudged = False
-        if settings is None or self.hooks.evaluate is None or (step % settings.every and step != self.settings.steps):
+        if settings is None or evaluate is None or (step % settings.every and step != self.settings.steps):
             return {}
         try:
-            with rng_kept(), self._shown(), stop.patience():
-                value = float(self.hooks.evaluate())
+            with rng_kept(), self._shown(), patience(stop):
+                value = mesh.first(lambda: float(evaluate()))
         except Woken:
             self.progress.unjudged = True
             return {}
@@ -333,26 +322,6 @@ class _Run:
         if self.average is not None and self.settings.average is not None and self.settings.average.use:
             return self.average.in_place()
         return contextlib.nullcontext()
-
-    def _leave_best(self) -> Path:
-        """Leave the model as it is best, or as it is last; returns its checkpoint."""
-        used = self.settings.average is not None and self.settings.average.use
-        step, best = self.progress.step, self.progress.best
-        if best is not None and best[0] != step:
-            if (path := self.checkpoints.whole(best[0])) is not None:
-                then = read_state(path)["settings"].get("average")  # it may have been taken up or dropped since
-                read_weights(path, self.train_state, average=bool(then and then["use"]))
-                early = f"stopped early, after step {step} of {self.settings.steps}: " if self._gave_up() else ""
-                self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
-                return path
-            self.events.warning(
-                f"the checkpoint of the best step, {best[0]}, is damaged or missing: the model is that of step {step}; "
-                f"to have the best one (evaluation {best[1]:.6g}), put a good copy back and resume",
-                step=best[0],
-            )
-        if self.average is not None and used:
-            self.average.copy_to_model()
-        return self.checkpoints.path(step)
 
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
@@ -394,98 +363,13 @@ class _Run:
             for name, buffer in self.train_state.buffers().items():
                 buffer.copy_(kept[name])
 
-    def _save_due(self, step: int) -> bool:
-        """Whether a checkpoint is due; none is while updates are left out, as bad weights may be the reason."""
-        return (
-            bool(self.settings.save_every) and step % self.settings.save_every == 0 and not self.progress.skipped_in_row
-        )
-
-    def _save(self) -> None:
-        def write(folder: Path) -> None:
-            save_state(
-                folder,
-                self.train_state,
-                self.optimizer,
-                progress=self.progress,
-                origin=self.origin,
-                average=self.average.tensors() if self.average else {},
-                batches=self.batches.state() if isinstance(self.batches, StatefulBatches) else {},
-            )
-            with rng_kept(), self._shown():
-                self.hooks.save_model(folder)
-
-        broken = [name for name, weight in self.train_state.weights.items() if not bool(weight.isfinite().all())]
-        if broken:
-            raise NumericsError(
-                f"{len(broken)} weights are not finite after step {self.progress.step}: {named(broken)}",
-                place=f"step {self.progress.step}",
-                remedy=f"lower the learning rate; the last good state is {self.saver.last_good()}",
-            )
-        best = self.progress.best[0] if self.progress.best else None
-
-        def before() -> None:
-            self.monitor.sync()
-            self.checkpoints.best = best
-
-        self.saver.save(self.progress.step, write, before=before)
-
     def _stop(self, stop: StopRequest) -> None:
         step = self.progress.step
-        if step and self.saver.asked != step:
-            self._save()
-        self.saver.wait()
+        if step and self.keeper.saver.asked != step:
+            self.keeper.save(before=self.monitor.sync)
+        self.keeper.wait()
         text = (
             f"stopped after step {step} of {self.settings.steps}, which is saved" if step else "stopped before step 1"
         )
         self.events.note(text, step=step, signal=stop.signal)
         raise Stopped(stop.signal, text)
-
-    def _resume_average(self, average: MovingAverage, found: Path) -> None:
-        """Go on with the average of a checkpoint, or begin one where none was kept until now."""
-        if means := read_average(found):
-            average.restore(means, updates=self.progress.averaged)
-            return
-        average.begin()
-        self.progress.averaged = 0
-        self.events.note(f"{found.name} has no moving average: it begins with the weights of step {self.progress.step}")
-
-    def _resume(self) -> None:
-        found = self.checkpoints.newest()
-        if found is None:
-            return
-        check_origin(found, self.origin, events=self.events)
-        self.progress = restore_state(found, self.train_state, self.optimizer)
-        if isinstance(self.batches, StatefulBatches):
-            self.batches.restore(read_batches(found))
-        if self.average is not None:
-            self._resume_average(self.average, found)
-        if self.scaler is not None and self.progress.scale:
-            self.scaler.scale, self.scaler.good = self.progress.scale
-        self.saver.found(found, step=self.progress.step)
-        step, total = self.progress.step, self.settings.steps
-        if step > total:
-            raise ConfigError(
-                f"steps is {total}, but {step} are done", place=str(found), remedy=f"set steps to {step} or more"
-            )
-        schedule = self.settings.schedule
-        before = read_state(found)["settings"]["steps"]
-        rates = [self.settings.rates.lr * schedule.factor(step, count) for count in (before, total)]
-        if rates[0] != rates[1]:
-            self.events.warning(
-                f"{total} steps, not {before}, bend the schedule: the next rate is {rates[1]:.3g}, not {rates[0]:.3g}"
-            )
-        weights = sum(w.numel() for w in self.train_state.weights.values())
-        restored = {
-            "model": f"{weights:,} weights, {len(self.train_state.buffers())} buffers",
-            "optimizer": f"{self.settings.optimizer.kind}, {len(self.optimizer.state)} states",
-            "schedule": f"next rate {rates[1]:.3g}",
-            "random numbers": "Python, NumPy, torch",
-            "data cursor": f"step {step}",
-        }
-        self.events.note(
-            f"resumed at step {step} of {total}: " + ", ".join(f"{part} ({what})" for part, what in restored.items()),
-            step=step,
-            checkpoint=str(found),
-            restored=restored,
-            settings_sha256=digest_json(self.origin.settings),
-        )

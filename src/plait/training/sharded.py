@@ -49,15 +49,17 @@ def save_together(
     """
     folder: Path | None = None
     with contextlib.ExitStack() as sealed:
-        with _agreed(checkpoints.path(step)):
+        with mesh.agreed(checkpoints.path(step)):
             if mesh.rank() == 0:
                 folder = sealed.enter_context(checkpoints.writing(step))
         folder = Path(mesh.gather(str(folder))[0])
-        with _agreed(checkpoints.path(step)):
+        with mesh.agreed(checkpoints.path(step)):  # apart: who fails here would not be there for what follows
+            (folder / SHARDS).mkdir(exist_ok=True)
+        with mesh.agreed(checkpoints.path(step)):
             _write_pieces(folder / SHARDS, tensors)
             if mesh.rank() == 0:
                 write(folder)
-        with _agreed(checkpoints.path(step)):
+        with mesh.agreed(checkpoints.path(step)):
             sealed.close()
     return checkpoints.path(step)
 
@@ -70,12 +72,12 @@ def load_together(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: A piece is missing or damaged, or names, shapes or dtypes are others; nothing was changed then.
     """
-    with _agreed(checkpoint):
+    with mesh.agreed(checkpoint):
         if mesh.rank() == 0:
             verify(checkpoint)
-    with _agreed(checkpoint):
+    with mesh.agreed(checkpoint):
         _same_forms(_forms(checkpoint), into, checkpoint)
-    with _agreed(checkpoint):
+    with mesh.agreed(checkpoint):
         _read(checkpoint, dict(into))
 
 
@@ -91,33 +93,7 @@ def read_whole(checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@contextlib.contextmanager
-def _agreed(place: Path) -> Iterator[None]:
-    """All ranks end the block well, or all raise: their own fault, or one that names the rank that has it."""
-    fault: Exception | None = None
-    try:
-        yield
-    except SafetensorError as error:
-        fault = disk_error(OSError(str(error)), place)
-    except OSError as error:
-        fault = disk_error(error, place)
-    except Exception as error:
-        fault = error
-    said = mesh.gather(None if fault is None else (type(fault).__name__, str(fault)))
-    if fault is not None:
-        raise fault
-    for rank, other in enumerate(said):
-        if other is not None:
-            kind = CheckpointError if other[0] == CheckpointError.__name__ else ResourceError
-            raise kind(
-                f"process {rank} of {mesh.world()} met {other[0]}: {other[1]}",
-                place=str(place),
-                remedy="mend what that process names, then resume all of them",
-            )
-
-
 def _write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     try:
         with _one_process():

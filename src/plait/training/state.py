@@ -157,21 +157,30 @@ class TrainState:
         """All that training changes."""
         return {name: weight.detach() for name, weight in self.weights.items()} | self.buffers()
 
+    def digest(self) -> str:
+        """sha256 of all that training changes."""
+        return _digest(self.tensors())
+
     def frozen_digest(self) -> str:
         """sha256 of all that training does not change; about half a second a gigabyte."""
         live = {path for path, _, _ in self._live}
-        digest = hashlib.sha256()
+        still: dict[str, Tensor] = {}
         for prefix, root in self._roots:
-            still = {prefix + n: w.detach() for n, w in root.named_parameters() if not w.requires_grad}
+            still |= {prefix + n: w.detach() for n, w in root.named_parameters() if not w.requires_grad}
             still |= {
                 prefix + path: owner.get_buffer(name)
                 for path, owner, name in _buffers(root)
                 if prefix + path not in live
             }
-            for name, tensor in still.items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return _digest(still)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _buffers(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
+from tests.several import together
+
 from plait.core import mesh
 from plait.core.events import Events
 from plait.core.snapshot import save_tensors
@@ -71,37 +73,6 @@ def load(checkpoint: Path, **others: torch.Tensor) -> list[str]:
     load_together(checkpoint, into)
     full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in into.items()}
     return [name for name, tensor in whole().items() if not torch.equal(full[name], tensor)]
-
-
-def together(world: int, work: Callable[[], Any]) -> list[Any]:
-    """What each rank gives back, or how it failed; ``killed`` for one that died."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = []
-    for rank in range(world):
-        read, write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                with mesh.joined():
-                    answer = work()
-            except BaseException as error:
-                traceback.print_exc()
-                answer = f"{type(error).__name__}: {error}"
-            os.write(write, json.dumps(answer).encode())
-            os._exit(0)
-        os.close(write)
-        pipes.append((pid, read))
-    answers = []
-    for pid, read in pipes:
-        with os.fdopen(read, "rb") as pipe:
-            said = pipe.read()
-        os.waitpid(pid, 0)
-        answers.append(json.loads(said) if said else "killed")
-    return answers
 
 
 def full_disk(_: Path) -> None:

@@ -348,12 +348,6 @@ def test_refused_before_anything_is_trained(tmp_path, prepare, changes, message)
     assert error.value.remedy
 
 
-def test_several_processes_are_refused_until_saving_knows_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("plait.core.mesh.world", lambda: 2)
-    with pytest.raises(ConfigError, match="2 processes have joined"):
-        train(tmp_path)
-
-
 # --- hooks, progress, results --------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ def outcome(root: Path) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=400,
     )
     assert result.returncode == 0, result.stderr
@@ -82,9 +82,9 @@ def test_a_damaged_or_missing_piece_is_named_on_every_rank(outcome: dict[str, An
 def test_a_fault_of_one_rank_is_raised_in_all_and_leaves_no_checkpoint(outcome: dict[str, Any]) -> None:
     first, second = outcome["rank 0 full"]
     assert first.startswith("ResourceError: cannot write: No space left"), first
-    assert second.startswith("ResourceError: process 0 of 2 met")
+    assert second.startswith("ResourceError: process 0 of 2: cannot write: No space left")
     first, second = outcome["rank 1 full"]
-    assert first.startswith("ResourceError: process 1 of 2 met ResourceError: cannot write: No space left")
+    assert first.startswith("ResourceError: process 1 of 2: cannot write: No space left")
     assert second.startswith("ResourceError: cannot write: No space left")
     first, second = outcome["rank 1 killed"]
     assert second == "killed"

@@ -1,0 +1,239 @@
+"""What one run keeps on disk and goes on from: when it saves, what it saves, and which checkpoint it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from plait.core import mesh
+from plait.core.errors import ConfigError, NumericsError
+from plait.core.events import Events
+from plait.core.protocols import Batches, StatefulBatches
+from plait.training.average import MovingAverage
+from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.gradient import named
+from plait.training.precision import LossScale
+from plait.training.saving import Saver
+from plait.training.settings import Hooks, Settings
+from plait.training.state import (
+    Origin,
+    Progress,
+    TrainState,
+    digest_json,
+    read_average,
+    read_batches,
+    read_state,
+    read_weights,
+    restore_state,
+    rng_kept,
+    save_state,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Trained:
+    """What moves while training, from step to step.
+
+    Attributes:
+        tensors: Of the model and a stateful objective.
+        optimizer: Moves them.
+        average: Their moving average, where one is kept.
+        scaler: Of float16.
+        batches: Where data come from; may hold a state.
+        progress: How far training is.
+    """
+
+    tensors: TrainState
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+    scaler: LossScale | None
+    batches: Batches
+    progress: Progress
+
+    @property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The moving average by name; nothing where none is kept."""
+        return self.average.tensors() if self.average else {}
+
+
+class Keeper:
+    """Saves and restores one run. Several processes have one folder of checkpoints, that of the first.
+
+    Args:
+        folder: Of this process; holds ``checkpoints/``, if it is the first one.
+        trained: What is saved.
+        settings: Of the run.
+        frozen: Digest of what does not train.
+        fingerprint: See :class:`plait.training.state.Origin`.
+        hooks: What the caller adds to a checkpoint.
+        events: Where to say what happens.
+        shown: The model as others may see it, for the caller's files.
+
+    Attributes:
+        saver: Writes.
+        checkpoints: Where.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trained: Trained,
+        settings: Settings,
+        *,
+        origin: Origin,
+        hooks: Hooks,
+        events: Events,
+        shown: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self.trained, self.settings, self.hooks, self.events = trained, settings, hooks, events
+        self.origin = origin
+        self._folder, self._shown = folder, shown
+        home = Path(mesh.first(lambda: str(folder.resolve()))) if mesh.active() else folder
+        self.checkpoints = Checkpoints(home / "checkpoints", keep_last=settings.keep_last, events=events)
+        self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due; none is while updates are left out, as bad weights may be the reason."""
+        every = self.settings.save_every
+        return bool(every) and step % every == 0 and not self.trained.progress.skipped_in_row
+
+    def save(self, *, before: Callable[[], None]) -> None:
+        """Save the step at hand; every process calls this.
+
+        Args:
+            before: Makes durable what a checkpoint must never be ahead of.
+
+        Raises:
+            NumericsError: A weight is not finite.
+            ResourceError: The disk is full or not writable; earlier checkpoints are untouched.
+        """
+        trained = self.trained
+        progress = trained.progress
+        broken = [name for name, weight in trained.tensors.weights.items() if not bool(weight.isfinite().all())]
+        if broken:
+            raise NumericsError(
+                f"{len(broken)} weights are not finite after step {progress.step}: {named(broken)}",
+                place=f"step {progress.step}",
+                remedy=f"lower the learning rate; the last good state is {self.saver.last_good()}",
+            )
+        best = progress.best[0] if progress.best else None
+
+        def ready() -> None:
+            before()
+            self.checkpoints.best = best
+
+        if mesh.rank():
+            before()
+            self.saver.asked = progress.step
+            return
+        self.saver.save(progress.step, self._write, before=ready)
+
+    def _write(self, folder: Path) -> None:
+        trained = self.trained
+        save_state(
+            folder,
+            trained.tensors,
+            trained.optimizer,
+            progress=trained.progress,
+            origin=self.origin,
+            average=trained.averaged,
+            batches=trained.batches.state() if isinstance(trained.batches, StatefulBatches) else {},
+        )
+        with rng_kept(), self._shown():
+            self.hooks.save_model(folder)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is on its way, in whatever process it is."""
+        mesh.first(self.saver.wait)
+
+    # --- going on --------------------------------------------------------------------------------------------------
+
+    def resume(self) -> Progress:
+        """Go on from the newest whole checkpoint, if there is one; every process reads it."""
+        trained = self.trained
+        path = mesh.first(lambda: str(self.checkpoints.newest() or ""))
+        if not path:
+            return trained.progress
+        found = Path(path)
+        check_origin(found, self.origin, events=self.events)
+        trained.progress = restore_state(found, trained.tensors, trained.optimizer)
+        if isinstance(trained.batches, StatefulBatches):
+            trained.batches.restore(read_batches(found))
+        if trained.average is not None:
+            self._resume_average(trained.average, found)
+        if trained.scaler is not None and trained.progress.scale:
+            trained.scaler.scale, trained.scaler.good = trained.progress.scale
+        self.saver.found(found, step=trained.progress.step)
+        self._say_resumed(found)
+        return trained.progress
+
+    def _resume_average(self, average: MovingAverage, found: Path) -> None:
+        """Go on with the average of a checkpoint, or begin one where none was kept until now."""
+        progress = self.trained.progress
+        if means := read_average(found):
+            average.restore(means, updates=progress.averaged)
+            return
+        average.begin()
+        progress.averaged = 0
+        self.events.note(f"{found.name} has no moving average: it begins with the weights of step {progress.step}")
+
+    def _say_resumed(self, found: Path) -> None:
+        step, total = self.trained.progress.step, self.settings.steps
+        if step > total:
+            raise ConfigError(
+                f"steps is {total}, but {step} are done", place=str(found), remedy=f"set steps to {step} or more"
+            )
+        schedule = self.settings.schedule
+        before = read_state(found)["settings"]["steps"]
+        rates = [self.settings.rates.lr * schedule.factor(step, count) for count in (before, total)]
+        if rates[0] != rates[1]:
+            self.events.warning(
+                f"{total} steps, not {before}, bend the schedule: the next rate is {rates[1]:.3g}, not {rates[0]:.3g}"
+            )
+        tensors, optimizer = self.trained.tensors, self.trained.optimizer
+        weights = sum(w.numel() for w in tensors.weights.values())
+        restored = {
+            "model": f"{weights:,} weights, {len(tensors.buffers())} buffers",
+            "optimizer": f"{self.settings.optimizer.kind}, {len(optimizer.state)} states",
+            "schedule": f"next rate {rates[1]:.3g}",
+            "random numbers": "Python, NumPy, torch" if not mesh.active() else "drawn anew for each step and process",
+            "data cursor": f"step {step}",
+        }
+        self.events.note(
+            f"resumed at step {step} of {total}: " + ", ".join(f"{part} ({what})" for part, what in restored.items()),
+            step=step,
+            checkpoint=str(found),
+            restored=restored,
+            settings_sha256=digest_json(self.origin.settings),
+        )
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def leave(self, *, gave_up: bool) -> Path:
+        """Leave the model as it is best, or as it is last; returns its checkpoint, seen from this process's folder."""
+        trained, progress = self.trained, self.trained.progress
+        step, best = progress.step, progress.best
+        if best is not None and best[0] != step:
+            if path := mesh.first(lambda: str(self.checkpoints.whole(best[0]) or "")):
+                then = read_state(Path(path))["settings"].get("average")  # may have been taken up or dropped since
+                read_weights(Path(path), trained.tensors, average=bool(then and then["use"]))
+                early = f"stopped early, after step {step} of {self.settings.steps}: " if gave_up else ""
+                self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
+                return self._here(best[0])
+            self.events.warning(
+                f"the checkpoint of the best step, {best[0]}, is damaged or missing: the model is that of step {step}; "
+                f"to have the best one (evaluation {best[1]:.6g}), put a good copy back and resume",
+                step=best[0],
+            )
+        if trained.average is not None and self.settings.average is not None and self.settings.average.use:
+            trained.average.copy_to_model()
+        return self._here(step)
+
+    def _here(self, step: int) -> Path:
+        return self._folder / "checkpoints" / self.checkpoints.path(step).name
