@@ -1,4 +1,4 @@
-"""What ``test_fit_ranks.py`` starts: ``python fit_ranks.py FOLDER CASE ...`` trains with several processes, prints JSON.
+"""What ``test_fit_ranks.py`` starts: ``python fit_ranks.py FOLDER CASE ...`` trains in several processes, prints JSON.
 
 torch is imported once; every rank is forked from there, before any torch operation.
 """
@@ -87,11 +87,12 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().double() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Largest distance of a tensor, by its norm."""
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, start: Mapping[str, Tensor]) -> float:
+    """Largest distance of a tensor, as a share of how far it moved."""
     assert found.keys() == expected.keys()
-    gaps = [float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)) for n in expected]
-    return max(gaps)
+    moved = {name: float((expected[name] - start[name]).norm()) for name in expected}
+    assert min(moved.values()) > 0
+    return max(float((found[name] - expected[name]).norm()) / moved[name] for name in expected)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -102,25 +103,29 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def equal(root: Path) -> dict[str, Any]:
     """How far the weights of 2 and 4 processes are from those of one, by kind and micro-batches."""
-    out: dict[str, Any] = {}
-    for kind, how in KINDS.items():
-        alone = together(1, lambda: keep(root / "one.pt", weights(trained(root / kind / "1", **how))))
-        assert alone == ["kept"], alone
-        for world in (2, 4):
-            for pieces in (1, 2):
-                name = f"{kind}, {world} processes, {pieces} micro-batches"
-
-                def work() -> float:
-                    model = trained(root / name, batches=source(pieces=pieces), **how)
-                    return apart(weights(model), torch.load(root / "one.pt"))
-
-                out[name] = together(world, work)
-    return out
+    return {
+        f"{kind}, {world} processes, {pieces} micro-batches": compared(
+            root / f"{kind} {world} {pieces}", world, pieces, how
+        )
+        for kind, how in KINDS.items()
+        for world in (2, 4)
+        for pieces in (1, 2)
+    }
 
 
-def keep(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    torch.save(dict(tensors), path)
-    return "kept"
+def compared(root: Path, world: int, pieces: int, how: Mapping[str, Any]) -> list[float]:
+    def alone() -> str:
+        model = trained(root / "alone", **{n: v for n, v in how.items() if n != "parallel"})
+        torch.save(weights(model), root / "alone.pt")
+        return "kept"
+
+    def work() -> float:
+        model = trained(root / "several", batches=source(pieces=pieces), **how)
+        start = weights(exactness.model(by_document=True))
+        return apart(weights(model), torch.load(root / "alone.pt"), start=start)
+
+    assert together(1, alone) == ["kept"]
+    return together(world, work)
 
 
 CASES: dict[str, Callable[[Path], Any]] = {"equal": equal}

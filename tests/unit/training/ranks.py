@@ -9,17 +9,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-
 from tests.several import together
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from plait.core import mesh
 from plait.core.events import Events
