@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plait.core import errors
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
@@ -158,6 +159,18 @@ def all_gather(value: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies in this process of a tensor that is spread over several; any other tensor is what it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all have whole, cut as another of its shape; itself if that one is whole."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor, nn
 
+from plait.core import mesh
+
 
 class MovingAverage:
     """Holds ``a <- d a + (1 - d) w``, with ``d = min(decay, (1 + t) / (10 + t))`` at update ``t`` (from 0).
@@ -42,7 +44,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        means, weights = list(self._means.values()), [weight.detach() for weight in self._weights.values()]
+        means = [mesh.local(mean) for mean in self._means.values()]
+        weights = [mesh.local(weight.detach()) for weight in self._weights.values()]
         torch._foreach_lerp_(means, weights, 1 - self.decay)
         self.updates += 1
 
@@ -68,7 +71,7 @@ class MovingAverage:
     def restore(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
         """Go on from what :meth:`tensors` and :attr:`updates` were."""
         for name, mean in self._means.items():
-            mean.copy_(tensors[name])
+            mean.copy_(mesh.spread_like(tensors[name], mean))
         self.updates = updates
 
     def _swap(self) -> None:

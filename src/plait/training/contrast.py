@@ -33,7 +33,7 @@ from plait.core import mesh
 from plait.core.errors import ConfigError
 from plait.core.protocols import Pairwise
 from plait.core.tensors import Batch, Embedded
-from plait.training.state import rng_state, set_rng_state
+from plait.training.generators import rng_state, set_rng_state
 
 _AGREE = 0.02
 """Largest difference of the vectors of both passes, as part of the largest component: kernels may round otherwise."""

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from plait.core import mesh
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.training.contrast import Share, backward_pairwise
+from plait.training.parallel import Sharded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ def accumulate(
     weights: Mapping[str, float],
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     scale: float = 1.0,
+    sharded: Sharded | None = None,
 ) -> Sums:
     """Add ``d loss / d w`` of a step to the weights' ``.grad``, for ``loss = sum_t weight_t * sum_t / count_t``.
 
@@ -62,6 +65,7 @@ def accumulate(
         weights: Weight of each term; 1 where none is given, 0 only reports.
         around: Entered around each forward, such as autocast.
         scale: The gradients are so many times those of the loss; what is returned is not scaled.
+        sharded: The model lies in pieces on all processes: these compute in step, and none breaks off alone.
 
     Raises:
         ConfigError: A weight names no term, a counted term has no sum, or the loss reaches no trainable weight.
@@ -85,7 +89,8 @@ def accumulate(
     if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
         share = backward_pairwise(model, objective, micro, weigh=weigh, around=around)
     else:
-        share = _each(model, objective, micro, weigh=weigh, used=used, around=around)
+        run = _Pass(model, objective, weigh=weigh, used=used, around=around)
+        share = run.each(micro) if sharded is None else run.in_step(micro, sharded)
     totals = {name: _wide(share.sums[name]) for name in used}
     reached, broken_off = mesh.all_reduce_sum(torch.tensor([int(share.reached), int(not share.complete)])).tolist()
     if not (reached or broken_off):  # a rank without one trained token reaches none; the others wait for it
@@ -103,31 +108,56 @@ def accumulate(
     return Sums(loss=loss_value, terms=terms, counts=counts, complete=not broken_off, not_finite=broken)
 
 
-def _each(
-    model: nn.Module,
-    objective: Objective,
-    micro: Sequence[Batch],
-    *,
-    weigh: Callable[[Mapping[str, Tensor]], Tensor],
-    used: Mapping[str, float],
-    around: Callable[[], contextlib.AbstractContextManager[object]],
-) -> Share:
-    """Forward and backward of one micro-batch after the other, up to the first whose loss is not finite."""
-    totals: dict[str, Tensor] = {}
-    reached = False
-    for batch in micro:
-        with around():
-            sums = objective(model, batch)
-        loss = weigh(sums)
-        for name in used:
+class _Pass:
+    """Forward and backward of micro-batches, one after the other."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        weigh: Callable[[Mapping[str, Tensor]], Tensor],
+        used: Mapping[str, float],
+        around: Callable[[], contextlib.AbstractContextManager[object]],
+    ) -> None:
+        self.model, self.objective, self.weigh, self.used, self.around = model, objective, weigh, used, around
+        self.totals: dict[str, Tensor] = {}
+
+    def each(self, micro: Sequence[Batch]) -> Share:
+        """Up to the first whose loss is not finite."""
+        reached = False
+        for batch in micro:
+            loss = self._forward(batch)
+            if not loss.isfinite():
+                return Share(sums=self.totals, reached=reached, complete=False, broken=tuple(batch.sample_ids))
+            if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
+                reached = True
+                loss.backward()
+        return Share(sums=self.totals, reached=reached)
+
+    def in_step(self, micro: Sequence[Batch], sharded: Sharded) -> Share:
+        """As many passes as any process makes; who has fewer micro-batches repeats one, with no weight."""
+        passes: int = max(mesh.gather(len(micro)))
+        reached, broken = False, ()
+        for at in range(passes):
+            batch = micro[min(at, len(micro) - 1)]
+            sharded.begin(batch, last=at == passes - 1)
+            loss = self._forward(batch, counts=at < len(micro))
+            if not loss.isfinite() and not broken:
+                broken = tuple(batch.sample_ids)
+            reached = reached or loss.requires_grad
+            with mesh.explained():
+                sharded.touched(loss if at < len(micro) else loss * 0).backward()
+        return Share(sums=self.totals, reached=reached, complete=not broken, broken=broken)
+
+    def _forward(self, batch: Batch, *, counts: bool = True) -> Tensor:
+        with self.around(), mesh.explained():
+            sums = self.objective(self.model, batch)
+        loss = self.weigh(sums)
+        for name in self.used if counts else ():
             term = _wide(sums[name].detach())
-            totals[name] = totals[name] + term if name in totals else term
-        if not loss.isfinite():
-            return Share(sums=totals, reached=reached, complete=False, broken=tuple(batch.sample_ids))
-        if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
-            reached = True
-            loss.backward()
-    return Share(sums=totals, reached=reached)
+            self.totals[name] = self.totals[name] + term if name in self.totals else term
+        return loss
 
 
 def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) -> None:
@@ -216,7 +246,8 @@ def _wide(value: Tensor) -> Tensor:
 def _sum_gradients(model: nn.Module, objective: Objective) -> None:
     """Add the gradients of all ranks; a rank on which a weight got none still takes part in the sum."""
     modules = [model, objective] if isinstance(objective, nn.Module) else [model]
-    weights = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
+    every = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
+    weights = [weight for weight in every if not isinstance(weight, DTensor)]  # pieces have been summed on the way
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +15,27 @@ from plait.core.events import Events
 from plait.core.protocols import Batches, StatefulBatches
 from plait.training.average import MovingAverage
 from plait.training.checkpoint import Checkpoints, check_origin
+from plait.training.generators import rng_kept
 from plait.training.gradient import named
+from plait.training.parallel import Sharded, Whole
+from plait.training.pieces import load_pieces, pieces
 from plait.training.precision import LossScale
 from plait.training.saving import Saver
 from plait.training.settings import Hooks, Settings
+from plait.training.sharded import save_together
 from plait.training.state import (
+    IN_PIECES,
     Origin,
     Progress,
+    Stored,
     TrainState,
     digest_json,
-    read_average,
     read_batches,
     read_state,
-    read_weights,
+    read_stored,
     restore_state,
-    rng_kept,
+    restore_weights,
+    save_rest,
     save_state,
 )
 
@@ -71,7 +77,7 @@ class Keeper:
         fingerprint: See :class:`plait.training.state.Origin`.
         hooks: What the caller adds to a checkpoint.
         events: Where to say what happens.
-        shown: The model as others may see it, for the caller's files.
+        layout: How the processes hold the model.
 
     Attributes:
         saver: Writes.
@@ -87,11 +93,11 @@ class Keeper:
         origin: Origin,
         hooks: Hooks,
         events: Events,
-        shown: Callable[[], contextlib.AbstractContextManager[None]],
+        layout: Whole,
     ) -> None:
         self.trained, self.settings, self.hooks, self.events = trained, settings, hooks, events
         self.origin = origin
-        self._folder, self._shown = folder, shown
+        self._folder, self._layout = folder, layout
         home = Path(mesh.first(lambda: str(folder.resolve()))) if mesh.active() else folder
         self.checkpoints = Checkpoints(home / "checkpoints", keep_last=settings.keep_last, events=events)
         self.saver = Saver(self.checkpoints, events=events, beside=settings.async_save)
@@ -115,7 +121,9 @@ class Keeper:
         """
         trained = self.trained
         progress = trained.progress
-        broken = [name for name, weight in trained.tensors.weights.items() if not bool(weight.isfinite().all())]
+        weights = trained.tensors.weights.items()
+        broken = [name for name, weight in weights if not bool(mesh.local(weight).isfinite().all())]
+        broken = list(dict.fromkeys(name for found in mesh.gather(broken) for name in found))
         if broken:
             raise NumericsError(
                 f"{len(broken)} weights are not finite after step {progress.step}: {named(broken)}",
@@ -128,11 +136,14 @@ class Keeper:
             before()
             self.checkpoints.best = best
 
-        if mesh.rank():
+        if isinstance(self._layout, Sharded):
+            ready()
+            self.saver.within(progress.step, self._save_pieces)
+        elif mesh.rank() == 0:
+            self.saver.save(progress.step, self._write, before=ready)
+        else:
             before()
             self.saver.asked = progress.step
-            return
-        self.saver.save(progress.step, self._write, before=ready)
 
     def _write(self, folder: Path) -> None:
         trained = self.trained
@@ -145,8 +156,27 @@ class Keeper:
             average=trained.averaged,
             batches=trained.batches.state() if isinstance(trained.batches, StatefulBatches) else {},
         )
-        with rng_kept(), self._shown():
+        with rng_kept(), self.shown():
             self.hooks.save_model(folder)
+
+    def _save_pieces(self) -> None:
+        """Each process its own pieces; the model's own files by the first, from whole weights."""
+        trained, step = self.trained, self.trained.progress.step
+        tensors, scalars = pieces(trained.tensors, trained.optimizer, average=trained.averaged)
+
+        def rest(folder: Path) -> None:
+            (folder / "resume").mkdir()
+            save_rest(folder, scalars, progress=trained.progress, origin=self.origin, form=IN_PIECES)
+            with rng_kept():
+                self.hooks.save_model(folder)
+
+        with self.shown():
+            save_together(self.checkpoints, step, tensors, write=rest)
+
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """The model as others may see it: with its average, where that is used."""
+        used = self.settings.average is not None and self.settings.average.use
+        return self._layout.shown(self.trained.average if used else None)
 
     def wait(self) -> None:
         """Wait for the checkpoint that is on its way, in whatever process it is."""
@@ -162,21 +192,28 @@ class Keeper:
             return trained.progress
         found = Path(path)
         check_origin(found, self.origin, events=self.events)
-        trained.progress = restore_state(found, trained.tensors, trained.optimizer)
+        stored = self._stored(found)
+        trained.progress = restore_state(found, trained.tensors, trained.optimizer, stored=stored)
         if isinstance(trained.batches, StatefulBatches):
             trained.batches.restore(read_batches(found))
         if trained.average is not None:
-            self._resume_average(trained.average, found)
+            self._resume_average(trained.average, stored.average, found)
         if trained.scaler is not None and trained.progress.scale:
             trained.scaler.scale, trained.scaler.good = trained.progress.scale
         self.saver.found(found, step=trained.progress.step)
         self._say_resumed(found)
         return trained.progress
 
-    def _resume_average(self, average: MovingAverage, found: Path) -> None:
+    def _stored(self, checkpoint: Path) -> Stored:
+        """Tensors of a checkpoint, however it holds them."""
+        if read_state(checkpoint)["format"] == IN_PIECES:
+            return load_pieces(checkpoint, self.trained.tensors)
+        return read_stored(checkpoint)
+
+    def _resume_average(self, average: MovingAverage, means: Mapping[str, torch.Tensor], found: Path) -> None:
         """Go on with the average of a checkpoint, or begin one where none was kept until now."""
         progress = self.trained.progress
-        if means := read_average(found):
+        if means:
             average.restore(means, updates=progress.averaged)
             return
         average.begin()
@@ -222,7 +259,8 @@ class Keeper:
         if best is not None and best[0] != step:
             if path := mesh.first(lambda: str(self.checkpoints.whole(best[0]) or "")):
                 then = read_state(Path(path))["settings"].get("average")  # may have been taken up or dropped since
-                read_weights(Path(path), trained.tensors, average=bool(then and then["use"]))
+                stored = self._stored(Path(path))
+                restore_weights(Path(path), trained.tensors, stored, average=bool(then and then["use"]))
                 early = f"stopped early, after step {step} of {self.settings.steps}: " if gave_up else ""
                 self.events.note(f"{early}the model is that of step {best[0]}, evaluation {best[1]:.6g}", step=best[0])
                 return self._here(best[0])

@@ -7,7 +7,6 @@ counted.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -26,14 +25,17 @@ from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.computed import computed
+from plait.training.generators import rng_kept, rng_restorer
 from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
+from plait.training.norm import clip
+from plait.training.parallel import Sharded, lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.settings import FitResult, Hooks, Settings
-from plait.training.state import Origin, Progress, TrainState, rng_kept, rng_restorer
+from plait.training.state import Origin, Progress, TrainState
 
 
 def fit(
@@ -71,8 +73,10 @@ def fit(
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
     run = _Run(model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks or Hooks())
-    with computed(model, settings, events=events), stop_requests() as stop:
-        return run.all(stop)
+    with computed(run.layout.model, settings, events=events), stop_requests() as stop:
+        result = run.all(stop)
+    run.layout.finish()
+    return result
 
 
 class _Run:
@@ -93,26 +97,27 @@ class _Run:
             raise ConfigError(
                 "stopping is set, but nothing evaluates", place="stopping", remedy="give the hook evaluate"
             )
-        self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
+        self.batches, self.settings = batches, settings
         self.events, self.hooks, self.folder = events, hooks, folder
-        self.train_state = TrainState(model, objective)
-        if not self.train_state.trains:
+        plain = TrainState(model, objective)
+        if not plain.trains:
             raise ConfigError(
                 "every module is in eval mode", place="model", remedy="call .train() on the parts that learn"
             )
-        if turned := hold_masters(self.train_state.weights.values()):
+        if turned := hold_masters(plain.weights.values()):
             events.note(f"{turned} trainable tensors are held in float32 while training")
+        origin = Origin(
+            settings=settings.plain(), fingerprint=fingerprint(settings.compute), frozen=plain.frozen_digest()
+        )
+        start_alike(plain, origin, batches, events=events)
+        self.layout = lay_out(model, objective, settings.parallel, device=settings.compute.device)
+        self.train_state = TrainState(self.layout.model, self.layout.objective)
+        self.modes = plain
         self.optimizer = settings.optimizer.build(
             self.train_state.weights, self.train_state.roles, rates=settings.rates
         )
         if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
             events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
-        origin = Origin(
-            settings=settings.plain(),
-            fingerprint=fingerprint(settings.compute),
-            frozen=self.train_state.frozen_digest(),
-        )
-        start_alike(self.train_state, origin, batches, events=events)
         self.average = None
         if settings.average:
             self.average = MovingAverage(self.train_state.weights, decay=settings.average.decay)
@@ -125,7 +130,7 @@ class _Run:
             batches=batches,
             progress=Progress(),
         )
-        self.keeper = Keeper(folder, trained, settings, origin=origin, hooks=hooks, events=events, shown=self._shown)
+        self.keeper = Keeper(folder, trained, settings, origin=origin, hooks=hooks, events=events, layout=self.layout)
         seed_everything(settings.seed)
         self.progress = self.keeper.resume()
         self.resumed_from = self.progress.step
@@ -209,17 +214,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         ids = tuple(i for batch in micro for i in batch.sample_ids)
-        check_batches(micro, self.objective, step=step)
+        check_batches(micro, self.layout.objective, step=step)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
         try:
             with patience(stop):
                 sums = accumulate(
-                    self.model,
-                    self.objective,
+                    self.layout.model,
+                    self.layout.objective,
                     micro,
                     weights=settings.weights,
                     around=lambda: autocast(settings.compute.device, settings.compute.dtype),
                     scale=self.scaler.scale if self.scaler else 1.0,
+                    sharded=self.layout if isinstance(self.layout, Sharded) else None,
                 )
         except Woken:
             self._buffers_back(kept)
@@ -259,12 +265,12 @@ class _Run:
         if self.hooks.on_step is None:
             return
         try:
-            with rng_kept(), self._shown(), patience(stop):
+            with rng_kept(), self.keeper.shown(), patience(stop):
                 mesh.first(functools.partial(self.hooks.on_step, self.progress.step, values))
         except Woken:
             self.progress.untold = dict(values)
         finally:
-            self.train_state.reset_modes()
+            self.modes.reset_modes()
 
     def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Move the weights, or leave the update out where a number is not finite."""
@@ -293,13 +299,13 @@ class _Run:
         if settings is None or evaluate is None or (step % settings.every and step != self.settings.steps):
             return {}
         try:
-            with rng_kept(), self._shown(), patience(stop):
+            with rng_kept(), self.keeper.shown(), patience(stop):
                 value = mesh.first(lambda: float(evaluate()))
         except Woken:
             self.progress.unjudged = True
             return {}
         finally:
-            self.train_state.reset_modes()
+            self.modes.reset_modes()
         best = self.progress.best
         if settings.gains(value, best[1] if best else None):
             self.progress.best, self.progress.stale = (step, value), 0
@@ -317,12 +323,6 @@ class _Run:
         settings = self.settings.stopping
         return settings is not None and 0 < settings.patience <= self.progress.stale
 
-    def _shown(self) -> contextlib.AbstractContextManager[None]:
-        """The model as others may see it: with its average, where that is used."""
-        if self.average is not None and self.settings.average is not None and self.settings.average.use:
-            return self.average.in_place()
-        return contextlib.nullcontext()
-
     def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
         values |= {"grad_norm": norm, "lr": self.settings.rates.lr * factor}
@@ -332,13 +332,10 @@ class _Run:
 
     def _clip(self) -> float:
         """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before, without the loss's scale."""
-        weights = [w for w in self.train_state.weights.values() if w.grad is not None]
+        grads = [w.grad for w in self.train_state.weights.values() if w.grad is not None]
         if self.scaler is not None:
-            self.scaler.unscale([w.grad for w in weights if w.grad is not None])
-        norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        if self.settings.clip_norm is not None and bool(norm.isfinite()):
-            torch.nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
-        return float(norm)
+            self.scaler.unscale([mesh.local(grad) for grad in grads])
+        return clip(grads, self.settings.clip_norm)
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""

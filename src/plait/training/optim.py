@@ -112,12 +112,13 @@ class _Optimizer(Spec):
                         place=f"rates.{setting}",
                         remedy=f"use the beginning of a trainable weight's name: {', '.join(heads[:8])}",
                     )
-        found: dict[tuple[str, int, bool], list[tuple[str, nn.Parameter]]] = {}
+        found: dict[tuple[str, int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, weight in weights.items():
             part = max((p for p in rates.parts if _under(name, p)), key=len, default="rest")
             above = roles.above.get(name, 0) if rates.layer_decay != 1 else 0
             decays = weight.ndim >= 2 and name not in roles.norms and not any(_under(name, p) for p in rates.no_decay)
-            found.setdefault((part, above, decays), []).append((name, weight))
+            spread = hasattr(weight, "placements")  # torch takes no list of both kinds
+            found.setdefault((part, above, decays, spread), []).append((name, weight))
         return [
             {
                 "params": named,
@@ -128,7 +129,7 @@ class _Optimizer(Spec):
                 "lr": peak,
                 "weight_decay": self.weight_decay if decays else 0.0,
             }
-            for (part, above, decays), named in sorted(found.items(), key=lambda item: item[0])
+            for (part, above, decays, _), named in sorted(found.items(), key=lambda item: item[0])
         ]
 
     def build(self, weights: Mapping[str, nn.Parameter], roles: Roles | None = None, *, rates: Rates) -> TorchOptimizer:

@@ -107,6 +107,16 @@ class Saver:
             job.seconds = job.stalled
             self._tell(job)
 
+    def within(self, step: int, write: Callable[[], None]) -> None:
+        """Save a step in another way, within it; its checkpoint is finished when ``write`` ends."""
+        self.wait()
+        self.asked = step
+        job = _Job(step=step, began=time.perf_counter())
+        write()
+        job.stalled = job.seconds = time.perf_counter() - job.began
+        self._stalled += job.stalled
+        self._tell(job)
+
     def check(self) -> None:
         """Say that a checkpoint is finished, or raise what its thread met; at once, whether there is one or not."""
         if self._job is None or not self._done.is_set():

@@ -19,7 +19,7 @@ from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Average, Trainer
+from plait.training.trainer import Average, Parallel, Trainer, check_spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ class Settings:
         head: How losses over a vocabulary are computed, where the model leaves a choice: ``fused`` or ``full``.
         recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
         compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
+        parallel: How several processes share the work.
         context: The caller's own settings as plain data (its spec); recorded, and compared when the run is resumed.
         context_defaults: What stands in it where nobody sets anything, by dotted path
             (:func:`plait.core.spec.defaults`): a run goes on with a setting that is newer than its checkpoint, while
@@ -119,6 +120,7 @@ class Settings:
     head: Literal["fused", "full"] = "fused"
     recompute: Literal["none", "full", "selective"] = "none"
     compile: bool = False
+    parallel: Parallel = field(default_factory=Parallel)
     context: Mapping[str, Any] = field(default_factory=dict)
     context_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,6 +133,12 @@ class Settings:
             raise ConfigError(
                 f"clip_norm is {self.clip_norm}", place="clip_norm", remedy="set it above 0, or to null for no clipping"
             )
+
+        if self.parallel.zero:
+            try:
+                check_spread(self.optimizer.kind)
+            except ValueError as error:
+                raise ConfigError(str(error), place="parallel.zero", remedy="change one of the two") from error
 
     def with_trainer(
         self,
@@ -161,15 +169,17 @@ class Settings:
             head=trainer.head,
             recompute=trainer.recompute,
             compile=trainer.compile,
+            parallel=trainer.parallel,
             average=trainer.average,
         )
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint. Device and threads are in the fingerprint instead.
 
-        How the same step is computed (head, recompute, compile) is no part of it: a run may go on another way.
+        How the same step is computed (head, recompute, compile, parallel) is no part of it: a run may go on in
+        another way.
         """
-        how = {"head", "recompute", "compile"}
+        how = {"head", "recompute", "compile", "parallel"}
         skip = how | {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
         skip |= {"context_defaults"}
         return {

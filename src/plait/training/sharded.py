@@ -76,7 +76,7 @@ def load_together(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
         if mesh.rank() == 0:
             verify(checkpoint)
     with mesh.agreed(checkpoint):
-        _same_forms(_forms(checkpoint), into, checkpoint)
+        _same_forms(forms(checkpoint), into, checkpoint)
     with mesh.agreed(checkpoint):
         _read(checkpoint, dict(into))
 
@@ -88,7 +88,7 @@ def read_whole(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: A piece is missing or damaged.
     """
     verify(checkpoint)
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in _forms(checkpoint).items()}
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in forms(checkpoint).items()}
     _read(checkpoint, tensors)
     return tensors
 
@@ -111,7 +111,7 @@ def _write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         ) from error
 
 
-def _forms(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+def forms(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """Shape and dtype of every whole tensor.
 
     Raises:

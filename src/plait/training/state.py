@@ -5,29 +5,29 @@ Safetensors files (weights, optimizer, random-number generators, a moving averag
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from plait.core import mesh
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.files import read_json, write_json
 from plait.core.snapshot import later, save_tensors
+from plait.training.generators import rng_state, set_rng_state
 from plait.training.roles import Roles
 
-FORMAT = 1
-"""Version of the ``resume/`` folder that is written."""
+WHOLE, IN_PIECES = 1, 2
+"""Versions of the ``resume/`` folder that are written: with whole tensors, and with those of
+:mod:`plait.training.pieces`."""
 
 OLDEST = 1
 """Oldest version that is read."""
@@ -221,15 +221,31 @@ def save_state(
         safetensors.SafetensorError: Likewise.
     """
     (folder / "resume").mkdir()
-    states, scalars = _optimizer_state(optimizer)
-    rng, rng_scalars = rng_state()
-    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, RNG: rng, AVERAGE: average, BATCHES: batches}
+    states, scalars = optimizer_state(optimizer)
+    files = {WEIGHTS: train_state.tensors(), OPTIMIZER: states, AVERAGE: average, BATCHES: batches}
     for name, tensors in files.items():
         if name in (AVERAGE, BATCHES) and not tensors:
             continue
         save_tensors(tensors, folder / name)
+    save_rest(folder, scalars, progress=progress, origin=origin)
+
+
+def save_rest(
+    folder: Path, scalars: Mapping[str, Any], *, progress: Progress, origin: Origin, form: int = WHOLE
+) -> None:
+    """Write what of ``folder/resume/``, which exists, is no tensor of training: generators and plain data.
+
+    Args:
+        folder: Of the checkpoint.
+        scalars: Of the optimizer.
+        progress: How far training is.
+        origin: What a run that goes on must agree with.
+        form: How the tensors are stored: :data:`WHOLE` or :data:`IN_PIECES`.
+    """
+    rng, rng_scalars = rng_state()
+    save_tensors(rng, folder / RNG)
     record = {
-        "format": FORMAT,
+        "format": form,
         **progress.plain(),
         "settings": origin.settings,
         "settings_sha256": digest_json(origin.settings),
@@ -248,54 +264,80 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: Written in a format that this version does not read.
     """
     record: dict[str, Any] = read_json(folder / STATE)
-    if not OLDEST <= record["format"] <= FORMAT:
+    if not OLDEST <= record["format"] <= IN_PIECES:
         raise CheckpointError(
-            f"resume format {record['format']}, this version reads {OLDEST} to {FORMAT}",
+            f"resume format {record['format']}, this version reads {OLDEST} to {IN_PIECES}",
             place=str(folder),
             remedy="resume with the version of plait that wrote it (env.json of the run names it)",
         )
     return record
 
 
-def restore_state(folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer) -> Progress:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Tensors of a checkpoint.
+
+    Attributes:
+        weights: All that training changes.
+        optimizer: By weight and name of the state.
+        average: The moving average of the weights; nothing if none was kept.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+
+
+def read_stored(folder: Path) -> Stored:
+    """Tensors of a checkpoint that holds them whole.
+
+    Raises:
+        CheckpointError: A file changed since it was verified.
+    """
+    average = _read_tensors(folder / AVERAGE) if (folder / AVERAGE).is_file() else {}
+    return Stored(weights=_read_tensors(folder / WEIGHTS), optimizer=_read_tensors(folder / OPTIMIZER), average=average)
+
+
+def restore_state(
+    folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer, *, stored: Stored | None = None
+) -> Progress:
     """Put back, bit for bit, what :func:`save_state` wrote.
+
+    Args:
+        folder: Of the checkpoint.
+        train_state: What training changes; may lie in pieces on several processes.
+        optimizer: Gets its moments back.
+        stored: Its tensors, where they were read already.
 
     Raises:
         CheckpointError: Names, shapes or dtypes are not those of this model or optimizer; nothing was changed then.
     """
-    record = read_state(folder)
-    saved, present = _read_tensors(folder / WEIGHTS), train_state.tensors()
-    _same_tensors(saved, present, folder / WEIGHTS)
-    state = _optimizer_dict(optimizer, _read_tensors(folder / OPTIMIZER), record["optimizer"])
-    for name, tensor in saved.items():
-        present[name].copy_(tensor)
+    record, stored = read_state(folder), stored or read_stored(folder)
+    _same_tensors(stored.weights, train_state.tensors(), folder / WEIGHTS)
+    state = _optimizer_dict(optimizer, stored.optimizer, record["optimizer"])
+    _copy(stored.weights, train_state)
     optimizer.load_state_dict(state)
     progress = Progress.read(record)  # before the generators: beartype, which checks types in tests, draws from one
     set_rng_state(_read_tensors(folder / RNG), record["rng"])
     return progress
 
 
-def read_weights(folder: Path, train_state: TrainState, *, average: bool) -> None:
+def restore_weights(folder: Path, train_state: TrainState, stored: Stored, *, average: bool) -> None:
     """Put back only the trained weights and buffers of a checkpoint, or the average in their place if it has one.
 
     Raises:
         CheckpointError: They are not those of this model; nothing was changed then.
     """
-    saved, present = _read_tensors(folder / WEIGHTS), train_state.tensors()
-    if average:
-        saved |= read_average(folder)
-    _same_tensors(saved, present, folder / WEIGHTS)
-    for name, tensor in saved.items():
-        present[name].copy_(tensor)
+    weights = {**stored.weights, **(stored.average if average else {})}
+    _same_tensors(weights, train_state.tensors(), folder / WEIGHTS)
+    _copy(weights, train_state)
 
 
-def read_average(folder: Path) -> dict[str, Tensor]:
-    """The moving average of a checkpoint; nothing if none was kept.
-
-    Raises:
-        CheckpointError: The file changed since it was verified.
-    """
-    return _read_tensors(folder / AVERAGE) if (folder / AVERAGE).is_file() else {}
+def _copy(saved: Mapping[str, Tensor], train_state: TrainState) -> None:
+    present = train_state.tensors()
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            present[name].copy_(mesh.spread_like(tensor, present[name]))
 
 
 def read_batches(folder: Path) -> dict[str, Tensor]:
@@ -370,7 +412,8 @@ def _members(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]
     ]
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimizer holds of each weight, as ``weight/name``: tensors, and plain numbers."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, weight in _members(optimizer):
@@ -409,58 +452,4 @@ def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
     """
     if value.shape != weight.shape:
         return value.clone()
-    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
-# --- random numbers ------------------------------------------------------------------------------------------------
-
-
-def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of Python's, NumPy's and torch's global generators, as tensors and plain scalars."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "torch.cpu": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():  # a run on the CPU must not wake the GPUs
-        tensors |= {f"torch.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors, {"python": [version, gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
-
-
-def set_rng_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-    """Put back what :func:`rng_state` returned; generators of GPUs that are not here are left out."""
-    version, gauss = scalars["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    kind, position, has_gauss, cached = scalars["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"torch.cuda.{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"torch.cuda.{i}"], i)
-
-
-def rng_restorer() -> Callable[[], None]:
-    """Remember the generators, in some microseconds; returns what puts them back."""
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def put_back() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return put_back
-
-
-@contextlib.contextmanager
-def rng_kept() -> Iterator[None]:
-    """Leave the generators as they were, whatever the block draws."""
-    put_back = rng_restorer()
-    try:
-        yield
-    finally:
-        put_back()
+    return torch.empty_like(weight, dtype=value.dtype).copy_(mesh.spread_like(value, weight))

@@ -24,6 +24,24 @@ class Average(Spec):
     """Look at, score and save the average as the model. Otherwise it is only kept in the checkpoints' `resume/`."""
 
 
+class Parallel(Spec):
+    """How processes that train together (`torchrun`) share the work. One process does all of it and ignores this."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    """What each process keeps only its part of (ZeRO, by torch's FSDP2): `0` nothing, every process has the whole
+    model (DDP); `1` the optimizer's state; `2` gradients, too; `3` weights, too: a block's are gathered while it is
+    computed, and again for its backward pass. Results are those of one process."""
+    offload: bool = False
+    """Keep what is spread in the host's memory, and move a block's weights to the GPU while it is computed; needs
+    `zero` of 1 or more."""
+
+    @model_validator(mode="after")
+    def _spread(self) -> Parallel:
+        if self.offload and not self.zero:
+            raise ValueError("offload moves what is spread, and zero is 0: set zero to 1, 2 or 3, or offload to false")
+        return self
+
+
 class Trainer(Spec):
     """How a stage trains, in all of its phases.
 
@@ -62,6 +80,8 @@ class Trainer(Spec):
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
     the whole batch."""
+    parallel: Parallel = Parallel()
+    """How several processes share the work."""
     async_save: bool = False
     """Write checkpoints beside training, from a copy of the state in host memory: a step waits only while it is copied.
     It takes as much more memory as a checkpoint has bytes."""
@@ -73,6 +93,22 @@ class Trainer(Spec):
                 "recompute is selective and compile is true: it chooses among operations, of which a compiled block "
                 "has one; set recompute to full or none, or compile to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _spread(self) -> Trainer:
+        if self.parallel.zero:
+            check_spread(self.optimizer.kind)
+            if self.compile:
+                raise ValueError(
+                    f"parallel.zero is {self.parallel.zero} and compile is true: compiled blocks have not been tried "
+                    "in pieces; set one of them off"
+                )
+            if self.async_save:
+                raise ValueError(
+                    f"parallel.zero is {self.parallel.zero} and async_save is true: pieces are written within the "
+                    "step, by all processes at once; set async_save to false"
+                )
         return self
 
     def pieces(self, batch_size: int) -> int:
@@ -121,3 +157,21 @@ class Trainer(Spec):
         side = 512
         inner, outer = (self.optimizer.state_bytes((side, side), inner=inner) / side**2 for inner in (True, False))
         return inner * (1 - tables) + outer * tables + (4 if self.average else 0)
+
+
+def check_spread(optimizer: str) -> None:
+    """See that an optimizer can work on pieces of weights.
+
+    Raises:
+        ValueError: It needs a weight as a whole.
+    """
+    why = {
+        "adafactor": "its steps follow from means over rows and columns",
+        "adamw-8bit": "256 numbers of a weight share a scale, wherever it is cut",
+        "muon": "it orthogonalizes matrices in bfloat16, which rounds otherwise where they are cut",
+    }
+    if optimizer in why:
+        raise ValueError(
+            f"optimizer.kind is {optimizer}, which cannot work on pieces of weights ({why[optimizer]}); take adamw, "
+            "sgd, lion or lars, or set parallel.zero to 0"
+        )

@@ -23,8 +23,10 @@ from plait.data.conversations import ConversationBatches
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.loop import fit
-from plait.training.optim import SGD, AdamW
+from plait.training.optim import SGD, AdamW, Lars, Lion
+from plait.training.schedule import Constant
 from plait.training.settings import Hooks, Settings
+from plait.training.trainer import Average, Parallel
 
 STEPS = 5
 
@@ -90,19 +92,31 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, start: Mapping[str, Tensor]) -> float:
     """Largest distance of a tensor, as a share of how far it moved."""
     assert found.keys() == expected.keys()
-    moved = {name: float((expected[name] - start[name]).norm()) for name in expected}
+    moved = {name: float((expected[name] - start[name].detach()).norm()) for name in expected}
     assert min(moved.values()) > 0
     return max(float((found[name] - expected[name]).norm()) / moved[name] for name in expected)
 
 
+def spread(zero: int, **how: Any) -> dict[str, Any]:
+    return {"parallel": Parallel.model_validate({"zero": zero}), **how}
+
+
 KINDS: dict[str, dict[str, Any]] = {
-    "float64 AdamW": {},
-    "float32 SGD": {"dtype": torch.float32, "optimizer": SGD(momentum=0.9)},
+    "DDP": {},
+    "DDP, float32 SGD": {"dtype": torch.float32, "optimizer": SGD(momentum=0.9)},
+    **{f"ZeRO-{zero}": spread(zero) for zero in (1, 2, 3)},
+    **{f"ZeRO-{zero}, all learns": spread(zero, whole=True) for zero in (1, 2, 3)},
+    "ZeRO-3, float32 SGD": spread(3, dtype=torch.float32, optimizer=SGD(momentum=0.9)),
+    "ZeRO-3, Lion": spread(3, optimizer=Lion(), whole=True),
+    "ZeRO-3, LARS": spread(3, optimizer=Lars(trust=0.1), whole=True),
+    "ZeRO-3, average, recomputed": spread(3, average=Average(decay=0.5), recompute="full", whole=True),
+    "ZeRO-2, recomputed": spread(2, recompute="selective", whole=True),
 }
 
 
 def equal(root: Path) -> dict[str, Any]:
     """How far the weights of 2 and 4 processes are from those of one, by kind and micro-batches."""
+    root.mkdir()
     return {
         f"{kind}, {world} processes, {pieces} micro-batches": compared(
             root / f"{kind} {world} {pieces}", world, pieces, how
@@ -121,18 +135,52 @@ def compared(root: Path, world: int, pieces: int, how: Mapping[str, Any]) -> lis
 
     def work() -> float:
         model = trained(root / "several", batches=source(pieces=pieces), **how)
-        start = weights(exactness.model(by_document=True))
+        start = dict(exactness.model(by_document=True).named_parameters())
         return apart(weights(model), torch.load(root / "alone.pt"), start=start)
 
+    root.mkdir()
     assert together(1, alone) == ["kept"]
     return together(world, work)
 
 
-CASES: dict[str, Callable[[Path], Any]] = {"equal": equal}
+def resumed(root: Path) -> dict[str, Any]:
+    """A run goes on with another number of processes, in another layout: how far it ends from one that ran through."""
+    ways = {
+        "ZeRO-3 on 2, then one": ((2, spread(3)), (1, {})),
+        "one, then ZeRO-3 on 4": ((1, {}), (4, spread(3))),
+        "ZeRO-3 on 4, then ZeRO-1 on 2": ((4, spread(3)), (2, spread(1))),
+        "DDP on 2, then ZeRO-2 on 4": ((2, {}), (4, spread(2))),
+        "ZeRO-2 on 2, then DDP on 4": ((2, spread(2)), (4, {})),
+    }
+    common: dict[str, Any] = {"whole": True, "average": Average(decay=0.5), "save_every": 1}
+    return {name: gone_on(root / name, before, after, common) for name, (before, after) in ways.items()}
+
+
+def gone_on(root: Path, before: Any, after: Any, common: Mapping[str, Any]) -> list[Any]:
+    root.mkdir(parents=True)
+    common = {**common, "schedule": Constant()}
+
+    def through() -> str:
+        torch.save(weights(trained(root / "through", **common)), root / "through.pt")
+        return "kept"
+
+    def part() -> str:
+        trained(root / "run", steps=3, **common, **before[1])
+        return "kept"
+
+    def rest() -> float:
+        model = trained(root / "run", **common, **after[1])
+        start = dict(exactness.model(by_document=True).named_parameters())
+        return apart(weights(model), torch.load(root / "through.pt"), start=start)
+
+    return [*together(1, through), *together(before[0], part), *together(after[0], rest)]
+
+
+CASES: dict[str, Callable[[Path], Any]] = {"equal": equal, "resumed": resumed}
 
 
 def main(root: Path, names: list[str]) -> dict[str, Any]:
-    return {name: CASES[name](root / name) for name in names if (root / name).mkdir() is None}
+    return {name: CASES[name](root / name) for name in names}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from plait.training.checkpoint import (
     verify,
     write_manifest,
 )
+from plait.training.generators import rng_kept
 from plait.training.optim import SGD, AdamW, Rates
-from plait.training.state import Origin, Progress, TrainState, restore_state, rng_kept, save_state
+from plait.training.state import Origin, Progress, TrainState, restore_state, save_state
 
 ORIGIN = Origin(
     settings={

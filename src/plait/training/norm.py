@@ -1,0 +1,31 @@
+"""The norm of the whole gradient, wherever its parts lie, and clipping to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from plait.core import mesh
+
+
+@torch.no_grad()
+def clip(grads: Sequence[Tensor], largest: float | None) -> float:
+    """Scale a gradient to a norm if it is longer; returns its Euclidean norm before.
+
+    Args:
+        grads: Of all weights; those in pieces are so over all processes.
+        largest: None never clips; nor does a norm that is not finite.
+    """
+    pieces = [mesh.local(grad) for grad in grads if isinstance(grad, DTensor)]
+    norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
+    if pieces:  # of a weight with fewer rows than processes some have an empty one
+        square = mesh.all_reduce_sum(torch.nn.utils.get_total_norm(pieces).double() ** 2)
+        norm = (square + norm.double() ** 2).sqrt().to(pieces[0].dtype)
+    if largest is not None and bool(norm.isfinite()):
+        whole = [mesh.local(grad) for grad in grads]
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(whole, factor)
+    return float(norm)

@@ -1,0 +1,225 @@
+"""How the processes that train together hold the model: all of it in each, or a part (ZeRO, torch's FSDP2).
+
+Where weights are spread, a twin of the caller's model trains: the same modules, whose weights are pieces. The caller's
+own model is empty meanwhile and gets its weights back where somebody looks at it, and at the end.
+
+Rajbhandari et al., ZeRO: memory optimizations toward training trillion parameter models,
+https://arxiv.org/abs/1910.02054; Zhao et al., PyTorch FSDP, https://arxiv.org/abs/2304.11277.
+"""
+
+# torch's annotations are partial: its members count as partially unknown.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from plait.core import mesh
+from plait.core.errors import ConfigError
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+from plait.models.recompute import blocks_of
+from plait.training.average import MovingAverage
+from plait.training.trainer import Parallel
+
+
+class Whole:
+    """Every process has the whole model; gradients are summed over all of them. In one process, nothing is special.
+
+    Attributes:
+        model: What trains.
+        objective: What it minimizes.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        self.model, self.objective = model, objective
+
+    def shown(self, average: MovingAverage | None = None) -> AbstractContextManager[None]:
+        """Inside, the caller's model has its weights, or their average."""
+        return average.in_place() if average is not None else nullcontext()
+
+    def finish(self) -> None:
+        """Leave the caller's model with its weights."""
+
+
+class Sharded(Whole):
+    """A twin of the model, whose weights, gradients and optimizer state lie in pieces on all processes.
+
+    Transformer blocks are gathered one after the other while they are computed; all that is in none is gathered
+    together. Gradients are sums, not means, over processes: counts are global already.
+
+    Args:
+        model: Of the caller; empty until :meth:`finish`, but in :meth:`shown`.
+        objective: Copied with it, as it may hold weights of the model.
+        parallel: How much is spread.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: CPU offload, where weights are on the CPU anyway.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> None:
+        if parallel.offload and device == "cpu":
+            raise ConfigError(
+                "parallel.offload is true, but the weights are in this processor's memory anyway",
+                place="trainer.parallel.offload",
+                remedy="set it to false, or train on a GPU",
+            )
+        self._plain = _named(model, objective)
+        tensors = [*self._plain.values(), *model.buffers()]
+        pair = copy.deepcopy((model, objective), {id(tensor): tensor for tensor in tensors})  # no weight is copied
+        super().__init__(*pair)
+        ranks = init_device_mesh(device, (mesh.world(),))
+        scalars = {weight for weight in self.model.parameters() if not weight.ndim}  # these cannot be cut
+        policy = CPUOffloadPolicy() if parallel.offload else OffloadPolicy()
+        common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": scalars}
+        blocks = [block for block in blocks_of(self.model) if any(True for _ in block.parameters())]
+        self._routed = any("experts" in name for name, _ in self.model.named_modules())
+        self._reach = False
+        for block in blocks:
+            block.register_forward_hook(self._reached)
+            fully_shard(block, reshard_after_forward=parallel.zero == 3, **common)
+            block.register_forward_pre_hook(_learning, prepend=True, with_kwargs=True)
+        inside = {id(weight) for block in blocks for weight in block.parameters()}
+        outer = {name for name, weight in self.model.named_parameters() if weight.ndim and id(weight) not in inside}
+        self._outer = {name for name, weight in self.model.named_parameters() if name in outer and weight.requires_grad}
+        self._root = cast(FSDPModule, fully_shard(self.model, **common))
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(enable=True)
+        self._accumulates = parallel.zero == 1
+        self._found: list[Tensor] = []
+        self.model.register_forward_hook(self._remember)
+        self._empty()
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch, *, last: bool) -> None:
+        """Tell which micro-batch is computed now, and whether it is the step's last.
+
+        Stage 1 keeps weights and gradients whole until then; the others send each micro-batch's gradient on.
+        """
+        self._reach = self._routed or not bool((batch.segment_ids != 0).any())
+        if self._accumulates:
+            self._root.set_requires_gradient_sync(last)
+            self._root.set_reshard_after_backward(last)
+
+    def touched(self, loss: Tensor) -> Tensor:
+        """The loss, as a function of every weight: all processes must send gradients of the same ones.
+
+        Without this a process whose micro-batch has no picture has none for the connector, one without a trained token
+        none at all, and the others would wait for it.
+        """
+        found, self._found = self._found, []
+        weights = [weight for name, weight in self.model.named_parameters() if name in self._outer]
+        for tensor in (*found, *weights):
+            loss = loss + (tensor * 0).sum().to(loss.dtype)
+        return loss
+
+    def _reached(self, block: nn.Module, _: Any, output: Any) -> Any:
+        """A block's output as a function of all its weights, where attention may have met no token, or an expert none.
+
+        It costs a gradient of zeros for each weight, so it is done only there.
+        """
+        if not (self._reach and torch.is_grad_enabled()):
+            return output
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        for weight in block.parameters():
+            if weight.requires_grad:
+                first = first + (weight * 0).sum().to(first.dtype)
+        return (first, *rest) if isinstance(output, tuple) else first
+
+    def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
+        """What the model gave, through which all of its blocks are reached."""
+        self._found = [value for value in _held(output) if isinstance(value, Tensor) and value.requires_grad]
+
+    # --- the caller's model ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def shown(self, average: MovingAverage | None = None) -> Iterator[None]:
+        """Inside, the caller's model of process 0 has its weights, or their average. Every process takes part."""
+        self._fill(average.tensors() if average is not None else {}, everywhere=False)
+        try:
+            yield
+        finally:
+            self._empty()
+
+    def finish(self) -> None:
+        """Give the caller's model its weights back, in every process."""
+        self._fill({}, everywhere=True)
+
+    def _pieces(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Name, weight of the caller, weight of the twin; without those that are whole in every process."""
+        for name, weight in _named(self.model, self.objective).items():
+            if isinstance(weight, DTensor):
+                yield name, self._plain[name], weight
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor], *, everywhere: bool) -> None:
+        for name, weight, piece in self._pieces():
+            value = values.get(name, piece.detach())
+            with mesh.explained():
+                full = value.full_tensor() if isinstance(value, DTensor) else value
+            if everywhere or mesh.rank() == 0:
+                weight.data = full.to(weight.device, copy=True)
+
+    def _empty(self) -> None:
+        for _, weight, _ in self._pieces():
+            weight.data = weight.data.new_empty(0)
+
+
+def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> Whole:
+    """Hold the model as the settings say; one process holds all of it in any case.
+
+    Raises:
+        ConfigError: See :class:`Sharded`.
+    """
+    if not mesh.active() or not parallel.zero:
+        return Whole(model, objective)
+    return Sharded(model, objective, parallel, device=device)
+
+
+def _learning(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let a block's input have a gradient in every process.
+
+    That is where FSDP sends the block's own gradients on. Without it the first block of a frozen embedding sends them
+    last in a process that has no picture, but in its turn in the others, and two messages of different weights meet.
+    """
+    if not torch.is_grad_enabled():
+        return args, kwargs
+
+    def with_gradient(value: Any) -> Any:
+        wants = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        return value.detach().requires_grad_() if wants else value
+
+    if args:
+        return (with_gradient(args[0]), *args[1:]), kwargs
+    return args, {name: with_gradient(v) if name == "hidden_states" else v for name, v in kwargs.items()}
+
+
+def _held(output: Any) -> list[Any]:
+    """What a record, a mapping, a sequence or a tensor holds."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if isinstance(output, list | tuple):
+        return list(output)
+    return [getattr(output, name) for name in getattr(output, "__slots__", ())] or [output]
+
+
+def _named(model: nn.Module, objective: object) -> dict[str, nn.Parameter]:
+    """Every weight once; an objective's as :class:`plait.training.state.TrainState` calls them."""
+    found = dict(model.named_parameters())
+    known = {id(weight) for weight in found.values()}
+    if isinstance(objective, nn.Module):
+        found |= {f"objective.{n}": w for n, w in objective.named_parameters() if id(w) not in known}
+    return found
