@@ -34,6 +34,7 @@ from plait.core.errors import ConfigError
 from plait.core.protocols import Pairwise
 from plait.core.tensors import Batch, Embedded
 from plait.training.generators import rng_state, set_rng_state
+from plait.training.parallel import Sharded
 
 _AGREE = 0.02
 """Largest difference of the vectors of both passes, as part of the largest component: kernels may round otherwise."""
@@ -76,6 +77,7 @@ def backward_pairwise(
     *,
     weigh: Callable[[Mapping[str, Tensor]], Tensor],
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    sharded: Sharded | None = None,
 ) -> Share:
     """Add the gradient of the loss of all micro-batches of all ranks, as far as it goes through this rank's rows.
 
@@ -87,11 +89,15 @@ def backward_pairwise(
         micro: Micro-batches of this rank.
         weigh: The loss from the sums over this rank's rows; it is added up over ranks.
         around: Entered around each forward, such as autocast.
+        sharded: The model lies in pieces on all processes, which compute in step.
 
     Raises:
-        ConfigError: A micro-batch embedded again gave other vectors.
+        ConfigError: A micro-batch embedded again gave other vectors; or processes in step have not as many each.
     """
     last = len(micro) - 1
+    if sharded is not None:
+        _check_in_step(len(micro))
+        sharded.begin(micro[last], last=False)
     parts = [_embed(model, objective, batch, around=around, keep=at == last) for at, batch in enumerate(micro)]
     whole, first = _gather([part.found for part in parts])
     rows = range(first, first + sum(part.found.rows for part in parts))
@@ -107,7 +113,9 @@ def backward_pairwise(
     _hand_out(whole, parts, first=first)
     kept, reached = {name: buffer.clone() for name, buffer in _live_buffers(model).items()}, _learns(objective)
     for part in reversed(parts):
-        reached |= _send_back(model, objective, part, around=around)
+        if sharded is not None:
+            sharded.begin(part.batch, last=part is parts[0])
+        reached |= _send_back(model, objective, part, around=around, sharded=sharded)
     for name, buffer in _live_buffers(model).items():
         buffer.copy_(kept[name])
     set_rng_state(*after)
@@ -139,6 +147,7 @@ def _send_back(
     part: _Part,
     *,
     around: Callable[[], contextlib.AbstractContextManager[object]],
+    sharded: Sharded | None,
 ) -> bool:
     """Embed again, unless the graph is still there, and go back through it; whether anything learns."""
     found, part.graph = part.graph, None
@@ -149,9 +158,24 @@ def _send_back(
         _check_agreement(part, found)
     tensors = {**found.vectors, **{f"factor {name}": value for name, value in found.factors.items()}}
     learned = [name for name in part.gradients if tensors[name].requires_grad]
-    if learned:
-        torch.autograd.backward([tensors[name] for name in learned], [part.gradients[name] for name in learned])
+    outputs, gradients = [tensors[name] for name in learned], [part.gradients[name] for name in learned]
+    if sharded is not None:
+        outputs.append(sharded.touched(outputs[0].new_zeros(())))
+        gradients.append(outputs[-1].new_ones(()))
+    if outputs:
+        with mesh.explained():
+            torch.autograd.backward(outputs, gradients)
     return bool(learned)
+
+
+def _check_in_step(micro: int) -> None:
+    counts = mesh.gather(micro)
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"{min(counts)} micro-batches in one process and {max(counts)} in another, which hold the model in pieces",
+            place="micro_batch",
+            remedy="set batch_size to a multiple of micro_batch times the processes, or parallel.zero to 0",
+        )
 
 
 def _hand_out(whole: Embedded, parts: Sequence[_Part], *, first: int) -> None:

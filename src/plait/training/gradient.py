@@ -87,7 +87,7 @@ def accumulate(
         )
     weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__, scale=scale)
     if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
-        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around)
+        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around, sharded=sharded)
     else:
         run = _Pass(model, objective, weigh=weigh, used=used, around=around)
         share = run.each(micro) if sharded is None else run.in_step(micro, sharded)

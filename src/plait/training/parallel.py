@@ -97,6 +97,8 @@ class Sharded(Whole):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(enable=True)
+        # As pieces, which a step puts back where it took them from; scalars are whole in every process.
+        self._spread = {n: w for n, w in _named(self.model, self.objective).items() if isinstance(w, DTensor)}
         self._accumulates = parallel.zero == 1
         self._found: list[Tensor] = []
         self.model.register_forward_hook(self._remember)
@@ -158,24 +160,19 @@ class Sharded(Whole):
         """Give the caller's model its weights back, in every process."""
         self._fill({}, everywhere=True)
 
-    def _pieces(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Name, weight of the caller, weight of the twin; without those that are whole in every process."""
-        for name, weight in _named(self.model, self.objective).items():
-            if isinstance(weight, DTensor):
-                yield name, self._plain[name], weight
-
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor], *, everywhere: bool) -> None:
-        for name, weight, piece in self._pieces():
+        for name, piece in self._spread.items():
             value = values.get(name, piece.detach())
             with mesh.explained():
                 full = value.full_tensor() if isinstance(value, DTensor) else value
             if everywhere or mesh.rank() == 0:
+                weight = self._plain[name]
                 weight.data = full.to(weight.device, copy=True)
 
     def _empty(self) -> None:
-        for _, weight, _ in self._pieces():
-            weight.data = weight.data.new_empty(0)
+        for name in self._spread:
+            self._plain[name].data = self._plain[name].data.new_empty(0)
 
 
 def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> Whole:

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from plait.core import mesh
 from plait.core.device import Compute
 from plait.core.events import Event, Events
+from plait.core.tensors import Batch, Patches
 from plait.data.conversations import ConversationBatches
-from plait.models.multimodal import MultimodalLM
+from plait.models.dual import DualEncoder
+from plait.models.towers.vit import VisionTransformer, ViTSizes
+from plait.models.transformer import TransformerSizes
+from plait.objectives.contrastive import Contrastive, SigmoidContrastive
 from plait.objectives.language import NextToken
 from plait.training.loop import fit
 from plait.training.optim import SGD, AdamW, Lars, Lion
@@ -59,21 +63,20 @@ def trained(
     hooks: Hooks | None = None,
     said: list[Event] | None = None,
     batches: Any = None,
-    change: Callable[[nn.Module], None] | None = None,
+    model: Any = None,
+    objective: Any = None,
     **settings: Any,
-) -> MultimodalLM:
-    """A small vision-language model after its steps."""
-    model = exactness.model(by_document=True).to(dtype)
-    if whole:
-        model.decoder.requires_grad_(requires_grad=True)
-    if change is not None:
-        change(model)
+) -> Any:
+    """A model after its steps; a small vision-language model where no other is given."""
+    if model is None:
+        model = exactness.model(by_document=True).to(dtype)
+        model.decoder.requires_grad_(requires_grad=True) if whole else None
     compute = Compute(device="cpu", dtype="float32", threads=1, why=())
     folder = folder if not mesh.rank() else folder / f"rank-{mesh.rank()}"
     folder.mkdir(parents=True, exist_ok=True)
     fit(
         model,
-        NextToken(),
+        objective or NextToken(),
         batches or source(),
         settings=Settings(
             **{"steps": STEPS, "compute": compute, "optimizer": optimizer or AdamW(weight_decay=0.1)} | settings
@@ -176,7 +179,77 @@ def gone_on(root: Path, before: Any, after: Any, common: Mapping[str, Any]) -> l
     return [*together(1, through), *together(before[0], part), *together(after[0], rest)]
 
 
-CASES: dict[str, Callable[[Path], Any]] = {"equal": equal, "resumed": resumed}
+def contrasted(root: Path) -> dict[str, Any]:
+    """The same of a dual encoder whose tower learns, under losses that compare all pairs of a batch."""
+    layouts: dict[str, dict[str, Any]] = {"DDP": {}, **{f"ZeRO-{zero}": spread(zero) for zero in (1, 3)}}
+    return {
+        f"{loss}, {name}, {world} processes, {pieces} micro-batches": embedded(
+            root / f"{loss} {name} {world} {pieces}", loss, world, pieces=pieces, how=how
+        )
+        for loss in ("nce", "sigmoid")
+        for name, how in layouts.items()
+        for world, pieces in ((2, 1), (2, 2), (4, 1))
+    }
+
+
+def paired(folder: Path, loss: str, *, pieces: int = 1, **how: Any) -> DualEncoder:
+    objective = Contrastive() if loss == "nce" else SigmoidContrastive(bias=-2.0).double()
+    return trained(folder, model=tower(), objective=objective, batches=Pictures(pieces=pieces), **how)
+
+
+def embedded(root: Path, loss: str, world: int, *, pieces: int, how: Mapping[str, Any]) -> list[Any]:
+    root.mkdir(parents=True)
+
+    def alone() -> str:
+        torch.save(weights(paired(root / "alone", loss)), root / "alone.pt")
+        return "kept"
+
+    def work() -> float:
+        model = paired(root / "several", loss, pieces=pieces, **how)
+        start = dict(tower().named_parameters())
+        return apart(weights(model), torch.load(root / "alone.pt"), start=start)
+
+    assert together(1, alone) == ["kept"]
+    return together(world, work)
+
+
+class Pictures:
+    """Eight pictures and the features of their texts, the same in every step; the share of this process."""
+
+    def __init__(self, *, pieces: int) -> None:
+        self.pieces = pieces
+
+    def step_batches(self, step: int) -> list[Batch]:
+        draw = torch.Generator().manual_seed(0)
+        pixels, texts = (torch.randn(8, n, generator=draw, dtype=torch.float64) for n in (16 * 16 * 3, 6))
+        mine = torch.arange(8).chunk(mesh.world())[mesh.rank()]
+        return [self._batch(rows, pixels[rows], texts[rows]) for rows in mine.chunk(self.pieces)]
+
+    def _batch(self, rows: Tensor, pixels: Tensor, texts: Tensor) -> Batch:
+        count = len(rows)
+        ones = torch.ones(count, 1, dtype=torch.long)
+        return Batch(
+            token_ids=ones,
+            labels=rows[:, None] // 2,
+            segment_ids=ones,
+            media={
+                "image": Patches(values=pixels.reshape(-1, 3), grid=torch.tensor([[1, 16, 16]] * count)),
+                "text": Patches(values=texts, grid=torch.ones(count, 3, dtype=torch.long)),
+            },
+            item_row={"image": torch.arange(count), "text": torch.arange(count)},
+            sample_ids=tuple(f"s{row}" for row in rows.tolist()),
+        )
+
+
+def tower() -> DualEncoder:
+    """A picture tower from scratch beside frozen texts."""
+    torch.manual_seed(0)
+    sizes = ViTSizes(transformer=TransformerSizes(d=16, depth=2, heads=2, d_ff=24), patch=8, grid=(2, 2))
+    vit = VisionTransformer(sizes)
+    return DualEncoder(nn.Linear(16, 8), nn.Linear(6, 8), scale=5.0, tower=vit).double().train()
+
+
+CASES: dict[str, Callable[[Path], Any]] = {"equal": equal, "resumed": resumed, "contrasted": contrasted}
 
 
 def main(root: Path, names: list[str]) -> dict[str, Any]:
