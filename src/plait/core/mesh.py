@@ -311,7 +311,7 @@ def explained() -> Generator[None]:
             raise
         session.left = True
         gone = ResourceError(
-            f"another of {world()} processes is gone, and said nothing: {str(error).splitlines()[0]}",
+            f"another of {world()} processes is gone, and said nothing: {_short(error)}",
             place=f"process {rank()}",
             remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
             "Start all again: `plait resume`, or torchrun with --max-restarts",
@@ -329,6 +329,12 @@ def _fault_of_another(session: _Session) -> BaseException | None:
             return None
         time.sleep(_LOOK_S)
     return None
+
+
+def _short(error: RuntimeError) -> str:
+    """What the network said, without its advice and the place in its source."""
+    line = str(error).splitlines()[0].partition(". This is typically")[0]
+    return line.rpartition("] ")[2] if line.startswith("[/") else line
 
 
 def _told(error: BaseException) -> dict[str, Any]:

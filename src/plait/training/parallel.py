@@ -64,7 +64,7 @@ class Sharded(Whole):
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: CPU offload, where weights are on the CPU anyway.
+        ConfigError: CPU offload, where weights are on the CPU anyway; or blocks are left out by chance.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> None:
@@ -73,6 +73,12 @@ class Sharded(Whole):
                 "parallel.offload is true, but the weights are in this processor's memory anyway",
                 place="trainer.parallel.offload",
                 remedy="set it to false, or train on a GPU",
+            )
+        if any(getattr(getattr(part, "sizes", None), "layer_drop", 0) for part in model.modules()):
+            raise ConfigError(
+                "layer_drop leaves blocks out by chance, in each process others, which would wait for each other",
+                place="trainer.parallel.zero",
+                remedy="set layer_drop or parallel.zero to 0",
             )
         self._plain = _named(model, objective)
         tensors = [*self._plain.values(), *model.buffers()]

@@ -54,7 +54,9 @@ def start_alike(state: TrainState, origin: Origin, batches: Batches, *, events: 
                 remedy="give all the same model folders; see that their caches (PLAIT_HOME) hold the same files",
             )
     if others := [rank for rank, one in enumerate(told) if one[2] != told[0][2]]:
-        events.warning(f"processes {', '.join(map(str, others))} began with other weights: they take those of 0")
+        events.warning(
+            f"process {', '.join(map(str, others))} began with other trained weights than process 0, and takes those"
+        )
         mesh.copy_from_first(state.tensors().values())
 
 

@@ -5,251 +5,236 @@ torch is imported once; every rank is forked from there, before any torch operat
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import exactness
-from tests.several import together
+from benchmarks.layouts import Way, apart, compared, source, trained, ways, weights
+from benchmarks.sides.several import together
 from torch import Tensor, nn
 
 from plait.core import mesh
-from plait.core.device import Compute
-from plait.core.events import Event, Events
-from plait.core.tensors import Batch, Patches
-from plait.data.conversations import ConversationBatches
-from plait.models.dual import DualEncoder
-from plait.models.towers.vit import VisionTransformer, ViTSizes
-from plait.models.transformer import TransformerSizes
-from plait.objectives.contrastive import Contrastive, SigmoidContrastive
+from plait.core.errors import DataError
+from plait.core.events import Event
+from plait.core.tensors import Batch
 from plait.objectives.language import NextToken
-from plait.training.loop import fit
-from plait.training.optim import SGD, AdamW, Lars, Lion
 from plait.training.schedule import Constant
-from plait.training.settings import Hooks, Settings
+from plait.training.settings import Hooks, Stopping
 from plait.training.trainer import Average, Parallel
 
-STEPS = 5
-
-
-def source(*, pieces: int = 1, packed: bool = True) -> ConversationBatches:
-    """Six conversations a step, some with pictures; the share of this process."""
-    return ConversationBatches(
-        conversations=exactness.conversations(),
-        weights={"any": 1.0},
-        stores=[exactness.features()],
-        grid_out=lambda grid: grid,
-        batch_size=6,
-        row=64,
-        pad=0,
-        steps=STEPS,
-        seed=0,
-        pieces=pieces,
-        packed=packed,
-        rank=mesh.rank(),
-        world=mesh.world(),
-    )
-
-
-def trained(
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.float64,
-    optimizer: Any = None,
-    whole: bool = False,
-    hooks: Hooks | None = None,
-    said: list[Event] | None = None,
-    batches: Any = None,
-    model: Any = None,
-    objective: Any = None,
-    **settings: Any,
-) -> Any:
-    """A model after its steps; a small vision-language model where no other is given."""
-    if model is None:
-        model = exactness.model(by_document=True).to(dtype)
-        model.decoder.requires_grad_(requires_grad=True) if whole else None
-    compute = Compute(device="cpu", dtype="float32", threads=1, why=())
-    folder = folder if not mesh.rank() else folder / f"rank-{mesh.rank()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    fit(
-        model,
-        objective or NextToken(),
-        batches or source(),
-        settings=Settings(
-            **{"steps": STEPS, "compute": compute, "optimizer": optimizer or AdamW(weight_decay=0.1)} | settings
-        ),
-        folder=folder,
-        events=Events(listeners=() if said is None else (said.append,)),
-        hooks=hooks,
-    )
-    return model
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().double() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, start: Mapping[str, Tensor]) -> float:
-    """Largest distance of a tensor, as a share of how far it moved."""
-    assert found.keys() == expected.keys()
-    moved = {name: float((expected[name] - start[name].detach()).norm()) for name in expected}
-    assert min(moved.values()) > 0
-    return max(float((found[name] - expected[name]).norm()) / moved[name] for name in expected)
-
-
-def spread(zero: int, **how: Any) -> dict[str, Any]:
-    return {"parallel": Parallel.model_validate({"zero": zero}), **how}
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "DDP": {},
-    "DDP, float32 SGD": {"dtype": torch.float32, "optimizer": SGD(momentum=0.9)},
-    **{f"ZeRO-{zero}": spread(zero) for zero in (1, 2, 3)},
-    **{f"ZeRO-{zero}, all learns": spread(zero, whole=True) for zero in (1, 2, 3)},
-    "ZeRO-3, float32 SGD": spread(3, dtype=torch.float32, optimizer=SGD(momentum=0.9)),
-    "ZeRO-3, Lion": spread(3, optimizer=Lion(), whole=True),
-    "ZeRO-3, LARS": spread(3, optimizer=Lars(trust=0.1), whole=True),
-    "ZeRO-3, average, recomputed": spread(3, average=Average(decay=0.5), recompute="full", whole=True),
-    "ZeRO-2, recomputed": spread(2, recompute="selective", whole=True),
+WHOLE = Way(name="all learns", whole=True)
+TRIED = {
+    "DDP": ((4, 2),),
+    "DDP, float32 SGD": ((4, 1),),
+    "ZeRO-2": ((4, 2),),
+    "ZeRO-3": ((4, 1),),
+    "ZeRO-1, all learns": ((4, 2),),
+    "ZeRO-3, all learns": ((2, 1),),
+    "ZeRO-3, float32 SGD": ((2, 2),),
+    "ZeRO-3, Lion": ((2, 1),),
+    "ZeRO-3, LARS": ((4, 1),),
+    "ZeRO-3, average, all recomputed": ((2, 2),),
+    "DDP, InfoNCE": ((4, 2),),
+    "ZeRO-3, InfoNCE": ((4, 1),),
+    "ZeRO-3, sigmoid loss": ((2, 2),),
 }
+"""Of the ways of the benchmark, and the numbers of processes and micro-batches; all of them take five minutes."""
+
+
+def spread(zero: int) -> dict[str, Any]:
+    return {"parallel": Parallel.model_validate({"zero": zero})}
 
 
 def equal(root: Path) -> dict[str, Any]:
-    """How far the weights of 2 and 4 processes are from those of one, by kind and micro-batches."""
-    root.mkdir()
+    """How far 2 and 4 processes end from one."""
+    known = {way.name: way for way in ways()}
     return {
-        f"{kind}, {world} processes, {pieces} micro-batches": compared(
-            root / f"{kind} {world} {pieces}", world, pieces, how
+        f"{name}, {known[name].dtype}, {world} processes, {pieces} micro-batches": compared(
+            known[name], root / f"{name} {world} {pieces}", world=world, pieces=pieces
         )
-        for kind, how in KINDS.items()
-        for world in (2, 4)
-        for pieces in (1, 2)
+        for name, cases in TRIED.items()
+        for world, pieces in cases
     }
-
-
-def compared(root: Path, world: int, pieces: int, how: Mapping[str, Any]) -> list[float]:
-    def alone() -> str:
-        model = trained(root / "alone", **{n: v for n, v in how.items() if n != "parallel"})
-        torch.save(weights(model), root / "alone.pt")
-        return "kept"
-
-    def work() -> float:
-        model = trained(root / "several", batches=source(pieces=pieces), **how)
-        start = dict(exactness.model(by_document=True).named_parameters())
-        return apart(weights(model), torch.load(root / "alone.pt"), start=start)
-
-    root.mkdir()
-    assert together(1, alone) == ["kept"]
-    return together(world, work)
 
 
 def resumed(root: Path) -> dict[str, Any]:
     """A run goes on with another number of processes, in another layout: how far it ends from one that ran through."""
     ways = {
-        "ZeRO-3 on 2, then one": ((2, spread(3)), (1, {})),
-        "one, then ZeRO-3 on 4": ((1, {}), (4, spread(3))),
-        "ZeRO-3 on 4, then ZeRO-1 on 2": ((4, spread(3)), (2, spread(1))),
-        "DDP on 2, then ZeRO-2 on 4": ((2, {}), (4, spread(2))),
-        "ZeRO-2 on 2, then DDP on 4": ((2, spread(2)), (4, {})),
+        "ZeRO-3 on 2, then one": ((2, 3), (1, 0)),
+        "one, then ZeRO-3 on 4": ((1, 0), (4, 3)),
+        "ZeRO-3 on 4, then ZeRO-1 on 2": ((4, 3), (2, 1)),
+        "DDP on 2, then ZeRO-2 on 4": ((2, 0), (4, 2)),
+        "ZeRO-2 on 2, then DDP on 4": ((2, 2), (4, 0)),
     }
-    common: dict[str, Any] = {"whole": True, "average": Average(decay=0.5), "save_every": 1}
-    return {name: gone_on(root / name, before, after, common) for name, (before, after) in ways.items()}
-
-
-def gone_on(root: Path, before: Any, after: Any, common: Mapping[str, Any]) -> list[Any]:
-    root.mkdir(parents=True)
-    common = {**common, "schedule": Constant()}
+    common: dict[str, Any] = {"average": Average(decay=0.5), "save_every": 1, "schedule": Constant()}
 
     def through() -> str:
-        torch.save(weights(trained(root / "through", **common)), root / "through.pt")
+        torch.save(weights(trained(WHOLE.model(), root / "through", **common)), root / "through.pt")
         return "kept"
 
-    def part() -> str:
-        trained(root / "run", steps=3, **common, **before[1])
-        return "kept"
-
-    def rest() -> float:
-        model = trained(root / "run", **common, **after[1])
-        start = dict(exactness.model(by_document=True).named_parameters())
-        return apart(weights(model), torch.load(root / "through.pt"), start=start)
-
-    return [*together(1, through), *together(before[0], part), *together(after[0], rest)]
+    found: dict[str, Any] = {"through": together(1, through)}
+    for name, ((world, zero), (later, then)) in ways.items():
+        part = partial(gone_on, root / name, steps=3, **common, **spread(zero))
+        rest = partial(gone_on, root / name, expected=root / "through.pt", **common, **spread(then))
+        found[name] = [together(world, part), together(later, rest)]
+    return found
 
 
-def contrasted(root: Path) -> dict[str, Any]:
-    """The same of a dual encoder whose tower learns, under losses that compare all pairs of a batch."""
-    layouts: dict[str, dict[str, Any]] = {"DDP": {}, **{f"ZeRO-{zero}": spread(zero) for zero in (1, 3)}}
+def gone_on(folder: Path, *, expected: Path | None = None, **settings: Any) -> Any:
+    """Where a run went on from, and how far it is from another."""
+    said: list[Event] = []
+    model = trained(WHOLE.model(), folder, said=said, **settings)
+    if expected is None:
+        return "part"
+    resumed = [event.text.split(":")[0] for event in said if event.text.startswith("resumed")]
+    return [resumed, apart(weights(model), torch.load(expected), weights(WHOLE.model()))]
+
+
+class Failing:
+    """The conversations, whose source goes wrong in one process at one step."""
+
+    def __init__(self, fault: Callable[[], Any], *, rank: int = 1, step: int = 2) -> None:
+        self.source, self.fault, self.rank, self.step = source(), fault, rank, step
+
+    def step_batches(self, step: int) -> Any:
+        if step == self.step and mesh.rank() == self.rank:
+            self.fault()
+        return self.source.step_batches(step)
+
+
+def refuse() -> None:
+    raise DataError("the picture is cut off", place="sample c3", remedy="take it out")
+
+
+def bug() -> None:
+    raise AttributeError("no such thing")
+
+
+def signaled(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def faults(root: Path) -> dict[str, Any]:
+    """What each process says when one of two meets something; and how long that took."""
+    ways: dict[str, Callable[[], None]] = {
+        "refused": refuse,
+        "killed": partial(signaled, signal.SIGKILL),
+        "bug": bug,
+        "stopped": partial(signaled, signal.SIGTERM),
+    }
+    found: dict[str, Any] = {}
+    for zero in (0, 3):
+        for name, fault in ways.items():
+            folder = root / f"{zero} {name}"
+            began = time.monotonic()
+            said = together(2, partial(failing, folder, fault, zero=zero))
+            saved = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+            found[f"ZeRO-{zero}, {name}"] = {"said": said, "s": time.monotonic() - began, "saved": saved}
+    return found
+
+
+def failing(folder: Path, fault: Callable[[], None], *, zero: int) -> str:
+    trained(WHOLE.model(), folder, batches=Failing(fault), save_every=1, **spread(zero))
+    return "done"
+
+
+class NotFinite(NextToken):
+    """Its loss is not finite in one process, in one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        sums = super().__call__(model, batch)
+        self.steps += 1
+        bad = self.steps == 3 and mesh.rank() == 1
+        return {name: value * float("nan") if bad else value for name, value in sums.items()}
+
+
+def skipped(root: Path) -> dict[str, Any]:
+    """A loss of one process is not finite: all leave the update out, and name the samples."""
+    return {f"ZeRO-{zero}": together(2, partial(skipping, root / str(zero), zero=zero)) for zero in (0, 2)}
+
+
+def skipping(folder: Path, *, zero: int) -> Any:
+    said: list[Event] = []
+    model = trained(WHOLE.model(), folder, objective=NotFinite(), said=said, **spread(zero))
+    mine = [i for batch in source().step_batches(2) for i in batch.sample_ids]
+    return [digest(weights(model)), mine, [event.text for event in said if event.kind == "warning"]]
+
+
+def shown(root: Path) -> dict[str, Any]:
+    """What the caller's hooks see: the whole model, in process 0 alone, while it trains in pieces."""
+    average = {"average": Average(decay=0.5)}
+    ways = {"DDP": spread(0), "ZeRO-3": spread(3), "ZeRO-3, average": spread(3) | average}
+    return {name: together(2, partial(looking, root / name, **how)) for name, how in ways.items()}
+
+
+def looking(folder: Path, **settings: Any) -> Any:
+    model = WHOLE.model()
+    seen: list[dict[str, Tensor]] = []
+
+    def look(*_: Any) -> float:
+        seen.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        return -float(len(seen))
+
+    hooks = Hooks(evaluate=look, on_step=look, save_model=look)
+    trained(model, folder, hooks=hooks, save_every=2, stopping=Stopping(every=2), **settings)
+    last = {name: weight.detach() for name, weight in model.named_parameters()}
     return {
-        f"{loss}, {name}, {world} processes, {pieces} micro-batches": embedded(
-            root / f"{loss} {name} {world} {pieces}", loss, world, pieces=pieces, how=how
-        )
-        for loss in ("nce", "sigmoid")
-        for name, how in layouts.items()
-        for world, pieces in ((2, 1), (2, 2), (4, 1))
+        "seen": len(seen),
+        "whole": all(weight.numel() for one in seen for weight in one.values()),
+        "last": [all(torch.equal(one[name], last[name]) for name in last) for one in seen[-1:]],
+        "left": digest(last),
     }
 
 
-def paired(folder: Path, loss: str, *, pieces: int = 1, **how: Any) -> DualEncoder:
-    objective = Contrastive() if loss == "nce" else SigmoidContrastive(bias=-2.0).double()
-    return trained(folder, model=tower(), objective=objective, batches=Pictures(pieces=pieces), **how)
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors.values())).hexdigest()[:12]
 
 
-def embedded(root: Path, loss: str, world: int, *, pieces: int, how: Mapping[str, Any]) -> list[Any]:
-    root.mkdir(parents=True)
+def unlike(root: Path) -> dict[str, Any]:
+    """Processes that begin with other weights, or other settings."""
 
-    def alone() -> str:
-        torch.save(weights(paired(root / "alone", loss)), root / "alone.pt")
-        return "kept"
+    def weights_differ() -> Any:
+        said: list[Event] = []
+        model = WHOLE.model()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(mesh.rank() * 1e-3)
+        trained(model, root / "weights", said=said)
+        return [digest(weights(model)), [event.text for event in said if event.kind == "warning"]]
 
-    def work() -> float:
-        model = paired(root / "several", loss, pieces=pieces, **how)
-        start = dict(tower().named_parameters())
-        return apart(weights(model), torch.load(root / "alone.pt"), start=start)
+    def frozen_differ() -> Any:
+        model = Way(name="LoRA").model()
+        with torch.no_grad():
+            model.get_submodule("decoder").get_input_embeddings().weight.add_(mesh.rank())
+        return trained(model, root / "frozen")
 
-    assert together(1, alone) == ["kept"]
-    return together(world, work)
+    def settings_differ() -> Any:
+        return trained(WHOLE.model(), root / "settings", clip_norm=1.0 + mesh.rank())
 
-
-class Pictures:
-    """Eight pictures and the features of their texts, the same in every step; the share of this process."""
-
-    def __init__(self, *, pieces: int) -> None:
-        self.pieces = pieces
-
-    def step_batches(self, step: int) -> list[Batch]:
-        draw = torch.Generator().manual_seed(0)
-        pixels, texts = (torch.randn(8, n, generator=draw, dtype=torch.float64) for n in (16 * 16 * 3, 6))
-        mine = torch.arange(8).chunk(mesh.world())[mesh.rank()]
-        return [self._batch(rows, pixels[rows], texts[rows]) for rows in mine.chunk(self.pieces)]
-
-    def _batch(self, rows: Tensor, pixels: Tensor, texts: Tensor) -> Batch:
-        count = len(rows)
-        ones = torch.ones(count, 1, dtype=torch.long)
-        return Batch(
-            token_ids=ones,
-            labels=rows[:, None] // 2,
-            segment_ids=ones,
-            media={
-                "image": Patches(values=pixels.reshape(-1, 3), grid=torch.tensor([[1, 16, 16]] * count)),
-                "text": Patches(values=texts, grid=torch.ones(count, 3, dtype=torch.long)),
-            },
-            item_row={"image": torch.arange(count), "text": torch.arange(count)},
-            sample_ids=tuple(f"s{row}" for row in rows.tolist()),
-        )
+    work = {"weights": weights_differ, "frozen": frozen_differ, "settings": settings_differ}
+    return {name: together(2, one) for name, one in work.items()}
 
 
-def tower() -> DualEncoder:
-    """A picture tower from scratch beside frozen texts."""
-    torch.manual_seed(0)
-    sizes = ViTSizes(transformer=TransformerSizes(d=16, depth=2, heads=2, d_ff=24), patch=8, grid=(2, 2))
-    vit = VisionTransformer(sizes)
-    return DualEncoder(nn.Linear(16, 8), nn.Linear(6, 8), scale=5.0, tower=vit).double().train()
-
-
-CASES: dict[str, Callable[[Path], Any]] = {"equal": equal, "resumed": resumed, "contrasted": contrasted}
+CASES: dict[str, Callable[[Path], Any]] = {
+    "equal": equal,
+    "resumed": resumed,
+    "faults": faults,
+    "skipped": skipped,
+    "shown": shown,
+    "unlike": unlike,
+}
 
 
 def main(root: Path, names: list[str]) -> dict[str, Any]:

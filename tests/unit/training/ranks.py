@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.several import together
+from benchmarks.sides.several import together
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from plait.core import mesh

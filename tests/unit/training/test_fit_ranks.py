@@ -1,0 +1,117 @@
+"""Training in several processes equals training in one, in every layout; and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.layouts import BOUNDS
+
+Case = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """What the processes of a case say, as JSON."""
+    root = tmp_path_factory.mktemp("ranks")
+
+    def run(name: str) -> dict[str, Any]:
+        result = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("fit_ranks.py")), str(root), name],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])[name] | {"log": result.stderr}
+
+    return run
+
+
+@pytest.mark.row("S2-28")
+@pytest.mark.row("S4-66")
+def test_several_processes_end_where_one_does(case: Case) -> None:
+    found = case("equal")
+    log = found.pop("log")
+    for name, apart in found.items():
+        bound = next(limit for form, limit in BOUNDS.items() if form in name)
+        assert all(isinstance(one, float) and one <= bound for one in apart), (name, apart, log)
+        assert len(set(apart)) == 1, f"{name}: processes end apart: {apart}"
+    assert len(found) > 10
+
+
+@pytest.mark.row("S2-31")
+@pytest.mark.row("S4-66")
+def test_a_run_goes_on_with_another_number_of_processes_in_another_layout(case: Case) -> None:
+    found = case("resumed")
+    log = found.pop("log")
+    assert found.pop("through") == ["kept"], log
+    for name, (first, then) in found.items():
+        assert set(first) == {"part"}, (name, first, log)
+        for resumed, apart in then:
+            assert resumed == ["resumed at step 3 of 5"], name
+            assert apart <= BOUNDS["float64"], name
+    assert len(found) == 5
+
+
+def test_a_fault_of_one_process_ends_all_with_its_words_and_leaves_the_last_checkpoint(case: Case) -> None:
+    found = case("faults")
+    log = found.pop("log")
+    for zero in (0, 3):
+        said = {name: found[f"ZeRO-{zero}, {name}"]["said"] for name in ("refused", "killed", "bug", "stopped")}
+        own = "the picture is cut off | at sample c3 | fix: take it out"
+        assert said["refused"] == [f"DataError: process 1 of 2: {own}", f"DataError: {own}"], log
+        assert said["killed"][1] == "killed"
+        assert said["killed"][0].startswith("ResourceError: another of 2 processes is gone, and said nothing: ")
+        assert "fix: it was killed" in said["killed"][0]
+        bug = "AttributeError: no such thing"
+        assert said["bug"] == [f"PlaitError: process 1 of 2: {bug}", bug]
+        assert said["stopped"] == ["Stopped: stopped after step 2 of 5, which is saved"] * 2
+    for name, one in found.items():
+        assert one["saved"] == ["000001", "000002"], name
+        assert one["s"] < 60, name
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_left_out_in_all_which_name_its_samples(case: Case) -> None:
+    found = case("skipped")
+    del found["log"]
+    for name, (first, second) in found.items():
+        assert first[0] == second[0], name
+        (warning,) = first[2]
+        assert second[2] == [warning]
+        assert warning.startswith("step 3: loss nan")
+        assert warning.endswith(f"samples {', '.join(second[1])}")
+
+
+def test_hooks_see_the_whole_model_in_the_first_process_alone(case: Case) -> None:
+    found = case("shown")
+    log = found.pop("log")
+    for name, (first, second) in found.items():
+        assert first["seen"] == 11, log  # five steps, three evaluations, three checkpoints
+        assert first["whole"], name
+        assert first["last"] == [True], name
+        assert second["seen"] == 0, name
+        assert first["left"] == second["left"], name
+        assert second["whole"], name
+
+
+def test_processes_that_begin_unlike_are_made_alike_or_refused(case: Case) -> None:
+    found = case("unlike")
+    (first, said), (second, _) = found["weights"]
+    assert first == second
+    assert said == ["process 1 began with other trained weights than process 0, and takes those"]
+    assert [text.split(" | ")[0] for text in found["frozen"]] == [
+        "CheckpointError: process 1 has other frozen weights than process 0"
+    ] * 2
+    assert [text.split(" | ")[0] for text in found["settings"]] == [
+        "ConfigError: process 1 has other settings than process 0"
+    ] * 2
