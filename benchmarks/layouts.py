@@ -243,7 +243,7 @@ def compared(way: Way, folder: Path, *, world: int, pieces: int) -> list[Any]:
         model = trained(
             way.model(), folder / "several", objective=way.objective(), batches=way.batches(pieces), **way.settings
         )
-        return apart(weights(model), torch.load(folder / "alone.pt"), weights(way.model()))
+        return apart(weights(model), torch.load(folder / "alone.pt", weights_only=True), weights(way.model()))
 
     kept = together(1, alone)
     return together(world, work) if kept == ["kept"] else kept

@@ -54,6 +54,10 @@ def fit(
     turned into float32. On a CPU a resumed run ends with the very bits of one that ran through, if the fingerprint is
     the same.
 
+    In several processes (:mod:`plait.core.mesh`) each calls this with its share of the batches and a folder of its own;
+    the first one's has the checkpoints. Hooks are called in the first alone. A model that trains in pieces
+    (``settings.parallel``) is empty after an error.
+
     Args:
         model: Its trainable weights learn; frozen ones must be those of the first call when continuing.
         objective: What to minimize; a stateful one (``nn.Module``) trains and is saved too.

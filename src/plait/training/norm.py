@@ -17,15 +17,23 @@ def clip(grads: Sequence[Tensor], largest: float | None) -> float:
 
     Args:
         grads: Of all weights; those in pieces are so over all processes.
-        largest: None never clips; nor does a norm that is not finite.
+        largest: None never clips; nor is anything scaled by a norm that is not finite.
     """
     pieces = [mesh.local(grad) for grad in grads if isinstance(grad, DTensor)]
     norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
     if pieces:  # of a weight with fewer rows than processes some have an empty one
         square = mesh.all_reduce_sum(torch.nn.utils.get_total_norm(pieces).double() ** 2)
-        norm = (square + norm.double() ** 2).sqrt().to(pieces[0].dtype)
+        norm = (square + norm.to(square.device).double() ** 2).sqrt().to(pieces[0].dtype)
     if largest is not None and bool(norm.isfinite()):
-        whole = [mesh.local(grad) for grad in grads]
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(whole, factor)
+        for members in _by_device(grads):
+            torch._foreach_mul_(members, factor.to(members[0].device))
     return float(norm)
+
+
+def _by_device(grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What lies in this process: on a GPU, or, kept there, in the host's memory."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for grad in map(mesh.local, grads):
+        found.setdefault(grad.device, []).append(grad)
+    return list(found.values())

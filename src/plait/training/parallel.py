@@ -64,16 +64,10 @@ class Sharded(Whole):
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: CPU offload, where weights are on the CPU anyway; or blocks are left out by chance.
+        ConfigError: Blocks are left out by chance.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> None:
-        if parallel.offload and device == "cpu":
-            raise ConfigError(
-                "parallel.offload is true, but the weights are in this processor's memory anyway",
-                place="trainer.parallel.offload",
-                remedy="set it to false, or train on a GPU",
-            )
         if any(getattr(getattr(part, "sizes", None), "layer_drop", 0) for part in model.modules()):
             raise ConfigError(
                 "layer_drop leaves blocks out by chance, in each process others, which would wait for each other",
@@ -86,7 +80,7 @@ class Sharded(Whole):
         super().__init__(*pair)
         ranks = init_device_mesh(device, (mesh.world(),))
         scalars = {weight for weight in self.model.parameters() if not weight.ndim}  # these cannot be cut
-        policy = CPUOffloadPolicy() if parallel.offload else OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=device == "cuda") if parallel.offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": scalars}
         blocks = [block for block in blocks_of(self.model) if any(True for _ in block.parameters())]
         self._routed = any("experts" in name for name, _ in self.model.named_modules())
@@ -185,10 +179,16 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
     """Hold the model as the settings say; one process holds all of it in any case.
 
     Raises:
-        ConfigError: See :class:`Sharded`.
+        ConfigError: CPU offload, where weights are on the CPU anyway; or see :class:`Sharded`.
     """
     if not mesh.active() or not parallel.zero:
         return Whole(model, objective)
+    if parallel.offload and device == "cpu":
+        raise ConfigError(
+            "parallel.offload is true, but the weights are in this processor's memory anyway",
+            place="trainer.parallel.offload",
+            remedy="set it to false, or train on a GPU",
+        )
     return Sharded(model, objective, parallel, device=device)
 
 

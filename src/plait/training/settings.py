@@ -136,7 +136,7 @@ class Settings:
 
         if self.parallel.zero:
             try:
-                check_spread(self.optimizer.kind)
+                check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
             except ValueError as error:
                 raise ConfigError(str(error), place="parallel.zero", remedy="change one of the two") from error
 

@@ -98,17 +98,7 @@ class Trainer(Spec):
     @model_validator(mode="after")
     def _spread(self) -> Trainer:
         if self.parallel.zero:
-            check_spread(self.optimizer.kind)
-            if self.compile:
-                raise ValueError(
-                    f"parallel.zero is {self.parallel.zero} and compile is true: compiled blocks have not been tried "
-                    "in pieces; set one of them off"
-                )
-            if self.async_save:
-                raise ValueError(
-                    f"parallel.zero is {self.parallel.zero} and async_save is true: pieces are written within the "
-                    "step, by all processes at once; set async_save to false"
-                )
+            check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
         return self
 
     def pieces(self, batch_size: int) -> int:
@@ -159,11 +149,11 @@ class Trainer(Spec):
         return inner * (1 - tables) + outer * tables + (4 if self.average else 0)
 
 
-def check_spread(optimizer: str) -> None:
-    """See that an optimizer can work on pieces of weights.
+def check_spread(optimizer: str, *, compiles: bool, async_save: bool) -> None:
+    """See that what else is set works on pieces of weights.
 
     Raises:
-        ValueError: It needs a weight as a whole.
+        ValueError: An optimizer needs a weight as a whole; or another setting does not go together with pieces.
     """
     why = {
         "adafactor": "its steps follow from means over rows and columns",
@@ -174,4 +164,11 @@ def check_spread(optimizer: str) -> None:
         raise ValueError(
             f"optimizer.kind is {optimizer}, which cannot work on pieces of weights ({why[optimizer]}); take adamw, "
             "sgd, lion or lars, or set parallel.zero to 0"
+        )
+    if compiles:
+        raise ValueError("compile is true: compiled blocks are not tried in pieces; set it or parallel.zero off")
+    if async_save:
+        raise ValueError(
+            "async_save is true: pieces are written within the step, by all processes at once; set it to false, or "
+            "parallel.zero to 0"
         )

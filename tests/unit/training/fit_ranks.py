@@ -95,7 +95,7 @@ def gone_on(folder: Path, *, expected: Path | None = None, **settings: Any) -> A
     if expected is None:
         return "part"
     resumed = [event.text.split(":")[0] for event in said if event.text.startswith("resumed")]
-    return [resumed, apart(weights(model), torch.load(expected), weights(WHOLE.model()))]
+    return [resumed, apart(weights(model), torch.load(expected, weights_only=True), weights(WHOLE.model()))]
 
 
 class Failing:
