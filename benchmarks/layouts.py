@@ -47,7 +47,7 @@ from plait.training.trainer import Average, Parallel
 
 RESULTS = Path(__file__).parent / "results" / "layouts.json"
 STEPS = 5
-BOUNDS: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-5}
+BOUNDS: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 """What a test allows."""
 
 
@@ -58,7 +58,7 @@ class Way:
     Attributes:
         name: For people.
         zero: What they keep a part of.
-        dtype: ``float64`` or ``float32``.
+        dtype: ``float64``, ``float32``, or ``bfloat16``: products in it, weights in float32.
         optimizer: Which.
         whole: Whether the decoder learns, too, instead of its adapter.
         loss: ``text``, ``nce`` or ``sigmoid``.
@@ -83,13 +83,18 @@ class Way:
     @property
     def alone(self) -> dict[str, Any]:
         """Of the loop, in one process."""
-        return {"optimizer": self.optimizer, **self.more}
+        return {"optimizer": self.optimizer, "compute": compute_in(self.dtype), **self.more}
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Their number format."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     def model(self) -> nn.Module:
         """The same weights each time."""
         if self.loss != "text":
-            return tower().to(getattr(torch, self.dtype))
-        model = exactness.model(by_document=True).to(getattr(torch, self.dtype))
+            return tower().to(self.weights)
+        model = exactness.model(by_document=True).to(self.weights)
         if self.whole:
             model.decoder.requires_grad_(requires_grad=True)
         return model
@@ -98,7 +103,7 @@ class Way:
         """What is minimized."""
         if self.loss == "text":
             return NextToken()
-        return Contrastive() if self.loss == "nce" else SigmoidContrastive(bias=-2.0).to(getattr(torch, self.dtype))
+        return Contrastive() if self.loss == "nce" else SigmoidContrastive(bias=-2.0).to(self.weights)
 
     def batches(self, pieces: int) -> Batches:
         """This process's share."""
@@ -110,9 +115,12 @@ def ways() -> list[Way]:
     found = [
         Way(name="DDP"),
         Way(name="DDP, one conversation a row", packed=False),
-        Way(name="DDP, float32 SGD", dtype="float32", optimizer=SGD(momentum=0.9)),
-        Way(name="ZeRO-3, float32 SGD", zero=3, dtype="float32", optimizer=SGD(momentum=0.9)),
         Way(name="ZeRO-3, one conversation a row", zero=3, packed=False),
+        *(
+            Way(name=f"{layout}, {dtype} SGD", zero=zero, dtype=dtype, optimizer=SGD(momentum=0.9))
+            for dtype in ("float32", "bfloat16")
+            for layout, zero in (("DDP", 0), ("ZeRO-3", 3))
+        ),
         Way(name="ZeRO-3, Lion", zero=3, whole=True, optimizer=Lion()),
         Way(name="ZeRO-3, LARS", zero=3, whole=True, optimizer=Lars(trust=0.1)),
         Way(
@@ -128,6 +136,11 @@ def ways() -> list[Way]:
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]
     return found
+
+
+def compute_in(dtype: str) -> Compute:
+    """On the CPU; float64 needs nothing of the loop."""
+    return Compute(device="cpu", dtype="bfloat16" if dtype == "bfloat16" else "float32", threads=1, why=())
 
 
 # --- models and data -----------------------------------------------------------------------------------------------
@@ -201,7 +214,7 @@ def trained(
     """A model after its steps; each process has a folder of its own."""
     folder = folder / f"rank-{mesh.rank()}" if mesh.rank() else folder
     folder.mkdir(parents=True, exist_ok=True)
-    compute = Compute(device="cpu", dtype="float32", threads=1, why=())
+    compute = compute_in("float32")
     fit(
         model,
         objective or NextToken(),

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -395,11 +397,12 @@ def joined(device: str = "cpu") -> Generator[None]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    name = _met(store, place, count)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("torch", store), rank=place, world_size=count, timeout=TIMEOUT
+        backend, store=dist.PrefixStore(f"torch/{name}", store), rank=place, world_size=count, timeout=TIMEOUT
     )
-    session = _Session(dist.PrefixStore("plait", store))
+    session = _Session(dist.PrefixStore(f"plait/{name}", store))
     token = _session.set(session)
     try:
         yield
@@ -411,6 +414,45 @@ def joined(device: str = "cpu") -> Generator[None]:
         _session.reset(token)
         dist.destroy_process_group()
         session.leave(first=place == 0, of=count)
+
+
+def _met(store: dist.Store, place: int, count: int) -> str:
+    """A name that the processes of this start have in common with no earlier ones.
+
+    After a process was killed torchrun starts all again, and they find the store of before, with addresses of the dead;
+    its own number of restarts is not the same on all hosts (https://github.com/pytorch/pytorch/issues/108158). So each
+    says hello with a number drawn now, the first one names those that it has heard, and begins when all have answered
+    to that name.
+
+    Raises:
+        ResourceError: Some did not come.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+
+    def read(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    store.set(f"hello/{count}/{place}", mine)
+    while time.monotonic() < deadline:
+        if place == 0:
+            heard = [read(f"hello/{count}/{rank}") for rank in range(count)]
+            name = hashlib.sha256(json.dumps(heard).encode()).hexdigest()[:16]
+            store.set("heard", json.dumps([name, heard]))
+            if all(read(f"answer/{count}/{rank}") == name for rank in range(1, count)):
+                store.set("begin", name)
+                return name
+        elif told := read("heard"):
+            name, heard = json.loads(told)
+            if len(heard) == count and heard[place] == mine:
+                store.set(f"answer/{count}/{place}", name)
+                if read("begin") == name:
+                    return name
+        time.sleep(_LOOK_S)
+    raise ResourceError(
+        f"process {place} of {count} waited for the others for {TIMEOUT}",
+        place="start",
+        remedy="see that all are started, with the same number of processes, and reach each other's network",
+    )
 
 
 def launched() -> bool:
