@@ -8,6 +8,7 @@ counted.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,9 @@ def fit(
     with computed(run.layout.model, settings, events=events), stop_requests() as stop:
         result = run.all(stop)
     run.layout.finish()
+    if isinstance(run.layout, Sharded):  # hooks of modules refer to each other: the pieces would stay for long
+        del run
+        gc.collect()
     return result
 
 
