@@ -7,7 +7,6 @@ counted.
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import time
@@ -270,11 +269,16 @@ class _Run:
     def _tell(self, values: Mapping[str, Any], stop: StopRequest) -> None:
         """Tell the caller's hook; one that takes too long after a signal is given up, and told again when resumed."""
         self.progress.untold = None
-        if self.hooks.on_step is None:
+        on_step, step = self.hooks.on_step, self.progress.step
+        if on_step is None:
             return
+
+        def tell() -> None:
+            on_step(step, values)
+
         try:
             with rng_kept(), self.keeper.shown(), patience(stop):
-                mesh.first(functools.partial(self.hooks.on_step, self.progress.step, values))
+                mesh.first(tell)
         except Woken:
             self.progress.untold = dict(values)
         finally:
