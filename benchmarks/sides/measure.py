@@ -1,4 +1,4 @@
-"""What both sides of a benchmark measure alike: time and memory from the moment the model is loaded. Standard library.
+"""What programs of a benchmark measure alike: time and memory from the moment the model is loaded. Standard library.
 
 Before that moment every weight is touched and freed memory is given back, so that neither pages of a weight file that
 were not read yet nor what loading left behind are counted for one side only.
@@ -23,6 +23,12 @@ def rss(key: str = "VmRSS") -> int:
     """Bytes of a line of ``/proc/self/status``: ``VmRSS`` is held now, ``VmHWM`` is the most held."""
     text = (PROC / "status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{key}:"))
+
+
+def loopback() -> int:
+    """Bytes that went over the loopback device so far, headers included, of all programs of this machine."""
+    lines = (PROC / "net/dev").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[9]) for line in lines if line.split()[0] == "lo:"), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
