@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +37,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from plait.core import errors
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.files import disk_error
+from plait.core.launch import launched
+from plait.core.meeting import meet
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,6 +109,16 @@ def rank() -> int:
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if active() else 1
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Work as one process does: in the block nobody else is there."""
+    token = _session.set(None)
+    try:
+        yield
+    finally:
+        _session.reset(token)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -232,6 +242,8 @@ def barrier() -> None:
 def first(work: Callable[[], _Result]) -> _Result:
     """Let rank 0 do something, while the others wait as long as it takes; its result, plain JSON data, is given to all.
 
+    It does so :func:`alone`: nothing in it waits for the others.
+
     Raises:
         PlaitError: What it raises there, in all.
         Stopped: Somebody stopped it there.
@@ -242,8 +254,11 @@ def first(work: Callable[[], _Result]) -> _Result:
     session.asked += 1
     key = f"first/{session.asked}"
     if rank() == 0:
+        if (fault := session.fault()) is not None:
+            raise fault
         try:
-            result = work()
+            with alone():
+                result = work()
         except BaseException as error:
             session.store.set(key, json.dumps((_told(error), None)))
             raise
@@ -368,6 +383,16 @@ def _retold(told: dict[str, Any], *, of: int) -> BaseException:
     return fault
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Why this process really ends: a launcher stops all processes when one fails, whose fault is then the cause."""
+    session = _session.get()
+    if session is not None and isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if isinstance(fault := session.fault(), PlaitError):
+                return fault
+    return error
+
+
 # --- joining -------------------------------------------------------------------------------------------------------
 
 
@@ -383,8 +408,9 @@ def joined(device: str = "cpu") -> Generator[None]:
 
     Raises:
         ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
+        ResourceError: There is no GPU for this process, or another one did not come.
     """
-    if active() or not launched():
+    if active() or dist.is_initialized() or not launched():
         yield
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
@@ -395,20 +421,24 @@ def joined(device: str = "cpu") -> Generator[None]:
             remedy="start with `torchrun`, or unset WORLD_SIZE to use one process",
         )
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    name = _met(store, place, count)
+        _take_gpu()
+    found, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store when it starts processes again: what those before them left there is not for these.
+    store = dist.PrefixStore(meet(found, rank=place, world=count, patience=TIMEOUT), found)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore(f"torch/{name}", store), rank=place, world_size=count, timeout=TIMEOUT
+        backend, store=dist.PrefixStore("torch", store), rank=place, world_size=count, timeout=TIMEOUT
     )
-    session = _Session(dist.PrefixStore(f"plait/{name}", store))
+    session = _Session(dist.PrefixStore("plait", store))
     token = _session.set(session)
     try:
         yield
         barrier()
     except BaseException as error:
-        session.tell(error)
+        told = cause_of(error)
+        session.tell(told)
+        if told is not error:
+            raise told from error
         raise
     finally:
         _session.reset(token)
@@ -416,45 +446,13 @@ def joined(device: str = "cpu") -> Generator[None]:
         session.leave(first=place == 0, of=count)
 
 
-def _met(store: dist.Store, place: int, count: int) -> str:
-    """A name that the processes of this start have in common with no earlier ones.
-
-    After a process was killed torchrun starts all again, and they find the store of before, with addresses of the dead;
-    its own number of restarts is not the same on all hosts (https://github.com/pytorch/pytorch/issues/108158). So each
-    says hello with a number drawn now, the first one names those that it has heard, and begins when all have answered
-    to that name.
-
-    Raises:
-        ResourceError: Some did not come.
-    """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
-
-    def read(key: str) -> str | None:
-        return store.get(key).decode() if store.check([key]) else None
-
-    store.set(f"hello/{count}/{place}", mine)
-    while time.monotonic() < deadline:
-        if place == 0:
-            heard = [read(f"hello/{count}/{rank}") for rank in range(count)]
-            name = hashlib.sha256(json.dumps(heard).encode()).hexdigest()[:16]
-            store.set("heard", json.dumps([name, heard]))
-            if all(read(f"answer/{count}/{rank}") == name for rank in range(1, count)):
-                store.set("begin", name)
-                return name
-        elif told := read("heard"):
-            name, heard = json.loads(told)
-            if len(heard) == count and heard[place] == mine:
-                store.set(f"answer/{count}/{place}", name)
-                if read("begin") == name:
-                    return name
-        time.sleep(_LOOK_S)
-    raise ResourceError(
-        f"process {place} of {count} waited for the others for {TIMEOUT}",
-        place="start",
-        remedy="see that all are started, with the same number of processes, and reach each other's network",
-    )
-
-
-def launched() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _take_gpu() -> None:
+    """Work on the GPU of this process's local rank."""
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise ResourceError(
+            f"process {local} of this machine has no GPU: there are {there}",
+            place="LOCAL_RANK",
+            remedy=f"start {there} processes on it, or set CUDA_VISIBLE_DEVICES= to use none",
+        )
+    torch.cuda.set_device(local)

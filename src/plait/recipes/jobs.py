@@ -1,0 +1,57 @@
+"""Which run a command had begun before its processes were started again, as torchrun does when one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.core.launch import Launch
+
+ENV = "env.json"
+
+
+def job(started: Launch | None, *, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What ``env.json`` keeps of who started a run; nothing where a person did.
+
+    Args:
+        started: By whom.
+        recipe: As given.
+        overrides: As given.
+    """
+    if started is None:
+        return {}
+    return {"job": started.record() | {"recipe": recipe, "overrides": list(overrides)}}
+
+
+def begun(root: Path, started: Launch | None, *, recipe: str, overrides: Sequence[str]) -> Path | None:
+    """The newest run that this very command began; None if it begins one now.
+
+    A folder that cannot be read is none of them.
+
+    Args:
+        root: Where runs are.
+        started: Who starts it now.
+        recipe: As given: a command that torchrun starts may be a script with several recipes.
+        overrides: As given.
+    """
+    if started is None:
+        return None
+    found: list[tuple[float, Path]] = []
+    for path in root.glob(f"*/{ENV}"):
+        if path.parent.is_symlink():
+            continue
+        try:
+            record = read_json(path)
+            kept: object = record.get("job") if isinstance(record, Mapping) else None
+        except PlaitError:
+            continue
+        if isinstance(kept, Mapping) and _same(kept, started, recipe=recipe, overrides=overrides):
+            found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def _same(kept: Mapping[str, object], started: Launch, *, recipe: str, overrides: Sequence[str]) -> bool:
+    return started.same(kept) and (kept.get("recipe"), kept.get("overrides")) == (recipe, list(overrides))
