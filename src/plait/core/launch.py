@@ -137,4 +137,5 @@ def tell_launcher(fault: PlaitError) -> None:
         return
     with contextlib.suppress(OSError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"message": str(fault), "timestamp": int(time.time())}), encoding="utf-8")
+        told = {"message": str(fault), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
