@@ -10,11 +10,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from plait.core.errors import PlaitError
 
@@ -88,19 +88,37 @@ class Launch:
     agent: str
     restarts: int
 
-    def same(self, other: Mapping[str, object]) -> bool:
-        """Whether another one, as :meth:`record` gave it, was started by the same call, before this one.
+    def same(self, call: Mapping[str, object]) -> bool:
+        """Whether this is the same call of torchrun as one that :func:`record` wrote down.
 
         The agent starts a command once and then only starts it again: after a fault, which it counts, and when machines
         come or go, which it does not. Two calls may be given the same id by a person.
         """
-        if self.agent and other.get("agent") == self.agent:
+        agents = call.get("agents")
+        if self.agent and isinstance(agents, list) and self.agent in agents:
             return True
-        return self.restarts > 0 and other.get("id") == self.id
+        return self.restarts > 0 and call.get("id") == self.id
 
-    def record(self) -> dict[str, str]:
-        """For ``env.json``."""
-        return {"id": self.id, "agent": self.agent}
+
+def record(launches: Sequence[Launch]) -> dict[str, Any]:
+    """A call of torchrun, for ``env.json``: its id, and the agents of all machines.
+
+    Args:
+        launches: Of all processes; one at least.
+    """
+    return {"id": launches[0].id, "agents": sorted({one.agent for one in launches if one.agent})}
+
+
+def launches() -> list[Launch]:
+    """Who started each of the processes that have joined, in their order; none if it was not torchrun."""
+    own = launch()
+    if own is None:
+        return []
+    if not launched():
+        return [own]
+    from plait.core import mesh
+
+    return [Launch(**found) for found in mesh.gather(asdict(own))]
 
 
 def launch(proc: Path = Path("/proc")) -> Launch | None:

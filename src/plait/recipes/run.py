@@ -28,7 +28,7 @@ from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.events import Event, Events
 from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, seal, stage_folder, write_json
-from plait.core.launch import first, launch, launched, own_share, place, processes, together
+from plait.core.launch import Launch, first, launched, launches, own_share, place, processes, together
 from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
 from plait.report.page import write_report
@@ -71,7 +71,7 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
     """
     with together():
         made: list[device.Compute] = []
-        told = first(functools.partial(_begin, recipe, overrides, root, made=made))
+        told = first(functools.partial(_begin, recipe, overrides, root, started=launches(), made=made))
         run = Path(told["run"])
         if told["again"]:
             _go_on(run, listeners=listeners, said=told["said"])
@@ -140,19 +140,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _begin(recipe: str, overrides: Sequence[str], root: Path, *, made: list[device.Compute]) -> dict[str, Any]:
+def _begin(
+    recipe: str, overrides: Sequence[str], root: Path, *, started: Sequence[Launch], made: list[device.Compute]
+) -> dict[str, Any]:
     """Create the run folder, or find the one that this command created before it was started again.
 
     Args:
         recipe: As given.
         overrides: As given.
         root: Where runs go.
+        started: Who started the processes.
         made: Takes what a new run is worked on with.
 
     Returns:
         The folder as ``run``; whether it was begun before as ``again``; and what to say of it as ``said``.
     """
-    started = launch()
     run = begun(root, started, recipe=recipe, overrides=overrides)
     if run is not None:
         said = f"started again by torchrun: going on with {run.name}"

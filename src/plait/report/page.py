@@ -60,6 +60,12 @@ def render(run: RunFolder) -> str:
 # --- parts of the page -----------------------------------------------------------------------------------------------
 
 
+def _program(path: str) -> list[str]:
+    """What a person types for a program: ``python -m plait`` is known to itself by the file that it runs."""
+    name = Path(path).name
+    return ["python", "-m", Path(path).parent.name] if name == "__main__.py" else [name]
+
+
 def _head(run: RunFolder) -> Html:
     env = run.env
     versions = env.get("versions")
@@ -76,7 +82,8 @@ def _head(run: RunFolder) -> Html:
         "versions": f"Plait {env.get('plait', '–')}, Python {env.get('python', '–')}, torch {torch or '–'}",
         "machine": str(env.get("platform", "–")),
         "cores and threads": f"{number(env.get('cores'))} and {number(env.get('threads'))}",
-        "command": shlex.join([Path(words[0]).name, *words[1:]]) if words else "–",
+        "processes at the start": number(env.get("processes", 1)),
+        "command": shlex.join([*_program(words[0]), *words[1:]]) if words else "–",
     }
     results = [
         el(

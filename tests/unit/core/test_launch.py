@@ -11,7 +11,7 @@ import pytest
 
 from plait.core import launch
 from plait.core.errors import DataError
-from plait.core.launch import Launch
+from plait.core.launch import Launch, record
 
 pytestmark = pytest.mark.light
 
@@ -27,6 +27,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_is_the_first_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (launch.launched(), launch.place(), launch.processes(), launch.own_share(6)) == (False, 0, 1, 6)
     assert launch.launch() is None
+    assert launch.launches() == []
     with launch.together():
         assert launch.first(lambda: object) is object
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -53,22 +54,22 @@ def test_the_agent_is_known_by_number_and_beginning(monkeypatch: pytest.MonkeyPa
     assert found == Launch(id=agent, agent=f"{agent}, begun at 22", restarts=2)  # starttime is field 22 of proc(5)
     unknown = launch.launch(tmp_path / "nowhere")
     assert unknown == Launch(id=agent, agent="", restarts=2)
-    real = launch.launch()
-    assert real is not None
+    (real,) = launch.launches()
     if Path("/proc/self/stat").exists():
         assert real.agent.rpartition(" ")[2].isdigit()
 
 
 def test_the_same_call_again_and_another_one() -> None:
     first = Launch(id="night", agent="process 7 on a, begun at 5", restarts=0)
-    kept = first.record()
+    kept = record([first, Launch(id="night", agent="process 3 on c, begun at 1", restarts=0)])
+    assert kept == {"id": "night", "agents": ["process 3 on c, begun at 1", "process 7 on a, begun at 5"]}
     assert first.same(kept)  # machines came or went: its agent does not count that
     assert Launch(id="night", agent="process 9 on b, begun at 6", restarts=1).same(kept)  # the first one moved
     assert not Launch(id="night", agent="process 8 on a, begun at 9", restarts=0).same(kept)  # a person, once more
     assert not Launch(id="day", agent="process 8 on a, begun at 9", restarts=1).same(kept)
     nameless = Launch(id="process 7 on a", agent="", restarts=0)
-    assert not nameless.same(nameless.record())  # where nothing tells when it began, only its own count does
-    assert Launch(id="process 7 on a", agent="", restarts=1).same(nameless.record())
+    assert not nameless.same(record([nameless]))  # where nothing tells when it began, only its own count does
+    assert Launch(id="process 7 on a", agent="", restarts=1).same(record([nameless]))
 
 
 def test_a_fault_is_left_where_the_launcher_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
