@@ -57,7 +57,14 @@ def write_recipe(root: Path, folders: Mapping[str, Path], *, steps: int, pretrai
             "device": "cpu",
             "trainer": {"async_save": True},
         },
-        "align": {"tasks": ["name.en", "yesno"], "steps": 2, "batch_size": 4, "test_pairs": 8, "device": "cpu"},
+        "align": {  # the third batch has one pair
+            "tasks": ["name.en", "yesno"],
+            "steps": 3,
+            "max_pairs": 7,
+            "batch_size": 3,
+            "test_pairs": 8,
+            "device": "cpu",
+        },
     }
     if not pretrain:
         del stages["pretrain"]
