@@ -27,7 +27,18 @@ from plait import __version__
 from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.events import Event, Events
-from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, seal, stage_folder, write_json
+from plait.core.files import (
+    RUNS,
+    disk_error,
+    lock,
+    new_run,
+    point_latest,
+    read_done,
+    read_json,
+    seal,
+    stage_folder,
+    write_json,
+)
 from plait.core.launch import Launch, first, launched, launches, own_share, place, processes, together
 from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
@@ -253,7 +264,10 @@ def _threads(count: int) -> Generator[None]:
 
 def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners, said: str = "") -> None:
     own = run / "ranks" / str(place()) if place() else run
-    own.mkdir(parents=True, exist_ok=True)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, own) from error
     events = Events(own / "events.jsonl", listeners=listeners)
     with contextlib.nullcontext() if place() else lock(run), _threads(compute.threads):
         if said:
