@@ -16,7 +16,7 @@ from plait.core.launch import place
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.epilog = f"in several processes: torchrun --nproc-per-node N -m plait run RECIPE; {parser.epilog}"
+    parser.epilog = f"{parser.epilog}; in several processes: torchrun --nproc-per-node N -m plait run RECIPE"
     parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"

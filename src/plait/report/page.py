@@ -73,6 +73,7 @@ def _head(run: RunFolder) -> Html:
     begun = min((stage.begun for stage in run.stages if stage.begun), default=0.0)
     command = env.get("command")
     words = [str(word) for word in command] if isinstance(command, list) else []
+    several = env.get("processes")
     facts = {
         "time in all": duration(sum((stage.seconds for stage in run.stages), 0.0)),
         "stages done": f"{sum(stage.state == 'done' for stage in run.stages)} of {len(run.stages)}",
@@ -82,7 +83,7 @@ def _head(run: RunFolder) -> Html:
         "versions": f"Plait {env.get('plait', '–')}, Python {env.get('python', '–')}, torch {torch or '–'}",
         "machine": str(env.get("platform", "–")),
         "cores and threads": f"{number(env.get('cores'))} and {number(env.get('threads'))}",
-        "processes at the start": number(env.get("processes", 1)),
+        **({"processes": number(several)} if isinstance(several, int) and several > 1 else {}),
         "command": shlex.join([*_program(words[0]), *words[1:]]) if words else "–",
     }
     results = [
