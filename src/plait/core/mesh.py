@@ -22,7 +22,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from tests.several import together
+from benchmarks.sides.several import together
 
 from plait.core import mesh
 from plait.core.errors import DataError, PlaitError, Stopped

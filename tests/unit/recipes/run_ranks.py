@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.several import together
+from benchmarks.sides.several import together
 from tests.tiny_recipe import write_recipe
 
 from plait.cli.main import main
