@@ -22,7 +22,10 @@ import contextlib
 import datetime
 import json
 import os
+import signal
+import socket
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +41,7 @@ from plait.core import errors
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.files import disk_error
 from plait.core.launch import launched
+from plait.core.lifeline import Lifeline
 from plait.core.meeting import meet
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -50,6 +54,7 @@ BUCKET = 25 * 2**20
 
 _FAULT, _LEFT = "fault", "left"
 _LINGER_S = 3.0
+_REACH_S = 10.0
 _LOOK_S = 0.05  # while a rank waits for the first one
 _Result = TypeVar("_Result")
 
@@ -57,8 +62,9 @@ _Result = TypeVar("_Result")
 class _Session:
     """What the processes tell each other beside tensors: through torch's store, which needs nobody to take part."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, lifeline: Lifeline) -> None:
         self.store = store
+        self.lifeline = lifeline
         self.asked = 0
         self.left = False  # whether another's fault has been found: then this process has none of its own to tell
 
@@ -86,9 +92,14 @@ class _Session:
 
     def wait(self, key: str) -> Any:
         """What the first rank put under a key, as soon as it is there."""
-        while not self.store.check([key]):
+        while True:
+            broken = self.lifeline.broken()  # before looking, for it may have left in between
+            if self.store.check([key]):
+                break
             if (fault := self.fault()) is not None:
                 raise fault
+            if broken:
+                raise _gone(self, "process 0 ended while this one waited for it")
             time.sleep(_LOOK_S)  # not in the store: a signal is answered in between
         return json.loads(self.store.get(key))
 
@@ -326,15 +337,19 @@ def explained() -> Generator[None]:
             raise fault from error
         if not any(word in str(error) for word in ("onnection", "eset by peer", "roken pipe", "imed out", "onnect")):
             raise
-        session.left = True
-        gone = ResourceError(
-            f"another of {world()} processes is gone, and said nothing: {_short(error)}",
-            place=f"process {rank()}",
-            remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
-            "Start all again: `plait resume`, or torchrun with --max-restarts",
-        )
-        gone.rank = -1
-        raise gone from error
+        raise _gone(session, _short(error)) from error
+
+
+def _gone(session: _Session, how: str) -> ResourceError:
+    session.left = True
+    gone = ResourceError(
+        f"another of {world()} processes is gone, and said nothing: {how}",
+        place=f"process {rank()}",
+        remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
+        "Start all again: `plait resume`, or torchrun with --max-restarts",
+    )
+    gone.rank = -1
+    return gone
 
 
 def _fault_of_another(session: _Session) -> BaseException | None:
@@ -364,8 +379,9 @@ def _told(error: BaseException) -> dict[str, Any]:
             "remedy": error.remedy,
             "rank": error.rank,
         }
-    if isinstance(error, Stopped):
-        return {"kind": "Stopped", "signal": error.signal, "cause": str(error)}
+    if isinstance(error, KeyboardInterrupt):
+        number = error.signal if isinstance(error, Stopped) else signal.SIGINT
+        return {"kind": "Stopped", "signal": number, "cause": str(error) or "interrupted"}
     return {"kind": "", "cause": f"{type(error).__name__}: {error}", "place": "", "remedy": "", "rank": None}
 
 
@@ -425,11 +441,12 @@ def joined(device: str = "cpu") -> Generator[None]:
     found, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps its store when it starts processes again: what those before them left there is not for these.
     store = dist.PrefixStore(meet(found, rank=place, world=count, patience=TIMEOUT), found)
+    lifeline = _lifeline(store, rank=place, world=count)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("torch", store), rank=place, world_size=count, timeout=TIMEOUT
     )
-    session = _Session(dist.PrefixStore("plait", store))
+    session = _Session(dist.PrefixStore("plait", store), lifeline)
     token = _session.set(session)
     try:
         yield
@@ -444,6 +461,20 @@ def joined(device: str = "cpu") -> Generator[None]:
         _session.reset(token)
         dist.destroy_process_group()
         session.leave(first=place == 0, of=count)
+        lifeline.close()
+
+
+def _lifeline(store: dist.Store, *, rank: int, world: int) -> Lifeline:
+    if rank == 0:
+        end, port = Lifeline.offer(world - 1)
+        store.set("lifeline", json.dumps((socket.gethostname(), port)))
+        return end
+    host, port = json.loads(store.get("lifeline"))
+    end = Lifeline.hold((os.environ["MASTER_ADDR"], host), port, patience_s=_REACH_S)
+    if not end:
+        text = f"process {rank} cannot reach port {port} of {host}: if process 0 is killed, it may wait for it in vain"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return end
 
 
 def _take_gpu() -> None:

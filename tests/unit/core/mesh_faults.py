@@ -28,8 +28,8 @@ def told(work: Callable[[], Any]) -> Callable[[], Any]:
                 return work()
         except PlaitError as error:
             return [type(error).__name__, error.cause, error.rank]
-        except Stopped as stop:
-            return ["Stopped", stop.signal]
+        except KeyboardInterrupt as stop:
+            return [type(stop).__name__, getattr(stop, "signal", 0)]
 
     return outside
 
@@ -100,6 +100,19 @@ def killed() -> Any:
     mesh.barrier()
 
 
+def first_killed() -> Any:
+    """While the other one waits for it, and nothing else comes in between."""
+    return mesh.first(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def interrupted() -> Any:
+    """Ctrl-C, where nothing turns it into a wish."""
+    if mesh.rank():
+        raise KeyboardInterrupt
+    time.sleep(0.5)
+    return mesh.first(lambda: "not done")
+
+
 CASES: tuple[Callable[[], Any], ...] = (
     first,
     one_after_the_other,
@@ -108,6 +121,8 @@ CASES: tuple[Callable[[], Any], ...] = (
     stopped_because_of_another,
     stopped,
     killed,
+    first_killed,
+    interrupted,
 )
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ def test_a_stop_of_one_stops_all_and_a_kill_is_said_to_be_one(found: dict[str, A
     assert survivor[2] == -1
 
 
+def test_who_waits_for_a_killed_one_does_not_wait_in_vain(found: dict[str, Any]) -> None:
+    killed, survivor = found["first_killed"]
+    assert killed == "killed"
+    assert (survivor[0], survivor[2]) == ("ResourceError", -1)
+    assert survivor[1].startswith("another of 2 processes is gone, and said nothing: ")
+
+
+def test_ctrl_c_is_no_fault(found: dict[str, Any]) -> None:
+    assert found["interrupted"] == [["Stopped", 2], ["KeyboardInterrupt", 0]]
+
+
 def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
