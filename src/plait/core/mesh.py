@@ -424,7 +424,7 @@ def joined(device: str = "cpu") -> Generator[None]:
 
     Raises:
         ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
-        ResourceError: There is no GPU for this process, or another one did not come.
+        ResourceError: There is no GPU for this process, or another one did not come or was killed.
     """
     if active() or dist.is_initialized() or not launched():
         yield
@@ -438,15 +438,14 @@ def joined(device: str = "cpu") -> Generator[None]:
         )
     if device == "cuda":
         _take_gpu()
-    found, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun keeps its store when it starts processes again: what those before them left there is not for these.
-    store = dist.PrefixStore(meet(found, rank=place, world=count, patience=TIMEOUT), found)
-    lifeline = _lifeline(store, rank=place, world=count)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("torch", store), rank=place, world_size=count, timeout=TIMEOUT
-    )
-    session = _Session(dist.PrefixStore("plait", store), lifeline)
+    try:
+        session, place, count = _join(device)
+    except RuntimeError as error:
+        raise ResourceError(
+            f"the processes could not join: {_short(error)}",
+            place=f"process {os.environ['RANK']}",
+            remedy="one of them may have been killed, or the network fails; what the others say tells more",
+        ) from error
     token = _session.set(session)
     try:
         yield
@@ -461,7 +460,19 @@ def joined(device: str = "cpu") -> Generator[None]:
         _session.reset(token)
         dist.destroy_process_group()
         session.leave(first=place == 0, of=count)
-        lifeline.close()
+        session.lifeline.close()
+
+
+def _join(device: str) -> tuple[_Session, int, int]:
+    """Meet the others; also this process's rank, and how many there are."""
+    found, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store when it starts processes again: what those before them left there is not for these.
+    store = dist.PrefixStore(meet(found, rank=place, world=count, patience=TIMEOUT), found)
+    lifeline = _lifeline(store, rank=place, world=count)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    theirs = dist.PrefixStore("torch", store)
+    dist.init_process_group(backend, store=theirs, rank=place, world_size=count, timeout=TIMEOUT)
+    return _Session(dist.PrefixStore("plait", store), lifeline), place, count
 
 
 def _lifeline(store: dist.Store, *, rank: int, world: int) -> Lifeline:

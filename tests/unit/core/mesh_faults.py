@@ -23,6 +23,8 @@ def told(work: Callable[[], Any]) -> Callable[[], Any]:
     """As the process that joined sees it in the end: what it gave, or what it ended with."""
 
     def outside() -> Any:
+        if work is killed_while_they_join and os.environ["RANK"] == "0":
+            mesh.meet = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         try:
             with mesh.joined():
                 return work()
@@ -102,7 +104,18 @@ def killed() -> Any:
 
 def first_killed() -> Any:
     """While the other one waits for it, and nothing else comes in between."""
-    return mesh.first(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    mesh.barrier()
+
+    def die() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return mesh.first(die)
+
+
+def killed_while_they_join() -> Any:
+    """The first one holds the store."""
+    raise AssertionError("they have joined")
 
 
 def interrupted() -> Any:
@@ -123,6 +136,7 @@ CASES: tuple[Callable[[], Any], ...] = (
     killed,
     first_killed,
     interrupted,
+    killed_while_they_join,
 )
 
 if __name__ == "__main__":

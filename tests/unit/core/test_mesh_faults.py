@@ -65,6 +65,13 @@ def test_who_waits_for_a_killed_one_does_not_wait_in_vain(found: dict[str, Any])
     assert survivor[1].startswith("another of 2 processes is gone, and said nothing: ")
 
 
+def test_a_kill_while_they_join_is_told_as_such(found: dict[str, Any]) -> None:
+    killed, survivor = found["killed_while_they_join"]
+    assert killed == "killed"
+    assert survivor[0] == "ResourceError"
+    assert survivor[1].startswith("the processes could not join: ")
+
+
 def test_ctrl_c_is_no_fault(found: dict[str, Any]) -> None:
     assert found["interrupted"] == [["Stopped", 2], ["KeyboardInterrupt", 0]]
 
