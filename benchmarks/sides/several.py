@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,8 +13,8 @@ from typing import Any
 from plait.core import mesh
 
 
-def together(world: int, work: Callable[[], Any]) -> list[Any]:
-    """What each rank gives back, or how it failed; ``killed`` for one that died."""
+def together(world: int, work: Callable[[], Any], *, join: bool = True) -> list[Any]:
+    """What each rank gives back, or how it failed; ``killed`` for one that died. Without ``join``, it joins itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -25,7 +26,7 @@ def together(world: int, work: Callable[[], Any]) -> list[Any]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             try:
-                with mesh.joined():
+                with mesh.joined() if join else contextlib.nullcontext():
                     answer = work()
             except BaseException as error:
                 traceback.print_exc()

@@ -32,7 +32,7 @@ def converted(name: str, make: Callable[[Path, Path], None], *, version: int, ev
     """Folder of a package's weights in our form, made on first use under ``home()/converted``.
 
     It appears as a whole or not at all: a conversion that is killed leaves only a temporary folder, which the next one
-    removes. A damaged folder is made anew, and an event says so.
+    removes. A damaged folder is made anew, and an event says so. Of several processes, the first one makes it.
 
     Args:
         name: Of the package.
@@ -43,6 +43,12 @@ def converted(name: str, make: Callable[[Path, Path], None], *, version: int, ev
     Raises:
         ResourceError: The package is not fetched or damaged, or the disk is full.
     """
+    from plait.core import mesh  # imports torch
+
+    return mesh.first_then_others(lambda: _converted(name, make, version=version, events=events))
+
+
+def _converted(name: str, make: Callable[[Path, Path], None], *, version: int, events: Events) -> Path:
     folder = home() / "converted" / name
     source = package(name).sha256
     if folder.is_dir():

@@ -15,6 +15,7 @@ from typing import NoReturn
 from plait import __version__
 from plait.cli.output import Out
 from plait.core.errors import PlaitError, Stopped, UsageError
+from plait.core.launch import place, tell_launcher
 
 VERBS: dict[str, str] = {
     "run": "run a recipe: every stage in order, into one run folder",
@@ -87,22 +88,24 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The words after ``plait``; the process's own by default.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    as_json, debug = "--json" in words, "--debug" in words
+    as_json, debug = "--json" in words and not place(), "--debug" in words
     try:
         args = _parse(words)
         if args.verb is None:
             build_parser(()).print_help()
             return 2
-        return load_verb(args.verb).main(args, Out(json=as_json))
+        return load_verb(args.verb).main(args, Out(json=as_json, silent=place() > 0))
     except BrokenPipeError:
         # The reader (head, less) went away; point stdout at nothing so that the interpreter does not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
         code = stop.exit_code if isinstance(stop, Stopped) else 130
-        _say_stopped(str(stop) or "interrupted", code, as_json=as_json)
+        if not place():
+            _say_stopped(str(stop) or "interrupted", code, as_json=as_json)
         return code
     except PlaitError as fault:
+        tell_launcher(fault)
         if debug:
             raise
         _say_fault(fault, as_json=as_json)
@@ -111,7 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         remedy = "this is a bug of Plait: run again with --debug and report it"
-        _say_fault(PlaitError(f"{type(bug).__name__}: {bug}", remedy=remedy), as_json=as_json)
+        fault = PlaitError(f"{type(bug).__name__}: {bug}", remedy=remedy)
+        tell_launcher(fault)
+        _say_fault(fault, as_json=as_json)
         return 1
 
 
@@ -137,14 +142,17 @@ def _say_stopped(text: str, code: int, *, as_json: bool) -> None:
 
 
 def _say_fault(fault: PlaitError, *, as_json: bool) -> None:
+    """Of several processes the first one says all; another only what it met itself and has not passed on to be said."""
+    if place() and (fault.rank is not None or isinstance(fault, UsageError)):
+        return
     if as_json:
         print(json.dumps({"error": fault.as_dict()}, ensure_ascii=False))
     bold, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{bold}error [{fault.code}]:{plain} {fault.cause}", file=sys.stderr)
-    if fault.place:
-        print(f"  where: {fault.place}", file=sys.stderr)
-    if fault.remedy:
-        print(f"  fix:   {fault.remedy}", file=sys.stderr)
+    who = f"process {place()}: " if place() else ""
+    lines = [f"{who}{bold}error [{fault.code}]:{plain} {fault.cause}"]
+    lines += [f"  where: {fault.place}"] if fault.place else []
+    lines += [f"  fix:   {fault.remedy}"] if fault.remedy else []
+    print("\n".join(lines), file=sys.stderr)  # at once: other processes write there, too
 
 
 def entry() -> NoReturn:

@@ -14,18 +14,20 @@ class Out:
 
     Attributes:
         json: Whether ``--json`` was given: then lines are silent and :meth:`result` prints.
+        silent: Whether nothing is printed: of several processes that train together, the first one prints.
     """
 
     json: bool = False
+    silent: bool = False
 
     def line(self, text: str = "") -> None:
         """Print one line for a person, at once."""
-        if not self.json:
+        if not (self.json or self.silent):
             print(text, flush=True)
 
     def result(self, value: Any) -> None:
         """Print the result as one JSON value; only with ``--json``."""
-        if self.json:
+        if self.json and not self.silent:
             json.dump(value, sys.stdout, ensure_ascii=False, indent=2, default=str)
             sys.stdout.write("\n")
             sys.stdout.flush()

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
 
+from plait.core.launch import place
+
 if TYPE_CHECKING:
     from plait.core.events import Event
 
@@ -33,9 +35,14 @@ class Screen(Protocol):
 def watch(*, quiet_stdout: bool = False) -> Generator[Callable[[Event], None]]:
     """A listener for :class:`plait.core.events.Events` that draws while the block runs.
 
+    Of several processes only the first one draws.
+
     Args:
         quiet_stdout: Draw on stderr, because stdout carries JSON.
     """
+    if place():
+        yield _unseen
+        return
     stream = sys.stderr if quiet_stdout else sys.stdout
     # Said before the heavy imports, so that something is on the screen within a second.
     print("plait: starting", file=stream, flush=True)
@@ -44,6 +51,10 @@ def watch(*, quiet_stdout: bool = False) -> Generator[Callable[[Event], None]]:
             yield listener
     else:
         yield Lines(stream)
+
+
+def _unseen(event: Event) -> None:
+    """Nothing is drawn."""
 
 
 class Lines:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from plait.cli.output import Out
+from plait.core.launch import first, together
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +31,19 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.core.files import find_run
     from plait.recipes.run import summary
 
-    run = find_run(args.run, args.runs)
-    finished = all(stage["state"] == "done" for stage in summary(run)["stages"])
-    with watch(quiet_stdout=out.json) as listener:
-        from plait.recipes.run import resume
+    finished: list[bool] = []
 
-        resume(run, accept=args.accept, listeners=(listener,))
-    if finished:
+    def find() -> str:
+        found = find_run(args.run, args.runs)
+        finished.append(all(stage["state"] == "done" for stage in summary(found)["stages"]))
+        return str(found)
+
+    with together():
+        run = Path(first(find))
+        with watch(quiet_stdout=out.json) as listener:
+            from plait.recipes.run import resume
+
+            resume(run, accept=args.accept, listeners=(listener,))
+    if any(finished):
         out.line("nothing to resume: all its stages were finished before (`plait runs` shows what came of them)")
-    return closing(run, out, lines=not finished)
+    return closing(run, out, lines=not any(finished))

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.cli.output import Out
+from plait.core.launch import place
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    parser.epilog = f"{parser.epilog}; in several processes: torchrun --nproc-per-node N -m plait run RECIPE"
     parser.add_argument("recipe", help="name of a shipped recipe (quickstart) or path of a YAML file")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="dotted settings, such as data.source=./pairs.csv"
@@ -37,6 +39,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
 
 def closing(run: Path, out: Out, *, lines: bool = True) -> int:
     """Print what a person wants to know at the end of a run; with the lines of its stages, unless said otherwise."""
+    if place():
+        return 0
     from plait.recipes.run import summary
 
     result = summary(run)

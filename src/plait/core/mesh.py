@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
+import signal
+import socket
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +40,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from plait.core import errors
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.files import disk_error
+from plait.core.launch import launched
+from plait.core.lifeline import Lifeline
+from plait.core.meeting import meet
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -50,6 +54,7 @@ BUCKET = 25 * 2**20
 
 _FAULT, _LEFT = "fault", "left"
 _LINGER_S = 3.0
+_REACH_S = 10.0
 _LOOK_S = 0.05  # while a rank waits for the first one
 _Result = TypeVar("_Result")
 
@@ -57,8 +62,9 @@ _Result = TypeVar("_Result")
 class _Session:
     """What the processes tell each other beside tensors: through torch's store, which needs nobody to take part."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, lifeline: Lifeline) -> None:
         self.store = store
+        self.lifeline = lifeline
         self.asked = 0
         self.left = False  # whether another's fault has been found: then this process has none of its own to tell
 
@@ -86,9 +92,14 @@ class _Session:
 
     def wait(self, key: str) -> Any:
         """What the first rank put under a key, as soon as it is there."""
-        while not self.store.check([key]):
+        while True:
+            broken = self.lifeline.broken()  # before looking, for it may have left in between
+            if self.store.check([key]):
+                break
             if (fault := self.fault()) is not None:
                 raise fault
+            if broken:
+                raise _gone(self, "process 0 ended while this one waited for it")
             time.sleep(_LOOK_S)  # not in the store: a signal is answered in between
         return json.loads(self.store.get(key))
 
@@ -109,6 +120,16 @@ def rank() -> int:
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if active() else 1
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Work as one process does: in the block nobody else is there."""
+    token = _session.set(None)
+    try:
+        yield
+    finally:
+        _session.reset(token)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -232,6 +253,8 @@ def barrier() -> None:
 def first(work: Callable[[], _Result]) -> _Result:
     """Let rank 0 do something, while the others wait as long as it takes; its result, plain JSON data, is given to all.
 
+    It does so :func:`alone`: nothing in it waits for the others.
+
     Raises:
         PlaitError: What it raises there, in all.
         Stopped: Somebody stopped it there.
@@ -242,8 +265,11 @@ def first(work: Callable[[], _Result]) -> _Result:
     session.asked += 1
     key = f"first/{session.asked}"
     if rank() == 0:
+        if (fault := session.fault()) is not None:
+            raise fault
         try:
-            result = work()
+            with alone():
+                result = work()
         except BaseException as error:
             session.store.set(key, json.dumps((_told(error), None)))
             raise
@@ -311,15 +337,19 @@ def explained() -> Generator[None]:
             raise fault from error
         if not any(word in str(error) for word in ("onnection", "eset by peer", "roken pipe", "imed out", "onnect")):
             raise
-        session.left = True
-        gone = ResourceError(
-            f"another of {world()} processes is gone, and said nothing: {_short(error)}",
-            place=f"process {rank()}",
-            remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
-            "Start all again: `plait resume`, or torchrun with --max-restarts",
-        )
-        gone.rank = -1
-        raise gone from error
+        raise _gone(session, _short(error)) from error
+
+
+def _gone(session: _Session, how: str) -> ResourceError:
+    session.left = True
+    gone = ResourceError(
+        f"another of {world()} processes is gone, and said nothing: {how}",
+        place=f"process {rank()}",
+        remedy="it was killed (out of memory?), or its machine or network failed; what it printed says more. "
+        "Start all again: `plait resume`, or torchrun with --max-restarts",
+    )
+    gone.rank = -1
+    return gone
 
 
 def _fault_of_another(session: _Session) -> BaseException | None:
@@ -349,8 +379,9 @@ def _told(error: BaseException) -> dict[str, Any]:
             "remedy": error.remedy,
             "rank": error.rank,
         }
-    if isinstance(error, Stopped):
-        return {"kind": "Stopped", "signal": error.signal, "cause": str(error)}
+    if isinstance(error, KeyboardInterrupt):
+        number = error.signal if isinstance(error, Stopped) else signal.SIGINT
+        return {"kind": "Stopped", "signal": number, "cause": str(error) or "interrupted"}
     return {"kind": "", "cause": f"{type(error).__name__}: {error}", "place": "", "remedy": "", "rank": None}
 
 
@@ -368,6 +399,16 @@ def _retold(told: dict[str, Any], *, of: int) -> BaseException:
     return fault
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Why this process really ends: a launcher stops all processes when one fails, whose fault is then the cause."""
+    session = _session.get()
+    if session is not None and isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if isinstance(fault := session.fault(), PlaitError):
+                return fault
+    return error
+
+
 # --- joining -------------------------------------------------------------------------------------------------------
 
 
@@ -383,8 +424,9 @@ def joined(device: str = "cpu") -> Generator[None]:
 
     Raises:
         ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
+        ResourceError: There is no GPU for this process, or another one did not come or was killed.
     """
-    if active() or not launched():
+    if active() or dist.is_initialized() or not launched():
         yield
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
@@ -395,66 +437,64 @@ def joined(device: str = "cpu") -> Generator[None]:
             remedy="start with `torchrun`, or unset WORLD_SIZE to use one process",
         )
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    name = _met(store, place, count)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"torch/{name}", store), rank=place, world_size=count, timeout=TIMEOUT
-    )
-    session = _Session(dist.PrefixStore(f"plait/{name}", store))
+        _take_gpu()
+    try:
+        session, place, count = _join(device)
+    except RuntimeError as error:
+        raise ResourceError(
+            f"the processes could not join: {_short(error)}",
+            place=f"process {os.environ['RANK']}",
+            remedy="one of them may have been killed, or the network fails; what the others say tells more",
+        ) from error
     token = _session.set(session)
     try:
         yield
         barrier()
     except BaseException as error:
-        session.tell(error)
+        told = cause_of(error)
+        session.tell(told)
+        if told is not error:
+            raise told from error
         raise
     finally:
         _session.reset(token)
         dist.destroy_process_group()
         session.leave(first=place == 0, of=count)
+        session.lifeline.close()
 
 
-def _met(store: dist.Store, place: int, count: int) -> str:
-    """A name that the processes of this start have in common with no earlier ones.
-
-    After a process was killed torchrun starts all again, and they find the store of before, with addresses of the dead;
-    its own number of restarts is not the same on all hosts (https://github.com/pytorch/pytorch/issues/108158). So each
-    says hello with a number drawn now, the first one names those that it has heard, and begins when all have answered
-    to that name.
-
-    Raises:
-        ResourceError: Some did not come.
-    """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
-
-    def read(key: str) -> str | None:
-        return store.get(key).decode() if store.check([key]) else None
-
-    store.set(f"hello/{count}/{place}", mine)
-    while time.monotonic() < deadline:
-        if place == 0:
-            heard = [read(f"hello/{count}/{rank}") for rank in range(count)]
-            name = hashlib.sha256(json.dumps(heard).encode()).hexdigest()[:16]
-            store.set("heard", json.dumps([name, heard]))
-            if all(read(f"answer/{count}/{rank}") == name for rank in range(1, count)):
-                store.set("begin", name)
-                return name
-        elif told := read("heard"):
-            name, heard = json.loads(told)
-            if len(heard) == count and heard[place] == mine:
-                store.set(f"answer/{count}/{place}", name)
-                if read("begin") == name:
-                    return name
-        time.sleep(_LOOK_S)
-    raise ResourceError(
-        f"process {place} of {count} waited for the others for {TIMEOUT}",
-        place="start",
-        remedy="see that all are started, with the same number of processes, and reach each other's network",
-    )
+def _join(device: str) -> tuple[_Session, int, int]:
+    """Meet the others; also this process's rank, and how many there are."""
+    found, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store when it starts processes again: what those before them left there is not for these.
+    store = dist.PrefixStore(meet(found, rank=place, world=count, patience=TIMEOUT), found)
+    lifeline = _lifeline(store, rank=place, world=count)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    theirs = dist.PrefixStore("torch", store)
+    dist.init_process_group(backend, store=theirs, rank=place, world_size=count, timeout=TIMEOUT)
+    return _Session(dist.PrefixStore("plait", store), lifeline), place, count
 
 
-def launched() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _lifeline(store: dist.Store, *, rank: int, world: int) -> Lifeline:
+    if rank == 0:
+        end, port = Lifeline.offer(world - 1)
+        store.set("lifeline", json.dumps((socket.gethostname(), port)))
+        return end
+    host, port = json.loads(store.get("lifeline"))
+    end = Lifeline.hold((os.environ["MASTER_ADDR"], host), port, patience_s=_REACH_S)
+    if not end:
+        text = f"process {rank} cannot reach port {port} of {host}: if process 0 is killed, it may wait for it in vain"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return end
+
+
+def _take_gpu() -> None:
+    """Work on the GPU of this process's local rank."""
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise ResourceError(
+            f"process {local} of this machine has no GPU: there are {there}",
+            place="LOCAL_RANK",
+            remedy=f"start {there} processes on it, or set CUDA_VISIBLE_DEVICES= to use none",
+        )
+    torch.cuda.set_device(local)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
+from plait.core import mesh
 from plait.core.errors import DataError, PlaitError, ResourceError, UsageError
 from plait.core.events import Events
 from plait.core.files import lock, read_json, sha256_file, write_atomic
@@ -36,6 +37,10 @@ _PATIENCE_S = 7200.0  # another run may be encoding very many pictures
 _LOOK_EVERY_S = 0.5
 _ONE = "fit pictures into a square or at their own resolution; tiles are for models with a decoder"
 _PROBE = 256  # items read back to measure how long an epoch's reading takes
+
+
+Encode = Callable[[Sequence[MediaRef]], tuple[Tensor, list[list[int]]]]
+"""Features of media, and of each the grid of its items, as :func:`plait.data.encode.encode_media` gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +279,7 @@ def cached_features(
 
     Work is kept chunk by chunk: what a killed process had finished is not computed again. A damaged chunk is removed,
     an event says so, and its items are computed anew. While another process fills the same cache, this one waits, and
-    then takes over what that one computed.
+    then takes over what that one computed. Of several processes that train together, the first one fills it.
 
     Args:
         media: Pictures, sounds or videos; equal bytes are encoded once.
@@ -297,21 +302,24 @@ def cached_features(
     unique: dict[str, MediaRef] = {}
     for ref in media:
         unique.setdefault(ref.sha256, ref)
-    with _held(place, events):
-        cache = _Cache(place, key, events)
-        missing = [ref for sha256, ref in unique.items() if sha256 not in cache.known]
-        begun = time.perf_counter()
-        for start in range(0, len(missing), chunk_items):
-            refs = missing[start : start + chunk_items]
-            at = time.perf_counter()
-            values, grids = encode_media(refs, read=read, prepare=prepare, encoder=encoder)
-            pictures = [(ref.sha256, *grid) for ref, grid in zip(refs, grids, strict=True)]
-            cache.append(values, pictures, time.perf_counter() - at)
-            done = start + len(refs)
-            speed = done / (time.perf_counter() - begun)
-            events.progress("features", done, len(missing), items_per_s=round(speed, 1))
-        store = cache.open(encoder.d_out)
-    counts = {"computed": len(missing), "reused": len(unique) - len(missing), "duplicates": len(media) - len(unique)}
+
+    def encode(refs: Sequence[MediaRef]) -> tuple[Tensor, list[list[int]]]:
+        return encode_media(refs, read=read, prepare=prepare, encoder=encoder)
+
+    def filled() -> tuple[_Cache, int]:
+        if mesh.rank():  # the first one has filled it: whoever only reads needs no lock, unless its disk is another
+            cache = _Cache(place, key, events, owned=False)
+            if unique.keys() <= cache.known:
+                return cache, 0
+        with _held(place, events):
+            cache = _Cache(place, key, events)
+            missing = [ref for sha256, ref in unique.items() if sha256 not in cache.known]
+            cache.fill(missing, encode, chunk_items=chunk_items)
+            return cache, len(missing)
+
+    cache, computed = mesh.first_then_others(filled)
+    store = cache.open(encoder.d_out)
+    counts = {"computed": computed, "reused": len(unique) - computed, "duplicates": len(media) - len(unique)}
     seconds, size = cache.cost(unique.keys())
     fill = Fill(**counts, seconds=seconds, bytes=size, read_seconds=_read_time(store, list(unique)))
     store.fill = fill
@@ -359,10 +367,17 @@ def _read_time(store: FeatureStore, sha256s: list[str]) -> float:
 
 
 class _Cache:
-    """Chunks of one key: safetensors files, and an index that names only whole ones."""
+    """Chunks of one key: safetensors files, and an index that names only whole ones.
 
-    def __init__(self, folder: Path, key: str, events: Events) -> None:
-        self.folder = folder
+    Args:
+        folder: Where they are.
+        key: Theirs.
+        events: Told damage and progress.
+        owned: Whether nobody else writes here now: then what is not whole is removed.
+    """
+
+    def __init__(self, folder: Path, key: str, events: Events, *, owned: bool = True) -> None:
+        self.folder, self.events = folder, events
         self._head = {"format": _FORMAT, "key": key}
         self._chunks: list[dict[str, Any]] = []
         for chunk in self._read_index(events):
@@ -374,12 +389,27 @@ class _Cache:
                 text = f"feature cache: {chunk['file']} is {state}; its {len(chunk['items'])} items are computed again"
                 events.warning(text, place=str(path))
         self.known = {item[0] for chunk in self._chunks for item in chunk["items"]}
+        if not owned:
+            return
         whole = {chunk["file"] for chunk in self._chunks}
         for path in folder.glob("*.safetensors"):
             if path.name not in whole:
                 path.unlink()
         for path in folder.glob(".*.tmp"):  # of killed writers: whoever has the lock writes alone
             path.unlink()
+
+    def fill(self, missing: Sequence[MediaRef], encode: Encode, *, chunk_items: int) -> None:
+        """Encode and keep, chunk by chunk."""
+        begun = time.perf_counter()
+        for start in range(0, len(missing), chunk_items):
+            refs = missing[start : start + chunk_items]
+            at = time.perf_counter()
+            values, grids = encode(refs)
+            pictures = [(ref.sha256, *grid) for ref, grid in zip(refs, grids, strict=True)]
+            self.append(values, pictures, time.perf_counter() - at)
+            done = start + len(refs)
+            speed = done / (time.perf_counter() - begun)
+            self.events.progress("features", done, len(missing), items_per_s=round(speed, 1))
 
     def append(self, values: Tensor, items: list[tuple[Any, ...]], seconds: float) -> None:
         """Keep one chunk: first the file, then its line in the index."""

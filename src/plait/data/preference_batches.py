@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 
 from plait.core.errors import DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
 from plait.core.types import AnswerKind, MediaRef, Sample, Text, Turn
 from plait.data.collate import Account, collate
+from plait.data.order import check_rank
 from plait.data.packing import row_length
 from plait.data.template import Rendered, Template
 
@@ -71,7 +69,9 @@ class PreferencePair:
 class PreferenceBatches:
     """Source of preference batches for the training loop.
 
-    All batches have one shape, rows being filled up with padding; only the last one of a pass may hold fewer pairs.
+    All batches have one shape, rows being filled up with padding; only the last one of a pass may hold fewer pairs. Of
+    several ranks each takes its share of the pairs of every batch, in turn, in rows of one number; where there are
+    fewer pairs than ranks, a share is padding.
 
     Args:
         pairs: In the order in which they are trained.
@@ -80,10 +80,15 @@ class PreferenceBatches:
         batch_size: Pairs in a batch.
         row: Tokens a row holds; 0 takes :func:`plait.data.packing.row_length`.
         pad: Id of padding.
-        device: Where batches are put.
+        rank: Of this process.
+        world: How many processes train together.
+
+    Attributes:
+        parts: The pairs of every batch that are this rank's.
 
     Raises:
         DataError: There is no pair, or an answer is longer than a row.
+        ConfigError: There is no such rank.
     """
 
     def __init__(
@@ -95,12 +100,14 @@ class PreferenceBatches:
         batch_size: int,
         row: int,
         pad: int,
-        device: str = "cpu",
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        check_rank(rank, world)
         if not pairs:
             raise DataError("there is no preference pair", remedy="ask for tasks whose questions have a wrong answer")
-        self.parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-        answers = [[answer for pair in part for answer in pair.answers()] for part in self.parts]
+        whole = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        answers = [[answer for pair in part for answer in pair.answers()] for part in whole]
         longest = max(len(rendered) for part in answers for _, rendered in part)
         self.row = row or row_length([[len(rendered) for _, rendered in part] for part in answers])
         if longest > self.row:
@@ -110,9 +117,10 @@ class PreferenceBatches:
                 place=f"sample {name}",
                 remedy=f"set the row length to {longest} or more, or to 0",
             )
-        self.rows = max(len(pack([len(rendered) for _, rendered in part], row=self.row)) for part in answers)
+        shares = [[part[of::world] for part in whole] for of in range(world)]
+        self.parts = shares[rank]
+        self.rows = max(len(pack(_lengths(part), row=self.row)) for share in shares for part in share)
         self._features, self._grid_out, self._pad = features, grid_out, pad
-        self._device = torch.device(device)
 
     def __iter__(self) -> Iterator[Batch]:
         """Every batch once."""
@@ -121,10 +129,6 @@ class PreferenceBatches:
     def step_batches(self, step: int) -> list[Batch]:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         return [self._batch(self.parts[step % len(self.parts)])]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a process that makes batches: where there is no GPU."""
-        return vars(self) | {"_device": torch.device("cpu")}
 
     def _batch(self, part: Sequence[PreferencePair]) -> Batch:
         refs = {ref.sha256: ref for pair in part for ref in pair.chosen.media}
@@ -138,7 +142,11 @@ class PreferenceBatches:
             row=self.row,
             rows=self.rows,
             pad=self._pad,
-        ).to(self._device)
+        )
+
+
+def _lengths(part: Sequence[PreferencePair]) -> list[int]:
+    return [len(rendered) for pair in part for _, rendered in pair.answers()]
 
 
 def questions_with_both(samples: Sequence[Sample], tasks: Sequence[str]) -> tuple[list[Sample], int]:

@@ -1,13 +1,19 @@
-"""Run a recipe: each stage into its folder, in order; a sealed stage is never run twice."""
+"""Run a recipe: each stage into its folder, in order; a sealed stage is never run twice.
+
+Several processes (``torchrun``) run it together. The first one has the run folder; another one keeps what it writes in
+``ranks/<number>/``, and reads the first one's finished stages.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,7 +27,20 @@ from plait import __version__
 from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.events import Event, Events
-from plait.core.files import RUNS, lock, new_run, point_latest, read_done, read_json, seal, stage_folder, write_json
+from plait.core.files import (
+    RUNS,
+    disk_error,
+    lock,
+    new_run,
+    point_latest,
+    read_done,
+    read_json,
+    seal,
+    stage_folder,
+    write_json,
+)
+from plait.core.launch import Launch, first, launched, launches, own_share, place, processes, together
+from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
 from plait.report.page import write_report
 from plait.stages.stage import Stage
@@ -54,20 +73,23 @@ def start(recipe: str, overrides: Sequence[str] = (), *, root: Path = RUNS, list
         listeners: Told of every event.
 
     Returns:
-        The run folder.
+        The run folder. Processes that torchrun starts again go on with the one they had begun.
 
     Raises:
         ConfigError: The recipe or an override is wrong; nothing was created.
         ResourceError: Disk, a package or a device is missing; nothing was created.
         Stopped: Ctrl-C or SIGTERM; what is finished is kept.
     """
-    resolved = load_recipe(recipe, overrides)
-    needs = _preflight(resolved.spec, root)
-    compute = device.setup()
-    env = environment() | {"threads": compute.threads}
-    contents = {"recipe.yaml": resolved.to_yaml(), "env.json": json.dumps(env, indent=2) + "\n"}
-    run = new_run(resolved.spec.name, root, contents=contents)
-    _execute(resolved.spec, run, compute=compute, listeners=listeners, needs=needs)
+    with together():
+        made: list[device.Compute] = []
+        told = first(functools.partial(_begin, recipe, overrides, root, started=launches(), made=made))
+        run = Path(told["run"])
+        if told["again"]:
+            _go_on(run, listeners=listeners, said=told["said"])
+        else:
+            compute = made[0] if made else _setup(run)
+            spec = load_recipe(str(run / "recipe.yaml")).spec
+            _execute(spec, run, compute=compute, listeners=listeners, said=told["said"])
     return run
 
 
@@ -84,14 +106,9 @@ def resume(run: Path, *, accept: Sequence[str] = (), listeners: Listeners = ()) 
             being accepted.
         Stopped: Ctrl-C or SIGTERM; what is finished is kept.
     """
-    from plait.training.checkpoint import accepting  # imports torch
-
-    recipe = load_recipe(str(run / "recipe.yaml")).spec
-    point_latest(run)
-    # Bits depend on the thread count, so that of the beginning is taken, unless a person sets another.
-    threads = 0 if "OMP_NUM_THREADS" in os.environ else read_json(run / "env.json")["threads"]
-    with accepting(accept):
-        _execute(recipe, run, compute=device.setup(threads=threads), listeners=listeners)
+    with together():
+        run = Path(first(lambda: str(run.absolute()))) if launched() else run
+        _go_on(run, accept=accept, listeners=listeners)
     return run
 
 
@@ -134,8 +151,73 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _begin(
+    recipe: str, overrides: Sequence[str], root: Path, *, started: Sequence[Launch], made: list[device.Compute]
+) -> dict[str, Any]:
+    """Create the run folder, or find the one that this command created before it was started again.
+
+    Args:
+        recipe: As given.
+        overrides: As given.
+        root: Where runs go.
+        started: Who started the processes.
+        made: Takes what a new run is worked on with.
+
+    Returns:
+        The folder as ``run``; whether it was begun before as ``again``; and what to say of it as ``said``.
+    """
+    run = begun(root, started, recipe=recipe, overrides=overrides)
+    if run is not None:
+        said = f"started again by torchrun: going on with {run.name}"
+        if not _same_recipe(recipe, overrides, run):
+            said += f", by the recipe in its folder; {recipe} has changed since"
+        return {"run": str(run.absolute()), "again": True, "said": said}
+    resolved = load_recipe(recipe, overrides)
+    needs = _preflight(resolved.spec, root)
+    compute = _setup()
+    env = environment() | {"threads": compute.threads, "processes": processes()}
+    env |= job(started, recipe=recipe, overrides=overrides)
+    contents = {"recipe.yaml": resolved.to_yaml(), ENV: json.dumps(env, indent=2) + "\n"}
+    run = new_run(resolved.spec.name, root, contents=contents)
+    made.append(compute)
+    return {"run": str(run.absolute() if launched() else run), "again": False, "said": f"{run.name} {needs}"}
+
+
+def _same_recipe(recipe: str, overrides: Sequence[str], run: Path) -> bool:
+    try:
+        return load_recipe(recipe, overrides).to_yaml() == (run / "recipe.yaml").read_text(encoding="utf-8")
+    except (PlaitError, OSError):
+        return False
+
+
+def _go_on(run: Path, *, accept: Sequence[str] = (), listeners: Listeners, said: str = "") -> None:
+    from plait.training.checkpoint import accepting  # imports torch
+
+    recipe = load_recipe(str(run / "recipe.yaml")).spec
+    _check_shares(recipe)
+    if not place():
+        point_latest(run)
+    with accepting(accept):
+        _execute(recipe, run, compute=_setup(run), listeners=listeners, said=said)
+
+
+def _setup(run: Path | None = None) -> device.Compute:
+    """Device, number format and threads.
+
+    Bits depend on the thread count, so that of the beginning is taken, unless a person sets another.
+    """
+    threads = 0
+    if "OMP_NUM_THREADS" not in os.environ:
+        if run is not None:
+            threads = read_json(run / ENV)["threads"]
+        elif launched():
+            threads = own_share(device.usable_cores())
+    return device.setup(threads=threads)
+
+
 def _preflight(recipe: Recipe, root: Path) -> str:
     """Refuse before anything is created what can be seen to fail; returns what the run will need, in a line."""
+    _check_shares(recipe)
     machine = plan.survey(root, probe=False)
     named = [(name, stage) for name, stage, _ in stages(recipe, root)]
     for _, stage in named:
@@ -143,10 +225,27 @@ def _preflight(recipe: Recipe, root: Path) -> str:
     sums = plan.total(plan.estimate_all(named, machine), machine)
     plan.require(sums, machine, place=root)
     low, high = (seconds / 60 for seconds in sums.seconds)
+    several = f"; that is for one process, and {processes()} work on it" if launched() else ""
     return (
         f"will take {low:.1f} to {high:.1f} min, {plan.size(sums.peak_bytes)} of memory, "
-        f"{plan.size(sums.disk_bytes)} of disk (`plait plan` says more)"
+        f"{plan.size(sums.disk_bytes)} of disk (`plait plan` says more{several})"
     )
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """See that every process gets a share of each batch.
+
+    Raises:
+        ConfigError: A batch is smaller than the number of processes; the place names the setting.
+    """
+    for name, stage in recipe.stages.items():
+        for setting, count in stage.dealt().items():
+            if count < processes():
+                raise ConfigError(
+                    f"a batch of {count} samples for {processes()} processes",
+                    place=f"stages.{name}.{setting}",
+                    remedy=f"set it to {processes()} or more, or start fewer processes",
+                )
 
 
 @contextlib.contextmanager
@@ -163,25 +262,44 @@ def _threads(count: int) -> Generator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _execute(
-    recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners, needs: str | None = None
-) -> None:
-    events = Events(run / "events.jsonl", listeners=listeners)
-    with lock(run), _threads(compute.threads):
-        if needs:
-            events.note(f"{run.name} {needs}")
-        events.note(f"{compute.device}; {'; '.join(compute.why)}", threads=compute.threads, dtype=compute.dtype)
+def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: Listeners, said: str = "") -> None:
+    own = run / "ranks" / str(place()) if place() else run
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, own) from error
+    events = Events(own / "events.jsonl", listeners=listeners)
+    with contextlib.nullcontext() if place() else lock(run), _threads(compute.threads):
+        if said:
+            events.note(said)
+        who = f"process {place()} of {processes()}; " if place() else f"{processes()} processes; " if launched() else ""
+        events.note(
+            f"{who}{compute.device}; {'; '.join(compute.why)}",
+            threads=compute.threads,
+            dtype=compute.dtype,
+            processes=processes(),
+        )
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
-            if read_done(folder) is not None:
-                _check_sealed(stage, previous, folder)
-                events.emit("stage", f"{folder.name}: finished before", stage=name, state="skipped")
-            else:
-                try:
-                    _execute_stage(name, stage, previous, folder=folder, events=events)
-                finally:
-                    _report(run, events)
+            if not first(functools.partial(_finished, name, stage, previous, folder=folder, events=events)):
+                work = functools.partial(
+                    _execute_stage, name, stage, previous, folder=own / folder.name, run=run, events=events
+                )
+                if stage.together:
+                    work()
+                else:
+                    first(work)
             previous = folder
+        first(lambda: None)  # who is done sooner waits
+
+
+def _finished(name: str, stage: Stage, previous: Path | None, *, folder: Path, events: Events) -> bool:
+    """Whether a stage is sealed, and made as the recipe says."""
+    if read_done(folder) is None:
+        return False
+    _check_sealed(stage, previous, folder)
+    events.emit("stage", f"{folder.name}: finished before", stage=name, state="skipped")
+    return True
 
 
 def _check_sealed(stage: Stage, previous: Path | None, folder: Path) -> None:
@@ -219,28 +337,52 @@ def _report(run: Path, events: Events) -> None:
         _log(events, "warning", f"report.html was not written: {fault}", record={"place": str(run / "report.html")})
 
 
-def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Path, events: Events) -> None:
+def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Path, run: Path, events: Events) -> None:
     again = folder.is_dir()
     folder.mkdir(exist_ok=True)
     write_json(folder / "spec.json", stage.model_dump(mode="json"))
     begun = time.monotonic()
-    events.emit("stage", f"{folder.name}: {'continuing' if again else 'started'}", stage=name, state="started")
+    alone = " by process 0 alone, the others wait" if launched() and not stage.together else ""
+    events.emit("stage", f"{folder.name}: {'continuing' if again else 'started'}{alone}", stage=name, state="started")
     try:
         stage.run(previous, folder, events=events)
     except KeyboardInterrupt as stop:
+        if (fault := _cause(stop)) is not None:
+            _failed(fault, folder, events)
+            raise fault from stop
         number = stop.signal if isinstance(stop, Stopped) else signal.SIGINT
-        text = (
-            f"{folder.name}: stopped{f' ({stop})' if str(stop) else ''}; go on with `plait resume {folder.parent.name}`"
-        )
+        text = f"{folder.name}: stopped{f' ({stop})' if str(stop) else ''}; go on with `plait resume {run.name}`"
         _log(events, "stopped", text, record={})
         raise Stopped(number, text) from stop
     except Exception as fault:
-        record = fault.as_dict() if isinstance(fault, PlaitError) else {"cause": repr(fault)}
-        trace = {"trace": traceback.format_exc()}
-        _log(events, "error", f"{folder.name}: stopped by {type(fault).__name__}", record=record | trace)
+        _failed(fault, folder, events)
         raise
-    seconds = time.monotonic() - begun
-    events.emit("stage", f"{folder.name}: done in {seconds:.1f} s", stage=name, state="done", seconds=round(seconds, 2))
+    else:
+        seconds = time.monotonic() - begun
+        text = f"{folder.name}: done in {seconds:.1f} s"
+        events.emit("stage", text, stage=name, state="done", seconds=round(seconds, 2))
+    finally:
+        if not place():
+            _report(run, events)
+
+
+def _cause(stop: KeyboardInterrupt) -> PlaitError | None:
+    """The fault of another process, if it is why this one was stopped."""
+    if not launched():
+        return None
+    from plait.core import mesh
+
+    fault = mesh.cause_of(stop)
+    return fault if isinstance(fault, PlaitError) else None
+
+
+def _failed(fault: Exception, folder: Path, events: Events) -> None:
+    if launched() and threading.current_thread() is threading.main_thread():
+        # The launcher stops all processes once one has failed: let this one say why before it ends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    record = fault.as_dict() if isinstance(fault, PlaitError) else {"cause": repr(fault)}
+    trace = {"trace": "".join(traceback.format_exception(fault))}
+    _log(events, "error", f"{folder.name}: stopped by {type(fault).__name__}", record=record | trace)
 
 
 def _log(events: Events, kind: str, text: str, *, record: Mapping[str, Any]) -> None:

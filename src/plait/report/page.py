@@ -60,6 +60,12 @@ def render(run: RunFolder) -> str:
 # --- parts of the page -----------------------------------------------------------------------------------------------
 
 
+def _program(path: str) -> list[str]:
+    """What a person types for a program: ``python -m plait`` is known to itself by the file that it runs."""
+    name = Path(path).name
+    return ["python", "-m", Path(path).parent.name] if name == "__main__.py" else [name]
+
+
 def _head(run: RunFolder) -> Html:
     env = run.env
     versions = env.get("versions")
@@ -67,6 +73,7 @@ def _head(run: RunFolder) -> Html:
     begun = min((stage.begun for stage in run.stages if stage.begun), default=0.0)
     command = env.get("command")
     words = [str(word) for word in command] if isinstance(command, list) else []
+    several = env.get("processes")
     facts = {
         "time in all": duration(sum((stage.seconds for stage in run.stages), 0.0)),
         "stages done": f"{sum(stage.state == 'done' for stage in run.stages)} of {len(run.stages)}",
@@ -76,7 +83,8 @@ def _head(run: RunFolder) -> Html:
         "versions": f"Plait {env.get('plait', '–')}, Python {env.get('python', '–')}, torch {torch or '–'}",
         "machine": str(env.get("platform", "–")),
         "cores and threads": f"{number(env.get('cores'))} and {number(env.get('threads'))}",
-        "command": shlex.join([Path(words[0]).name, *words[1:]]) if words else "–",
+        **({"processes": number(several)} if isinstance(several, int) and several > 1 else {}),
+        "command": shlex.join([*_program(words[0]), *words[1:]]) if words else "–",
     }
     results = [
         el(

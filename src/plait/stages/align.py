@@ -55,6 +55,7 @@ class Align(Stage):
         16
     """
 
+    together: ClassVar[bool] = True
     moved: ClassVar[Mapping[str, Keys]] = {"warmup": ("trainer", "schedule", "warmup")}
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["align"] = "align"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -107,6 +108,7 @@ class Align(Stage):
 
         from plait.assembly.local import fingerprint
         from plait.assembly.multimodal import load_multimodal
+        from plait.core import mesh
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, mark_done, seal, write_json
 
@@ -119,7 +121,7 @@ class Align(Stage):
         built.model.to(compute.device)
         built.model.fused = self.trainer.head == "fused"  # the reference, too
         batches = {
-            split: self._batches(built, questions, split=split, compute=compute)
+            split: self._batches(built, questions, split=split)
             for split, samples in questions.samples.items()
             if samples
         }
@@ -130,7 +132,7 @@ class Align(Stage):
             built, questions, batches["train"], reference=reference, settings=settings, folder=folder, events=events
         )
         scores = self._scores(built, questions, batches, reference=reference, compute=compute)
-        write_json(folder / "scores.json", [asdict(score) for score in scores])
+        mesh.first(lambda: write_json(folder / "scores.json", [asdict(score) for score in scores]))
         pairs = {split: len(samples) for split, samples in questions.samples.items()}
         summary = {
             "lines": _lines(self, fitted, scores, pairs=pairs),
@@ -145,6 +147,10 @@ class Align(Stage):
             events.note(line)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
+
+    def dealt(self) -> Mapping[str, int]:
+        """Pairs a step; see :meth:`plait.stages.stage.Stage.dealt`."""
+        return {"batch_size": self.batch_size}
 
     def check(self, machine: Machine) -> None:
         """See that the device is here; see :meth:`plait.stages.stage.Stage.check`."""
@@ -274,7 +280,8 @@ class Align(Stage):
         # The reference is computed in the very numbers that train.
         hold_masters(weight for weight in built.model.parameters() if weight.requires_grad)
 
-    def _batches(self, built: Multimodal, questions: Questions, *, split: str, compute: Compute) -> PreferenceBatches:
+    def _batches(self, built: Multimodal, questions: Questions, *, split: str) -> PreferenceBatches:
+        from plait.core import mesh
         from plait.data.conversations import tabled
         from plait.data.preference_batches import PreferenceBatches, PreferencePair
 
@@ -290,7 +297,8 @@ class Align(Stage):
             batch_size=self.batch_size,
             row=self.row,
             pad=built.stop,
-            device=compute.device,
+            rank=mesh.rank(),
+            world=mesh.world(),
         )
 
     def _reference(
@@ -303,19 +311,23 @@ class Align(Stage):
         events: Events,
     ) -> dict[str, float]:
         """Log-probability of every answer before the first step: from the folder, or computed and kept there."""
+        from plait.core import mesh
         from plait.core.files import read_json, write_json
 
         path, key = folder / REFERENCE, dict(settings.context) | {"dtype": settings.compute.dtype}
-        needed = {name for part in batches.values() for pairs in part.parts for p in pairs for name, _ in p.answers()}
-        if path.is_file():
-            kept = read_json(path)
-            if kept["key"] == key and kept["logprobs"].keys() == needed:
-                return kept["logprobs"]
-        found: dict[str, float] = {}
+        own = {name for part in batches.values() for pairs in part.parts for p in pairs for name, _ in p.answers()}
+        needed = {name for names in mesh.gather(own) for name in names}
+
+        def read() -> dict[str, float]:
+            kept = read_json(path) if path.is_file() else {}
+            return kept["logprobs"] if kept and kept["key"] == key and kept["logprobs"].keys() == needed else {}
+
+        if found := mesh.first(read):
+            return found
         for part in batches.values():
             found |= _logprobs(built, part, settings.compute)
             events.progress("reference", len(found), len(needed))
-        write_json(path, {"key": key, "logprobs": found})
+        mesh.first(lambda: write_json(path, {"key": key, "logprobs": found}))
         return found
 
     def _fit(
@@ -330,6 +342,7 @@ class Align(Stage):
         events: Events,
     ) -> FitResult:
         from plait.assembly.multimodal import save_multimodal
+        from plait.core import mesh
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
@@ -353,7 +366,7 @@ class Align(Stage):
             if step == settings.steps:
                 show(step)
 
-        show(0)
+        mesh.first(lambda: show(0))
         hooks = Hooks(save_model=lambda target: save_multimodal(built, target), on_step=on_step, task=self.kind)
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()
@@ -422,17 +435,19 @@ class Align(Stage):
 
 
 def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> dict[str, float]:
-    """Log-probability of every answer, by its id, in the number format of training."""
+    """Log-probability of every answer, by its id, in the number format of training; of those of all processes."""
     import torch
 
+    from plait.core import mesh
     from plait.objectives.preference import answer_logprobs
     from plait.training.precision import autocast
 
     found: dict[str, float] = {}
     for batch in batches:
         with torch.no_grad(), autocast(compute.device, compute.dtype):
-            found |= zip(batch.sample_ids, answer_logprobs(built.model, batch).tolist(), strict=True)
-    return found
+            logprobs = answer_logprobs(built.model, batch.to(torch.device(compute.device)))
+            found |= zip(batch.sample_ids, logprobs.tolist(), strict=True)
+    return {name: value for part in mesh.gather(found) for name, value in part.items()}
 
 
 def _lines(stage: Align, fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int]) -> list[str]:

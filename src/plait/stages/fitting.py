@@ -27,6 +27,8 @@ def fit_ahead(
 ) -> FitResult:
     """Train as :func:`plait.training.loop.fit` does, on batches that worker processes make ahead; none outlives it.
 
+    Several processes begin when the first one does, which may have had more to do until here.
+
     Args:
         model: As there.
         objective: As there.
@@ -40,10 +42,12 @@ def fit_ahead(
     Raises:
         PlaitError: As there, and as the loader.
     """
+    from plait.core import mesh
     from plait.data.loader import Loader
     from plait.training.loop import fit
     from plait.training.settings import OnDevice
 
+    mesh.first(lambda: None)
     with Loader(batches, steps=settings.steps, workers=workers, events=events) as loader:
         ahead = OnDevice(loader, settings.compute.device)
         return fit(model, objective, ahead, settings=settings, folder=folder, events=events, hooks=hooks)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from plait.assembly.dual import Dual
     from plait.assembly.pairs import Pairs
     from plait.core.device import Compute
+    from plait.core.types import Score
     from plait.data.pair_batches import PairBatches
-    from plait.evaluation.picture_names import RetrievalTask
+    from plait.evaluation.picture_names import RetrievalResult, RetrievalTask
     from plait.training.settings import FitResult, Settings
 
 TESTS = ("test-concept", "test-style", "test-both")
@@ -101,6 +102,7 @@ class Pretrain(Stage):
         "weight_decay": ("trainer", "optimizer", "weight_decay"),
         "warmup": ("trainer", "schedule", "warmup"),
     }
+    together: ClassVar[bool] = True
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["pretrain"] = "pretrain"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
@@ -218,6 +220,10 @@ class Pretrain(Stage):
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
 
+    def dealt(self) -> Mapping[str, int]:
+        """Pairs a step; see :meth:`plait.stages.stage.Stage.dealt`."""
+        return {"batch_size": self.batch_size}
+
     def check(self, machine: Machine) -> None:
         """See that the towers and the device are here; see :meth:`plait.stages.stage.Stage.check`."""
         from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, find_audio_tower, find_tower
@@ -289,6 +295,7 @@ class Pretrain(Stage):
     def _dual(self, data: Path, folder: Path, *, events: Events) -> dict[str, Any]:
         """Train a dual encoder; returns the summary for the seal."""
         from plait.assembly.pairs import read_pairs
+        from plait.core import mesh
         from plait.core.device import setup
         from plait.core.files import sha256_file, write_json, write_jsonl
         from plait.evaluation.picture_names import RetrievalTask, beside, compare
@@ -306,9 +313,15 @@ class Pretrain(Stage):
         )
         pairs = self._said(pairs, dual, events)
         tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
-        before = [task.evaluate(dual.model) for task in tasks]
-        shape = [beside(score, "untrained") for score in shapes(tasks, dual.model, events=events)]
-        show(folder, 0, tasks, results=before, events=events)
+        before: list[RetrievalResult] = []
+        shape: list[Score] = []
+
+        def look() -> None:
+            before.extend(task.evaluate(dual.model) for task in tasks)
+            shape.extend(beside(score, "untrained") for score in shapes(tasks, dual.model, events=events))
+            show(folder, 0, tasks, results=before, events=events)
+
+        mesh.first(look)  # of several processes, the first one judges
         settings = self.settings(
             compute,
             self.steps_for(len(pairs["train"].ids)),
@@ -316,17 +329,20 @@ class Pretrain(Stage):
             data=sha256_file(data / "done.json"),
         )
         fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
-        after = [task.evaluate(dual.model) for task in tasks]
-        scores = [
-            s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
-        ]
-        scores += [*shapes(tasks, dual.model, events=events, again=True), *shape]
-        write_json(folder / "scores.json", [asdict(score) for score in scores])
-        write_jsonl(
-            folder / "predictions.jsonl", [r for e, result in zip(tasks, after, strict=True) for r in e.answers(result)]
-        )
         counts = {split: len(found.ids) for split, found in pairs.items()}
-        return summarize(fitted, scores, pairs=counts, folder=folder)
+
+        def judge() -> dict[str, Any]:
+            after = [task.evaluate(dual.model) for task in tasks]
+            scores = [
+                s for task, trained, raw in zip(tasks, after, before, strict=True) for s in compare(task, trained, raw)
+            ]
+            scores += [*shapes(tasks, dual.model, events=events, again=True), *shape]
+            write_json(folder / "scores.json", [asdict(score) for score in scores])
+            answers = [r for task, result in zip(tasks, after, strict=True) for r in task.answers(result)]
+            write_jsonl(folder / "predictions.jsonl", answers)
+            return summarize(fitted, scores, pairs=counts, folder=folder)
+
+        return mesh.first(judge)
 
     def _build(self, compute: Compute, events: Events) -> Dual:
         from plait.assembly.audio_towers import load_audio_tower

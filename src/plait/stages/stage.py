@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plait.core.errors import PlaitError
 from plait.core.estimate import Estimate, Machine
@@ -22,7 +22,12 @@ class Stage(Spec, ABC):
 
     A stage reads only the folder of the one before it and writes only its own; the last thing it writes is the seal
     (:func:`plait.core.files.mark_done`). A sealed stage is not run again; running an unsealed one continues it.
+
+    Of several processes each has a folder of its own; checkpoints are in the first one's, and its seal alone counts.
     """
+
+    together: ClassVar[bool] = False
+    """Whether several processes run it together; else the first one runs it, and the others wait."""
 
     kind: str
     """Which stage this is."""
@@ -39,6 +44,10 @@ class Stage(Spec, ABC):
             folder: This stage's folder, which exists; may hold the work of an interrupted attempt.
             events: Where to say what happens.
         """
+
+    def dealt(self) -> Mapping[str, int]:
+        """How many samples a step has, by setting: what several processes deal out among themselves."""
+        return {}
 
     def check(self, machine: Machine) -> None:
         """Look, before anything is written, for what would stop :meth:`run` later; cheap, and loads no weights.

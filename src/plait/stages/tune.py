@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -113,6 +113,7 @@ class Tune(Stage):
         'smollm2'
     """
 
+    together: ClassVar[bool] = True
     # The checker cannot know that specs are frozen, so that narrowing a field is safe.
     kind: Literal["tune"] = "tune"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which stage this is."""
@@ -280,6 +281,11 @@ class Tune(Stage):
             events.note(line)
         mark_done(folder, kind=self.kind, previous=previous, summary=summary)
         return folder
+
+    def dealt(self) -> Mapping[str, int]:
+        """Samples a step; see :meth:`plait.stages.stage.Stage.dealt`."""
+        first = {"words.batch_size": self.words.batch_size} if isinstance(self.connector, specs.Words) else {}
+        return first | {"batch_size": self.batch_size}
 
     def check(self, machine: Machine) -> None:
         """See that tower, decoder and device are here; see :meth:`plait.stages.stage.Stage.check`."""

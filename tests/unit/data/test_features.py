@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from plait.core import mesh
 from plait.core.errors import DataError, NumericsError, ResourceError, UsageError
 from plait.core.events import Events
 from plait.core.files import lock
@@ -328,6 +329,23 @@ def test_temporary_files_of_killed_writers_are_swept(tmp_path):
     stray.write_bytes(b"half")
     fill(Album(2), tmp_path, Halver())
     assert not stray.exists()
+
+
+def test_another_process_only_reads_what_the_first_one_made(tmp_path, monkeypatch):
+    album = Album(5)
+    made = fill(album, tmp_path, Halver())
+    monkeypatch.setattr(mesh, "rank", lambda: 1)
+    place = tmp_path / ("k" * 16)
+    (place / ".chunk-00009.safetensors.12345.tmp").write_bytes(b"of a run that writes now")
+    encoder = Halver()
+    with lock(place):
+        read = fill(album, tmp_path, encoder)
+    assert read.fill.computed == encoder.seen == 0
+    assert (place / ".chunk-00009.safetensors.12345.tmp").exists()
+    names = [ref.sha256 for ref in album.refs]
+    assert torch.equal(read(names).values, made(names).values)
+    (place / "index.json").unlink()  # its disk is another one: it computes, too
+    assert fill(album, tmp_path, encoder).fill.computed == 5
 
 
 def test_few_items_say_nothing_about_what_the_cache_saves():

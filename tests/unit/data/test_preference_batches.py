@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.core.errors import DataError
+from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Patches
 from plait.core.types import Answer, MediaRef, Sample, Text, Turn
 from plait.data.preference_batches import (
@@ -88,6 +88,26 @@ def test_every_pair_is_whole_in_one_batch_of_one_shape(drawn: list[Any], size: i
                     assert found.pop(f"{one.id}#{kind}") == (ids, expected)
         assert not found
     assert sorted(seen) == sorted(one.id for one in pairs)
+
+
+@settings(deadline=None)
+@given(drawn=PAIRS, size=st.integers(1, 5), world=st.integers(1, 4))
+def test_ranks_share_every_batch_and_never_part_a_pair(drawn: list[Any], size: int, world: int) -> None:
+    pairs = [pair(number, *one) for number, one in enumerate(drawn)]
+    whole = batches(pairs, batch_size=size)
+    shares = [batches(pairs, batch_size=size, rank=rank, world=world) for rank in range(world)]
+    assert {share.row for share in shares} == {whole.row}
+    for step in range(len(whole.parts)):
+        made = [share.step_batches(step)[0] for share in shares]
+        assert len({batch.token_ids.shape for batch in made}) == 1
+        names = [{name.partition("#")[0] for name in batch.sample_ids} for batch in made]
+        assert max(map(len, names)) - min(map(len, names)) <= 1
+        assert sorted(name for batch in made for name in batch.sample_ids) == sorted(
+            whole.step_batches(step)[0].sample_ids
+        )
+        assert sum(map(len, names)) == len(whole.parts[step])
+    with pytest.raises(ConfigError, match="rank"):
+        batches(pairs, rank=world, world=world)
 
 
 def test_steps_go_through_the_same_batches_again_and_again() -> None:

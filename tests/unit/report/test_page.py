@@ -91,6 +91,17 @@ def test_a_finished_run_is_told_from_head_to_foot(run: Path) -> None:
     assert found.tags["h1"] == 1
 
 
+def test_several_processes_and_how_they_were_started_are_told(run: Path) -> None:
+    env = json.loads((run / "env.json").read_text())
+    assert "processes" not in Walk(write_report(run).read_text()).text
+    (run / "env.json").write_text(
+        json.dumps(env | {"processes": 2, "command": ["/x/lib/plait/__main__.py", "run", "tiny"]})
+    )
+    text = Walk(write_report(run).read_text()).text
+    assert "processes 2" in text
+    assert "python -m plait run tiny" in text
+
+
 def test_headings_are_in_order_and_pictures_have_words(run: Path) -> None:
     text = write_report(run).read_text()
     levels = [int(level) for level in re.findall(r"<h([1-6])", text)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     events.note(f"Q-Former with {shape.queries} queries on {spec.tower_name}: {learning:,} weights learn")
 
     tasks = [QueryTask(found, store, words, name=name, seed=spec.seed) for name, found in splits.items()]
-    before = _look(built.model, tasks, folder, step=0, events=events)
+    before: list[RetrievalResult] = []
+
+    def look() -> None:
+        before.extend(_look(built.model, tasks, folder, step=0, events=events))
+
+    mesh.first(look)  # of several processes, the first one judges
     batches = CaptionBatches(
         store=store,
         sha256s=train.sha256s,
@@ -85,7 +91,7 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
         folder=folder,
         events=events,
     )
-    return _score(built, tasks, before, fitted=fitted, train=len(train.ids), folder=folder)
+    return mesh.first(partial(_score, built, tasks, before, fitted=fitted, train=len(train.ids), folder=folder))
 
 
 def _fit(

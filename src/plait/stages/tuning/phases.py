@@ -84,11 +84,12 @@ def tune(
     work = _Tuning(spec, data, folder, tower=tower, events=events)
     if queries is not None:
         work.start_from(queries)
-    work.show(0, "untuned")
+    mesh.first(partial(work.show, 0, "untuned"))
     phases = {"connector": work.frozen} if spec.frozen.steps else {}
     if work.vocabulary:
         phases = {"words": work.words, **phases}
-    return work.summary({name: run() for name, run in {**phases, "decoder": work.adapt}.items()})
+    results = {name: run() for name, run in {**phases, "decoder": work.adapt}.items()}
+    return mesh.first(partial(work.summary, results))
 
 
 class _Tuning:
@@ -214,14 +215,14 @@ class _Tuning:
             settings=self._settings(spec),
         )
         reader.eval()
-        self.show(self._done(result), "words")
+        mesh.first(partial(self.show, self._done(result), "words"))
         return result
 
     def frozen(self) -> FitResult:
         """The connector learns from answers, through a decoder that does not move."""
         spec = self.spec.frozen
         batches = self._batches(spec.steps)
-        self._draw(batches)
+        mesh.first(partial(self._draw, batches))
         let_media_learn(self.built.model)
         connector_trains(self.built.connector, drops=self.vocabulary is None)
         result = self._fit(
@@ -232,14 +233,14 @@ class _Tuning:
             settings=self._settings(spec, parts=gate_rates(self.built.model, self.spec.lr_gates)),
         )
         self.built.model.eval()
-        self.show(self._done(result), "connector")
+        mesh.first(partial(self.show, self._done(result), "connector"))
         return result
 
     def adapt(self) -> FitResult:
         """LoRA on the decoder, or all of it; the connector learns on if it has a rate."""
         spec, decoder = self.spec.adapt, self.built.language.model
         if not self.spec.frozen.steps:
-            self._draw(self._batches(1))
+            mesh.first(partial(self._draw, self._batches(1)))
         seed_everything(self.spec.seed)
         self.built.model.requires_grad_(requires_grad=False)
         with plain(decoder):
@@ -321,7 +322,7 @@ class _Tuning:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _draw(self, batches: ConversationBatches) -> None:
-        (batch,) = replace(batches, pieces=1).step_batches(0)
+        (batch,) = replace(batches, pieces=1, rank=0, world=1).step_batches(0)
         of_sample = {sample.id: sample.media()[0] for sample in self._train()}
         with ShardReader(self.shards, "train") as reader:
 
