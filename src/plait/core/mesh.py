@@ -35,7 +35,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plait.core import errors
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
@@ -54,6 +53,17 @@ BUCKET = 25 * 2**20
 
 _FAULT, _LEFT = "fault", "left"
 _LINGER_S = 3.0
+_BROKEN = (
+    "onnection closed",
+    "onnection reset",
+    "onnection refused",
+    "onnection was",
+    "eset by peer",
+    "roken pipe",
+    "imed out",
+    "failed to connect",
+    "connectFullMesh",
+)  # what gloo, NCCL and the store say
 _REACH_S = 10.0
 _LOOK_S = 0.05  # while a rank waits for the first one
 _Result = TypeVar("_Result")
@@ -184,18 +194,6 @@ def all_gather(value: torch.Tensor) -> list[torch.Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What lies in this process of a tensor that is spread over several; any other tensor is what it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all have whole, cut as another of its shape; itself if that one is whole."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
     """Give every rank the values of rank 0, in place."""
     if active():
@@ -213,11 +211,13 @@ def _buckets(tensors: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for members in kinds.values():
         found: list[torch.Tensor] = []
+        held = 0
         for tensor in members:
             found.append(tensor)
-            if sum(one.nbytes for one in found) >= size:
+            held += tensor.nbytes
+            if held >= size:
                 yield found
-                found = []
+                found, held = [], 0
         if found:
             yield found
 
@@ -335,7 +335,7 @@ def explained() -> Generator[None]:
             raise
         if (fault := _fault_of_another(session)) is not None:
             raise fault from error
-        if not any(word in str(error) for word in ("onnection", "eset by peer", "roken pipe", "imed out", "onnect")):
+        if not any(word in str(error) for word in _BROKEN):
             raise
         raise _gone(session, _short(error)) from error
 

@@ -363,11 +363,15 @@ class Align(Stage):
             )
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
-            if step == settings.steps:
-                show(step)
+            show(step)
 
         mesh.first(lambda: show(0))
-        hooks = Hooks(save_model=lambda target: save_multimodal(built, target), on_step=on_step, task=self.kind)
+        hooks = Hooks(
+            save_model=lambda target: save_multimodal(built, target),
+            on_step=on_step,
+            tells=lambda step: step == settings.steps,
+            task=self.kind,
+        )
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()
         built.model.training = True

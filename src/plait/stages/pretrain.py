@@ -401,10 +401,14 @@ class Pretrain(Stage):
         shown = milestones(settings.steps)
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
-            if step in shown:
-                show(folder, step, tasks, results=[task.evaluate(dual.model) for task in tasks], events=events)
+            show(folder, step, tasks, results=[task.evaluate(dual.model) for task in tasks], events=events)
 
-        hooks = Hooks(save_model=lambda target: save_dual(dual, target), on_step=on_step, task=self.kind)
+        hooks = Hooks(
+            save_model=lambda target: save_dual(dual, target),
+            on_step=on_step,
+            tells=shown.__contains__,
+            task=self.kind,
+        )
         dual.model.train()
         workers = self.trainer.workers
         if workers:  # which have no GPU

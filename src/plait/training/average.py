@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor, nn
 
-from plait.core import mesh
+from plait.core import dtensors
 
 
 class MovingAverage:
@@ -44,8 +44,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        means = [mesh.local(mean) for mean in self._means.values()]
-        weights = [mesh.local(weight.detach()) for weight in self._weights.values()]
+        means = [dtensors.local(mean) for mean in self._means.values()]
+        weights = [dtensors.local(weight.detach()) for weight in self._weights.values()]
         torch._foreach_lerp_(means, weights, 1 - self.decay)
         self.updates += 1
 
@@ -71,7 +71,7 @@ class MovingAverage:
     def restore(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
         """Go on from what :meth:`tensors` and :attr:`updates` were."""
         for name, mean in self._means.items():
-            mean.copy_(mesh.spread_like(tensors[name], mean))
+            mean.copy_(dtensors.spread_like(tensors[name], mean))
         self.updates = updates
 
     def _swap(self) -> None:

@@ -131,7 +131,7 @@ def _embed(
     keep: bool,
 ) -> _Part:
     rng = rng_state()
-    with torch.set_grad_enabled(keep), around():
+    with torch.set_grad_enabled(keep), around(), mesh.explained():
         found = objective.embed(model, batch)
     bare = replace(
         found,
@@ -153,14 +153,14 @@ def _send_back(
     found, part.graph = part.graph, None
     if found is None:
         set_rng_state(*part.rng)
-        with torch.enable_grad(), around():
+        with torch.enable_grad(), around(), mesh.explained():
             found = objective.embed(model, part.batch)
         _check_agreement(part, found)
     tensors = {**found.vectors, **{f"factor {name}": value for name, value in found.factors.items()}}
     learned = [name for name in part.gradients if tensors[name].requires_grad]
     outputs, gradients = [tensors[name] for name in learned], [part.gradients[name] for name in learned]
     if sharded is not None:
-        outputs.append(sharded.touched(outputs[0].new_zeros(())))
+        outputs.append(sharded.touched(torch.zeros((), device=part.batch.token_ids.device)))
         gradients.append(outputs[-1].new_ones(()))
     if outputs:
         with mesh.explained():

@@ -101,6 +101,8 @@ def accumulate(
         )
     if mesh.world() > 1:
         _sum_gradients(model, objective)
+    if sharded is not None:
+        sharded.settle()
     sums = mesh.all_reduce_sum(torch.tensor([float(total) for total in totals.values()], dtype=torch.float64))
     terms = {name: value / used[name] for name, value in zip(totals, sums.tolist(), strict=True)}
     loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
@@ -248,6 +250,9 @@ def _sum_gradients(model: nn.Module, objective: Objective) -> None:
     modules = [model, objective] if isinstance(objective, nn.Module) else [model]
     every = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
     weights = [weight for weight in every if not isinstance(weight, DTensor)]  # pieces have been summed on the way
+    # What got no gradient in any process has none, as in one process: an optimizer leaves it alone.
+    here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64)
+    weights = [weight for weight, count in zip(weights, mesh.all_reduce_sum(here).tolist(), strict=True) if count]
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 from plait.core.errors import ConfigError, NumericsError
 from plait.core.events import Events
 from plait.core.protocols import Batches, StatefulBatches
@@ -73,8 +73,7 @@ class Keeper:
         folder: Of this process; holds ``checkpoints/``, if it is the first one.
         trained: What is saved.
         settings: Of the run.
-        frozen: Digest of what does not train.
-        fingerprint: See :class:`plait.training.state.Origin`.
+        origin: What a run that goes on must agree with.
         hooks: What the caller adds to a checkpoint.
         events: Where to say what happens.
         layout: How the processes hold the model.
@@ -122,7 +121,7 @@ class Keeper:
         trained = self.trained
         progress = trained.progress
         weights = trained.tensors.weights.items()
-        broken = [name for name, weight in weights if not bool(mesh.local(weight).isfinite().all())]
+        broken = [name for name, weight in weights if not bool(dtensors.local(weight).isfinite().all())]
         broken = list(dict.fromkeys(name for found in mesh.gather(broken) for name in found))
         if broken:
             raise NumericsError(
@@ -143,7 +142,7 @@ class Keeper:
             self.saver.save(progress.step, self._write, before=ready)
         else:
             before()
-            self.saver.asked = progress.step
+            self.saver.found(self.checkpoints.path(progress.step), step=progress.step)
 
     def _write(self, folder: Path) -> None:
         trained = self.trained

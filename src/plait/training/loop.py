@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
@@ -270,7 +270,7 @@ class _Run:
         """Tell the caller's hook; one that takes too long after a signal is given up, and told again when resumed."""
         self.progress.untold = None
         on_step, step = self.hooks.on_step, self.progress.step
-        if on_step is None:
+        if on_step is None or not self.hooks.tells(step):
             return
 
         def tell() -> None:
@@ -346,7 +346,7 @@ class _Run:
         """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before, without the loss's scale."""
         grads = [w.grad for w in self.train_state.weights.values() if w.grad is not None]
         if self.scaler is not None:
-            self.scaler.unscale([mesh.local(grad) for grad in grads])
+            self.scaler.unscale([dtensors.local(grad) for grad in grads])
         return clip(grads, self.settings.clip_norm)
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:

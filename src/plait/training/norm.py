@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def clip(grads: Sequence[Tensor], largest: float | None) -> float:
         grads: Of all weights; those in pieces are so over all processes.
         largest: None never clips; nor is anything scaled by a norm that is not finite.
     """
-    pieces = [mesh.local(grad) for grad in grads if isinstance(grad, DTensor)]
+    pieces = [dtensors.local(grad) for grad in grads if isinstance(grad, DTensor)]
     norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
     if pieces:  # of a weight with fewer rows than processes some have an empty one
         square = mesh.all_reduce_sum(torch.nn.utils.get_total_norm(pieces).double() ** 2)
@@ -34,6 +34,6 @@ def clip(grads: Sequence[Tensor], largest: float | None) -> float:
 def _by_device(grads: Sequence[Tensor]) -> list[list[Tensor]]:
     """What lies in this process: on a GPU, or, kept there, in the host's memory."""
     found: dict[torch.device, list[Tensor]] = {}
-    for grad in map(mesh.local, grads):
+    for grad in map(dtensors.local, grads):
         found.setdefault(grad.device, []).append(grad)
     return list(found.values())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from plait.core import mesh
 from plait.core.errors import ConfigError
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
+from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
 from plait.training.average import MovingAverage
 from plait.training.trainer import Parallel
@@ -68,21 +70,24 @@ class Sharded(Whole):
     """
 
     def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> None:
-        if any(getattr(getattr(part, "sizes", None), "layer_drop", 0) for part in model.modules()):
+        if any(_drops_layers(part) for part in model.modules()):
             raise ConfigError(
                 "layer_drop leaves blocks out by chance, in each process others, which would wait for each other",
                 place="trainer.parallel.zero",
-                remedy="set layer_drop or parallel.zero to 0",
+                remedy="set layer_drop (layerdrop in a decoder's config.json) or parallel.zero to 0",
             )
         self._plain = _named(model, objective)
-        tensors = [*self._plain.values(), *model.buffers()]
+        self._owners = _owners(model, objective)
+        tensors = [*self._plain.values(), *(owner.get_buffer(name) for owner, name in self._owners.values())]
         pair = copy.deepcopy((model, objective), {id(tensor): tensor for tensor in tensors})  # no weight is copied
         super().__init__(*pair)
         ranks = init_device_mesh(device, (mesh.world(),))
         scalars = {weight for weight in self.model.parameters() if not weight.ndim}  # these cannot be cut
         policy = CPUOffloadPolicy(pin_memory=device == "cuda") if parallel.offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": scalars}
-        blocks = [block for block in blocks_of(self.model) if any(True for _ in block.parameters())]
+        self._optional = _optional(self.model)
+        apart = {id(part) for module in self._optional.values() for part in module.modules()}
+        blocks = [b for b in blocks_of(self.model) if id(b) not in apart and any(True for _ in b.parameters())]
         self._routed = any("experts" in name for name, _ in self.model.named_modules())
         self._reach = False
         for block in blocks:
@@ -101,6 +106,9 @@ class Sharded(Whole):
         self._spread = {n: w for n, w in _named(self.model, self.objective).items() if isinstance(w, DTensor)}
         self._accumulates = parallel.zero == 1
         self._found: list[Tensor] = []
+        self._ran: set[str] = set()
+        for name, module in self._optional.items():
+            module.register_forward_hook(partial(self._note, name))
         self.model.register_forward_hook(self._remember)
         self._empty()
 
@@ -133,13 +141,27 @@ class Sharded(Whole):
 
         It costs a gradient of zeros for each weight, so it is done only there.
         """
-        if not (self._reach and torch.is_grad_enabled()):
+        if not ((self._reach or isinstance(block, ReadingLayer)) and torch.is_grad_enabled()):
             return output
         first, *rest = output if isinstance(output, tuple) else (output,)
         for weight in block.parameters():
             if weight.requires_grad:
                 first = first + (weight * 0).sum().to(first.dtype)
         return (first, *rest) if isinstance(output, tuple) else first
+
+    def settle(self) -> None:
+        """After a step: what no process used has no gradient, as in one process, and not one of zeros."""
+        names = list(self._optional)
+        used = mesh.all_reduce_sum(torch.tensor([name in self._ran for name in names], dtype=torch.int64)).tolist()
+        idle = tuple(f"{name}." for name, count in zip(names, used, strict=True) if not count)
+        self._ran.clear()
+        for name, piece in self._spread.items():
+            if name.startswith(idle):
+                piece.grad = None
+
+    def _note(self, name: str, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._ran.add(name)
 
     def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
         """What the model gave, through which all of its blocks are reached."""
@@ -150,10 +172,14 @@ class Sharded(Whole):
     @contextmanager
     def shown(self, average: MovingAverage | None = None) -> Iterator[None]:
         """Inside, the caller's model of process 0 has its weights, or their average. Every process takes part."""
-        self._fill(average.tensors() if average is not None else {}, everywhere=False)
+        means = average.tensors() if average is not None else {}
+        whole = {name: mean for name, mean in means.items() if name not in self._spread}
+        self._fill(means, everywhere=False)
+        self._swap(whole)
         try:
             yield
         finally:
+            self._swap(whole)
             self._empty()
 
     def finish(self) -> None:
@@ -169,6 +195,16 @@ class Sharded(Whole):
             if everywhere or mesh.rank() == 0:
                 weight = self._plain[name]
                 weight.data = full.to(weight.device, copy=True)
+        for path, (owner, name) in _owners(self.model, self.objective).items():  # a module may put another in its place
+            here, there = self._owners[path]
+            here._buffers[there] = owner.get_buffer(name)
+
+    def _swap(self, means: Mapping[str, Tensor]) -> None:
+        """Put means in place of weights that are whole in every process, or these back."""
+        for name, mean in means.items():
+            weight = self._plain[name]
+            weight.data, kept = mean.clone(), weight.data.clone()
+            mean.copy_(kept)
 
     def _empty(self) -> None:
         for name in self._spread:
@@ -190,6 +226,43 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
             remedy="set it to false, or train on a GPU",
         )
     return Sharded(model, objective, parallel, device=device)
+
+
+_MEDIA = ("encoders", "connector", "vision", "visual", "audio", "image", "video", "multi_modal", "resampler", "qformer")
+
+
+def _optional(model: nn.Module) -> dict[str, nn.Module]:
+    """Parts that a batch without some kind of media does not run, by name; not those inside each other.
+
+    They are gathered with the rest of the model, not block by block: a process that does not run them would not take
+    part.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        media = path.rpartition(".")[2].startswith(_MEDIA) or isinstance(module, GatedCrossAttention)
+        if media and path and not path.startswith(tuple(f"{name}." for name in found)):
+            found[path] = module
+    for path in [name for name, module in found.items() if isinstance(module, nn.ModuleDict | nn.ModuleList)]:
+        container = found.pop(path)
+        found |= {f"{path}.{name}": child for name, child in container.named_children()}
+    return found
+
+
+def _drops_layers(part: nn.Module) -> bool:
+    """Ours, and those of transformers."""
+    return bool(getattr(getattr(part, "sizes", None), "layer_drop", 0) or getattr(part, "layerdrop", 0))
+
+
+def _owners(model: nn.Module, objective: object) -> dict[str, tuple[nn.Module, str]]:
+    """Module and own name of every buffer, by path."""
+    roots = [("", model), *([("objective.", objective)] if isinstance(objective, nn.Module) else [])]
+    return {
+        f"{prefix}{path}.{name}": (module, name)
+        for prefix, root in roots
+        for path, module in root.named_modules()
+        for name in module._buffers
+        if module._buffers[name] is not None
+    }
 
 
 def _learning(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

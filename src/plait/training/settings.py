@@ -214,6 +214,10 @@ def _defaults_of(settings: Settings | Rates | Stopping) -> dict[str, Any]:
 def _nothing(_: Path) -> None: ...
 
 
+def _always(_: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
     """What a caller adds to the loop.
@@ -227,6 +231,8 @@ class Hooks:
             tells it again rather than never. One that takes too long after a signal is given up, and the step is told
             again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
             afterwards.
+        tells: Of which steps ``on_step`` is told; all by default. Among several processes the others wait meanwhile,
+            and a model in pieces is put together.
         task: What progress is called.
         flops_per_token: See :class:`plait.training.monitor.Plan`.
         peak_flops: See :class:`plait.training.monitor.Plan`.
@@ -235,6 +241,7 @@ class Hooks:
     save_model: Callable[[Path], None] = _nothing
     evaluate: Callable[[], float] | None = None
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
+    tells: Callable[[int], bool] = _always
     task: str = "train"
     flops_per_token: float = 0.0
     peak_flops: float = 0.0

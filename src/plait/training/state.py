@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from plait.core import mesh
+from plait.core import dtensors
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.files import read_json, write_json
 from plait.core.snapshot import later, save_tensors
@@ -337,7 +337,7 @@ def _copy(saved: Mapping[str, Tensor], train_state: TrainState) -> None:
     present = train_state.tensors()
     with torch.no_grad():
         for name, tensor in saved.items():
-            present[name].copy_(mesh.spread_like(tensor, present[name]))
+            present[name].copy_(dtensors.spread_like(tensor, present[name]))
 
 
 def read_batches(folder: Path) -> dict[str, Tensor]:
@@ -452,4 +452,4 @@ def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
     """
     if value.shape != weight.shape:
         return value.clone()
-    return torch.empty_like(weight, dtype=value.dtype).copy_(mesh.spread_like(value, weight))
+    return torch.empty_like(weight, dtype=value.dtype).copy_(dtensors.spread_like(value, weight))

@@ -30,7 +30,7 @@ class Parallel(Spec):
     zero: Literal[0, 1, 2, 3] = 0
     """What each process keeps only its part of (ZeRO, by torch's FSDP2): `0` nothing, every process has the whole
     model (DDP); `1` the optimizer's state; `2` gradients, too; `3` weights, too: a block's are gathered while it is
-    computed, and again for its backward pass. Results are those of one process."""
+    computed, and again for its backward pass. Results are those of one process, but for what dropout draws."""
     offload: bool = False
     """Keep what is spread in the host's memory, and move a block's weights to the GPU while it is computed; needs
     `zero` of 1 or more."""

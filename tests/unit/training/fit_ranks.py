@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.layouts import Way, apart, compared, source, trained, ways, weights
+from benchmarks import exactness
+from benchmarks.layouts import STEPS, Way, apart, compared, source, trained, ways, weights
 from benchmarks.sides.several import together
 from torch import Tensor, nn
 
@@ -25,6 +27,13 @@ from plait.core import mesh
 from plait.core.errors import DataError
 from plait.core.events import Event
 from plait.core.tensors import Batch
+from plait.data.conversations import Conversation, ConversationBatches
+from plait.data.template import Rendered
+from plait.models.connectors.projection import Mlp
+from plait.models.connectors.query import QFormer, QFormerSizes
+from plait.models.crossattend import GatedCrossAttention
+from plait.models.multimodal import MultimodalLM
+from plait.models.transformer import TransformerSizes
 from plait.objectives.language import NextToken
 from plait.training.schedule import Constant
 from plait.training.settings import Hooks, Stopping
@@ -227,6 +236,82 @@ def unlike(root: Path) -> dict[str, Any]:
     return {name: together(2, one) for name, one in work.items()}
 
 
+class Lacking:
+    """Two conversations a step: the second process has the one with a picture, and in every other step neither has."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def step_batches(self, step: int) -> Any:
+        chosen = [exactness.conversations()[number] for number in ((0, 3) if step % 2 else (0, 1))]
+        batches = ConversationBatches(
+            conversations=[self._fitted(one) for one in chosen],
+            weights={"any": 1.0},
+            stores=[exactness.features()],
+            grid_out=lambda grid: grid if self.slots == 4 else torch.ones_like(grid),
+            batch_size=2,
+            row=64,
+            pad=0,
+            steps=STEPS,
+            seed=0,
+            packed=False,
+            rank=mesh.rank(),
+            world=mesh.world(),
+        )
+        return batches.step_batches(step)
+
+    def _fitted(self, one: Conversation) -> Conversation:
+        """With as many placeholders as the connector needs, instead of four."""
+        old = one.rendered
+        if not old.media:
+            return one
+        ids = (old.token_ids[0], *[exactness.PLACE] * self.slots, *old.token_ids[5:])
+        trained = (False, *[False] * self.slots, *old.trained[5:])
+        return replace(one, rendered=Rendered(token_ids=ids, trained=trained, media=old.media, slots=(self.slots,)))
+
+
+def seeing(connector: str) -> MultimodalLM:
+    """A decoder that sees through a connector; all of it learns."""
+    torch.manual_seed(0)
+    decoder = exactness.model(by_document=False).decoder.requires_grad_(requires_grad=True)
+    if connector == "gated":
+        sizes = TransformerSizes(d=32, depth=1, heads=4, d_source=16)
+        reads = [GatedCrossAttention(sizes), None, GatedCrossAttention(sizes)]
+        for one in reads:
+            if one is not None:
+                nn.init.constant_(one.gate, 0.5)
+                nn.init.constant_(one.feed_forward_gate, 0.5)
+        parts = {"image": Mlp(exactness.WIDTH, 8, 16)}
+        model = MultimodalLM({}, parts, decoder, placeholder=exactness.PLACE, reading=reads, inside="image")
+    elif connector == "qformer":
+        sizes = QFormerSizes(d_source=exactness.WIDTH, d=16, depth=2, heads=2, queries=4, every=1, dropout=0.0)
+        model = MultimodalLM({}, {"image": QFormer(sizes, d_out=32)}, decoder, placeholder=exactness.PLACE)
+    else:
+        model = MultimodalLM({}, {"image": Mlp(exactness.WIDTH, 8, 32)}, decoder, placeholder=exactness.PLACE)
+    return model.double().train()
+
+
+def lacking(root: Path) -> dict[str, Any]:
+    """How far two processes end from one, where one of them, or both, have no picture."""
+    found: dict[str, Any] = {}
+    for connector, zeros in {"mlp": (0, 3), "qformer": (1, 3), "gated": (0, 2)}.items():
+        folder, slots = root / connector, 1 if connector == "gated" else 4
+        kept = together(1, partial(lacks, folder, connector, slots))
+        assert kept == ["kept"], kept
+        for zero in zeros:
+            found[f"{connector}, ZeRO-{zero}"] = together(2, partial(lacks, folder, connector, slots, zero=zero))
+    return found
+
+
+def lacks(folder: Path, connector: str, slots: int, *, zero: int = 0) -> Any:
+    model = seeing(connector)
+    trained(model, folder / f"{mesh.world()}-{zero}", batches=Lacking(slots), **spread(zero))
+    if not mesh.active():
+        torch.save(weights(model), folder / "alone.pt")
+        return "kept"
+    return apart(weights(model), torch.load(folder / "alone.pt", weights_only=True), weights(seeing(connector)))
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     "equal": equal,
     "resumed": resumed,
@@ -234,6 +319,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "skipped": skipped,
     "shown": shown,
     "unlike": unlike,
+    "lacking": lacking,
 }
 
 

@@ -104,6 +104,15 @@ def test_hooks_see_the_whole_model_in_the_first_process_alone(case: Case) -> Non
         assert second["whole"], name
 
 
+@pytest.mark.row("S4-66")
+def test_a_process_without_a_picture_or_all_of_them_hold_nobody_up_and_change_nothing(case: Case) -> None:
+    found = case("lacking")
+    log = found.pop("log")
+    assert len(found) == 6
+    for name, apart in found.items():
+        assert all(isinstance(one, float) and one <= BOUNDS["float64"] for one in apart), (name, apart, log)
+
+
 def test_processes_that_begin_unlike_are_made_alike_or_refused(case: Case) -> None:
     found = case("unlike")
     (first, said), (second, _) = found["weights"]

@@ -108,12 +108,16 @@ def _fit(
     shown = milestones(settings.steps)
 
     def on_step(step: int, _: Mapping[str, Any]) -> None:
-        if step in shown:
-            _look(built.model, tasks, folder, step=step, events=events)
+        _look(built.model, tasks, folder, step=step, events=events)
 
     built.model.train()
     built.model.tower.eval()
-    hooks = Hooks(save_model=lambda target: save_queries(built, target), on_step=on_step, task="pretrain")
+    hooks = Hooks(
+        save_model=lambda target: save_queries(built, target),
+        on_step=on_step,
+        tells=shown.__contains__,
+        task="pretrain",
+    )
     return fit_ahead(
         built.model,
         objective,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -259,8 +259,7 @@ class _Tuning:
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
-            if step in shown:
-                self.show(before + step, "decoder")
+            self.show(before + step, "decoder")
 
         result = self._fit(
             "decoder",
@@ -269,6 +268,7 @@ class _Tuning:
             batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
             settings=self._settings(spec, parts=parts),
             on_step=on_step,
+            tells=shown.__contains__,
         )
         self.built.model.eval()
         return result
@@ -459,10 +459,13 @@ class _Tuning:
         batches: Batches,
         settings: Settings,
         on_step: Any = None,
+        tells: Callable[[int], bool] = bool,
     ) -> FitResult:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
-        hooks = Hooks(save_model=partial(save_multimodal, self.built), on_step=on_step, task=f"tune: {phase}")
+        hooks = Hooks(
+            save_model=partial(save_multimodal, self.built), on_step=on_step, tells=tells, task=f"tune: {phase}"
+        )
         workers = self.spec.trainer.workers
         return fit_ahead(
             model,

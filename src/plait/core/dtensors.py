@@ -1,0 +1,18 @@
+"""Tensors that lie in pieces on several processes (torch's ``DTensor``), beside those that each has whole."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies in this process of a tensor that is spread over several; any other tensor is what it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all have whole, cut as another of its shape; itself if that one is whole."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
