@@ -297,10 +297,11 @@ def main() -> None:
     """Measure, print the tables, write the result."""
     parser = argparse.ArgumentParser(description="What training costs with 1, 2 and 4 processes.")
     parser.add_argument("--rounds", type=int, default=3, help="over all configurations (default 3)")
+    parser.add_argument("--sizes", nargs="+", default=[*SIZES], choices=[*SIZES], help="of the models (default all)")
     parser.add_argument("--quick", action="store_true", help="the smallest model, one round, to try; keeps no result")
     args = parser.parse_args()
     load, others, cores = os.getloadavg()[0], idle(), usable_cores()
-    names = [*SIZES][:1] if args.quick else [*SIZES]
+    names = [*SIZES][:1] if args.quick else args.sizes
     rows = measure(names, rounds=1 if args.quick else args.rounds, cores=cores, steps=3 if args.quick else 0)
     print(f"{table(rows)}\n\n{utilization_table(rows)}")
     print(f"\nload average before: {load:.2f}; loopback before: {others:,.0f} bytes a second")

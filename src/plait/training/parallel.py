@@ -154,6 +154,8 @@ class Sharded(Whole):
         names = list(self._optional)
         used = mesh.all_reduce_sum(torch.tensor([name in self._ran for name in names], dtype=torch.int64)).tolist()
         idle = tuple(f"{name}." for name, count in zip(names, used, strict=True) if not count)
+        if names and not any(used):
+            idle += _WITH_MEDIA
         self._ran.clear()
         for name, piece in self._spread.items():
             if name.startswith(idle):
@@ -229,6 +231,9 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
 
 
 _MEDIA = ("encoders", "connector", "vision", "visual", "audio", "image", "video", "multi_modal", "resampler", "qformer")
+
+
+_WITH_MEDIA = ("mark",)  # weights of the model itself that only media need
 
 
 def _optional(model: nn.Module) -> dict[str, nn.Module]:

@@ -225,19 +225,31 @@ def test_a_rank_with_nothing_to_train_on_neither_ends_nor_holds_up_the_others(mo
     assert any(bool(value.any()) for value in found[0].values())
 
 
-def test_a_weight_without_a_gradient_here_takes_part_in_the_sum(monkeypatch):
-    class Other(Ranks):
-        def all_gather_text(self, text):
-            return [text, text]
+class Other(Ranks):
+    """Another rank that has the same, and a gradient of every weight if it says so."""
 
-        def all_reduce_sum(self, value):
-            return value.mul_(2)  # as if the other rank had the same
+    def __init__(self, *, has_all: bool) -> None:
+        super().__init__(2)
+        self.has_all = has_all
 
-    monkeypatch.setattr(module, "mesh", Other(2))
+    def all_gather_text(self, text: str) -> list[str]:
+        return [text, text]
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        which_have = value.dtype == torch.int64 and len(value) > 2
+        return value.add_(1) if which_have and self.has_all else value.mul_(2)
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_a_weight_without_a_gradient_here_has_one_if_another_rank_has(monkeypatch, has_all):
+    monkeypatch.setattr(module, "mesh", Other(has_all=has_all))
     model = Language()
     model.register_parameter("unused", nn.Parameter(torch.zeros(2)))
-    found = gradient(model, [rows((3,))])
-    assert torch.equal(found["unused"], torch.zeros(2))
+    accumulate(model, NextToken(), [rows((3,))], weights={"size": 0.3})
+    assert (
+        model.unused.grad is not None
+    ) == has_all  # without one, decay and moments leave it alone, as in one process
+    assert model.embed.weight.grad is not None
 
 
 # --- what is reported ----------------------------------------------------------------------------------------------
