@@ -82,9 +82,10 @@ class Sharded(Whole):
         pair = copy.deepcopy((model, objective), {id(tensor): tensor for tensor in tensors})  # no weight is copied
         super().__init__(*pair)
         ranks = init_device_mesh(device, (mesh.world(),))
-        scalars = {weight for weight in self.model.parameters() if not weight.ndim}  # these cannot be cut
+        # What cannot be cut stays whole in every process: scalars, and filters that lie channels-last.
+        whole = {weight for weight in self.model.parameters() if not (weight.ndim and weight.is_contiguous())}
         policy = CPUOffloadPolicy(pin_memory=device == "cuda") if parallel.offload else OffloadPolicy()
-        common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": scalars}
+        common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": whole}
         self._optional = _optional(self.model)
         apart = {id(part) for module in self._optional.values() for part in module.modules()}
         blocks = [b for b in blocks_of(self.model) if id(b) not in apart and any(True for _ in b.parameters())]
@@ -95,14 +96,14 @@ class Sharded(Whole):
             fully_shard(block, reshard_after_forward=parallel.zero == 3, **common)
             block.register_forward_pre_hook(_learning, prepend=True, with_kwargs=True)
         inside = {id(weight) for block in blocks for weight in block.parameters()}
-        outer = {name for name, weight in self.model.named_parameters() if weight.ndim and id(weight) not in inside}
-        self._outer = {name for name, weight in self.model.named_parameters() if name in outer and weight.requires_grad}
+        outer = [(n, w) for n, w in self.model.named_parameters() if id(w) not in inside and w not in whole]
+        self._outer = {name for name, weight in outer if weight.requires_grad}
         self._root = cast(FSDPModule, fully_shard(self.model, **common))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(enable=True)
-        # As pieces, which a step puts back where it took them from; scalars are whole in every process.
+        # As pieces, which a step puts back where it took them from.
         self._spread = {n: w for n, w in _named(self.model, self.objective).items() if isinstance(w, DTensor)}
         self._accumulates = parallel.zero == 1
         self._found: list[Tensor] = []

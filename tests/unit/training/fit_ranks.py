@@ -288,6 +288,8 @@ def seeing(connector: str) -> MultimodalLM:
         model = MultimodalLM({}, {"image": QFormer(sizes, d_out=32)}, decoder, placeholder=exactness.PLACE)
     else:
         model = MultimodalLM({}, {"image": Mlp(exactness.WIDTH, 8, 32)}, decoder, placeholder=exactness.PLACE)
+        filters = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # a frozen tower may lie so; FSDP takes none
+        model.add_module("filters", filters.requires_grad_(requires_grad=False))
     return model.double().train()
 
 
