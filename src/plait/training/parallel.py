@@ -58,6 +58,8 @@ class Sharded(Whole):
 
     Transformer blocks are gathered one after the other while they are computed; all that is in none is gathered
     together. Gradients are sums, not means, over processes: counts are global already.
+    Parts that only media reach are gathered with the rest, and scalars and channels-last filters stay whole. The
+    objective is copied, too: of what it holds, weights and buffers come back, plain attributes do not.
 
     Args:
         model: Of the caller; empty until :meth:`finish`, but in :meth:`shown`.

@@ -185,11 +185,15 @@ def shown(root: Path) -> dict[str, Any]:
     """What the caller's hooks see: the whole model, in process 0 alone, while it trains in pieces."""
     average = {"average": Average(decay=0.5)}
     ways = {"DDP": spread(0), "ZeRO-3": spread(3), "ZeRO-3, average": spread(3) | average}
-    return {name: together(2, partial(looking, root / name, **how)) for name, how in ways.items()}
+    found = {name: together(2, partial(looking, root / name, WHOLE, **how)) for name, how in ways.items()}
+    pairs = Way(name="pairs", loss="nce")  # with a temperature, a scalar that stays whole
+    return found | {
+        "ZeRO-3, average of a scalar": together(2, partial(looking, root / "s", pairs, **ways["ZeRO-3, average"]))
+    }
 
 
-def looking(folder: Path, **settings: Any) -> Any:
-    model = WHOLE.model()
+def looking(folder: Path, way: Way, **settings: Any) -> Any:
+    model = way.model()
     seen: list[dict[str, Tensor]] = []
 
     def look(*_: Any) -> float:
@@ -197,7 +201,16 @@ def looking(folder: Path, **settings: Any) -> Any:
         return -float(len(seen))
 
     hooks = Hooks(evaluate=look, on_step=look, save_model=look)
-    trained(model, folder, hooks=hooks, save_every=2, stopping=Stopping(every=2), **settings)
+    trained(
+        model,
+        folder,
+        objective=way.objective(),
+        batches=way.batches(1),
+        hooks=hooks,
+        save_every=2,
+        stopping=Stopping(every=2),
+        **settings,
+    )
     last = {name: weight.detach() for name, weight in model.named_parameters()}
     return {
         "seen": len(seen),
