@@ -111,7 +111,7 @@ def features() -> FeatureStore:
     return store
 
 
-def model(*, by_document: bool) -> MultimodalLM:
+def model(*, by_document: bool, kv_heads: int = 2) -> MultimodalLM:
     """The same weights each time; float64."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -120,7 +120,7 @@ def model(*, by_document: bool) -> MultimodalLM:
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         tie_word_embeddings=True,
     )
     decoder = LlamaForCausalLM(config)

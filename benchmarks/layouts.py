@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Way:
     Attributes:
         name: For people.
         zero: What they keep a part of.
+        grid: Degrees of what else divides the work, such as ``{"tensor": 2}``.
         dtype: ``float64``, ``float32``, or ``bfloat16``: products in it, weights in float32.
         optimizer: Which.
         whole: Whether the decoder learns, too, instead of its adapter.
@@ -68,6 +70,7 @@ class Way:
 
     name: str
     zero: int = 0
+    grid: Mapping[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = "float64"
     optimizer: Any = field(default_factory=lambda: AdamW(weight_decay=0.1))
     whole: bool = False
@@ -78,7 +81,16 @@ class Way:
     @property
     def settings(self) -> dict[str, Any]:
         """Of the loop, in several processes."""
-        return {"parallel": Parallel.model_validate({"zero": self.zero}), **self.alone}
+        return {"parallel": self.parallel, **self.alone}
+
+    @property
+    def parallel(self) -> Parallel:
+        """What processes divide."""
+        return Parallel.model_validate({"zero": self.zero, **self.grid})
+
+    def fits(self, world: int) -> bool:
+        """Whether so many processes can divide the work so."""
+        return world % math.prod(degree for degree in self.grid.values() if isinstance(degree, int)) == 0
 
     @property
     def alone(self) -> dict[str, Any]:
@@ -94,7 +106,7 @@ class Way:
         """The same weights each time."""
         if self.loss != "text":
             return tower().to(self.weights)
-        model = exactness.model(by_document=True).to(self.weights)
+        model = exactness.model(by_document=True, kv_heads=4 if self.grid else 2).to(self.weights)
         if self.whole:
             model.decoder.requires_grad_(requires_grad=True)
         return model
@@ -107,7 +119,7 @@ class Way:
 
     def batches(self, pieces: int) -> Batches:
         """This process's share."""
-        return source(pieces=pieces, packed=self.packed) if self.loss == "text" else Pictures(pieces=pieces)
+        return source(pieces=pieces, packed=self.packed, parallel=self.parallel) if self.loss == "text" else Pictures(pieces=pieces)
 
 
 def ways() -> list[Way]:
@@ -133,6 +145,14 @@ def ways() -> list[Way]:
     ]
     for zero in (1, 2, 3):
         found += [Way(name=f"ZeRO-{zero}", zero=zero), Way(name=f"ZeRO-{zero}, all learns", zero=zero, whole=True)]
+    for grid in ({"tensor": 2}, {"tensor": 4}):
+        name = f"tensor {grid['tensor']}"
+        found += [Way(name=name, grid=grid), Way(name=f"{name}, all learns", grid=grid, whole=True)]
+    found += [
+        Way(name="tensor 2, float32 SGD", grid={"tensor": 2}, dtype="float32", optimizer=SGD(momentum=0.9)),
+        Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, whole=True),
+        Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}),
+    ]
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]
     return found
@@ -146,8 +166,9 @@ def compute_in(dtype: str) -> Compute:
 # --- models and data -----------------------------------------------------------------------------------------------
 
 
-def source(*, pieces: int = 1, packed: bool = True) -> ConversationBatches:
+def source(*, pieces: int = 1, packed: bool = True, parallel: Parallel | None = None) -> ConversationBatches:
     """Six conversations a step, some with pictures; the share of this process."""
+    rank, world = (parallel or Parallel()).grid(mesh.rank(), mesh.world()).share
     return ConversationBatches(
         conversations=exactness.conversations(),
         weights={"any": 1.0},
@@ -160,8 +181,8 @@ def source(*, pieces: int = 1, packed: bool = True) -> ConversationBatches:
         seed=0,
         pieces=pieces,
         packed=packed,
-        rank=mesh.rank(),
-        world=mesh.world(),
+        rank=rank,
+        world=world,
     )
 
 
@@ -248,7 +269,8 @@ def compared(way: Way, folder: Path, *, world: int, pieces: int) -> list[Any]:
     folder.mkdir(parents=True)
 
     def alone() -> str:
-        model = trained(way.model(), folder / "alone", objective=way.objective(), batches=way.batches(1), **way.alone)
+        batches = replace(way, grid={}).batches(1)
+        model = trained(way.model(), folder / "alone", objective=way.objective(), batches=batches, **way.alone)
         torch.save(weights(model), folder / "alone.pt")
         return "kept"
 
@@ -265,7 +287,7 @@ def compared(way: Way, folder: Path, *, world: int, pieces: int) -> list[Any]:
 def measure(folder: Path) -> Iterator[dict[str, Any]]:
     """A record for each way, number of processes and micro-batches."""
     for way in ways():
-        for world in (2, 4):
+        for world in filter(way.fits, (2, 4)):
             for pieces in (1, 2):
                 found = compared(way, folder / f"{way.name} {world} {pieces}", world=world, pieces=pieces)
                 wrong = [one for one in found if not isinstance(one, float)]
@@ -284,8 +306,9 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = ["| way | format | 2 processes | 4 processes |", "|---|---|---|---|"]
     for name in dict.fromkeys(record["way"] for record in records):
         mine = [record for record in records if record["way"] == name]
-        worst = {n: max(r["apart"] for r in mine if r["processes"] == n) for n in (2, 4)}
-        lines.append(f"| {name} | {mine[0]['format']} | {worst[2]:.1e} | {worst[4]:.1e} |")
+        worst = {n: max((r["apart"] for r in mine if r["processes"] == n), default=None) for n in (2, 4)}
+        said = ["" if number is None else f"{number:.1e}" for number in worst.values()]
+        lines.append(f"| {name} | {mine[0]['format']} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -9,6 +11,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What lies in this process of a tensor that is spread over several; any other tensor is what it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def parts(tensor: DTensor) -> int:
+    """How many different parts it lies in; several processes may hold the same one."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

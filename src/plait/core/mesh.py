@@ -1,4 +1,4 @@
-"""The processes that train together: rank, world, sums and gathers over ranks, and what one tells the others.
+"""The processes that train together: rank, world, groups of them, and what one tells the others.
 
 Launch with ``torchrun`` (or anything that sets its environment); without it ``torch.distributed`` is never initialized,
 and everything here is a no-op.
@@ -7,10 +7,9 @@ No process waits in vain: one that fails says why before it leaves, and the othe
 killed they find the connection closed.
 
 Example:
-    >>> import torch
     >>> with joined():
-    ...     world(), all_reduce_sum(torch.tensor([3.0])).item(), first(lambda: "once")
-    (1, 3.0, 'once')
+    ...     world(), first(lambda: "once")
+    (1, 'once')
 """
 
 # torch's annotations are partial: its members count as partially unknown.
@@ -26,7 +25,7 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -47,9 +46,6 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a sum or gather waits for a rank that is alive and does not come."""
-
-BUCKET = 25 * 2**20
-"""Bytes that are summed in one message."""
 
 _FAULT, _LEFT = "fault", "left"
 _LINGER_S = 3.0
@@ -76,6 +72,7 @@ class _Session:
         self.store = store
         self.lifeline = lifeline
         self.asked = 0
+        self.groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self.left = False  # whether another's fault has been found: then this process has none of its own to tell
 
     def tell(self, error: BaseException) -> None:
@@ -132,6 +129,22 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
+def group_among(parts: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """The group of processes that this one is in, made when first asked for; every process asks, in the same order.
+
+    Args:
+        parts: Ranks of each group: every rank is in one of them.
+    """
+    session = _session.get()
+    assert session is not None, "only several processes have groups"
+    if parts not in session.groups:
+        with explained():
+            own, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
+        assert isinstance(own, dist.ProcessGroup)
+        session.groups[parts] = own
+    return session.groups[parts]
+
+
 @contextmanager
 def alone() -> Generator[None]:
     """Work as one process does: in the block nobody else is there."""
@@ -142,95 +155,7 @@ def alone() -> Generator[None]:
         _session.reset(token)
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------
-
-
-def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
-    """Sum ``value`` over ranks, in place, and return it; counts as integers or float64, for float32 stops at 2**24."""
-    if active():
-        with explained():
-            dist.all_reduce(value, op=dist.ReduceOp.SUM)
-    return value
-
-
-def all_reduce_many(tensors: Sequence[torch.Tensor], *, bucket: int = BUCKET) -> int:
-    """Sum tensors over ranks, in place: small ones together, in messages of a size that networks are good at.
-
-    Args:
-        tensors: The same shapes, dtypes and order on every rank.
-        bucket: Bytes of a message, at least.
-
-    Returns:
-        Bytes that this rank gave into the sums.
-    """
-    if not active():
-        return 0
-    sent = 0
-    for members in _buckets(tensors, bucket):
-        sent += sum(tensor.nbytes for tensor in members)
-        if len(members) == 1 and members[0].is_contiguous():
-            all_reduce_sum(members[0])
-            continue
-        flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in members]))
-        for tensor, part in zip(members, torch.split(flat, [tensor.numel() for tensor in members]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-    return sent
-
-
-def all_gather(value: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's tensor, in the order of ranks; their first sizes may differ, the others and the dtype must agree."""
-    if not active():
-        return [value]
-    with explained():
-        sizes = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(world())]
-        dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
-        counts = [int(size) for size in sizes]
-        if not any(counts):
-            return [value for _ in counts]
-        padded = value.new_zeros(max(counts), *value.shape[1:])
-        padded[: len(value)] = value
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
-
-
-def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every rank the values of rank 0, in place."""
-    if active():
-        with explained():
-            for tensor in tensors:
-                whole = tensor.contiguous()
-                dist.broadcast(whole, src=0)
-                tensor.copy_(whole)
-
-
-def _buckets(tensors: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
-    """In order, for each dtype and device apart."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for members in kinds.values():
-        found: list[torch.Tensor] = []
-        held = 0
-        for tensor in members:
-            found.append(tensor)
-            held += tensor.nbytes
-            if held >= size:
-                yield found
-                found, held = [], 0
-        if found:
-            yield found
-
-
 # --- plain data ----------------------------------------------------------------------------------------------------
-
-
-def all_gather_text(text: str) -> list[str]:
-    """Every rank's text, in the order of ranks."""
-    if not active():
-        return [text]
-    parts = all_gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
-    return [part.numpy().tobytes().decode() for part in parts]
 
 
 def gather(value: Any) -> list[Any]:

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plait.core.collectives import all_reduce_sum
 from plait.core.errors import ConfigError, DataError
-from plait.core.mesh import all_reduce_sum, rank, world
+from plait.core.mesh import rank, world
 
 _ROWS = 4_096
 """Vectors compared with all codes at once."""

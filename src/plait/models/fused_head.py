@@ -4,18 +4,24 @@ Scores go through a room of a fixed size, some positions at a time. What their g
 there: ``d log p(y) / d h = W[y] - sum_v p(v) W[v]``, a row of the width of the hidden states for each position. The
 idea is that of Liger's fused linear cross-entropy (Hsu et al., https://arxiv.org/abs/2410.10989, section 3.2) and of
 Wijmans et al., https://arxiv.org/abs/2411.09009, who recompute the scores in the backward pass instead.
+
+Where several processes have the words of a vocabulary divided between them, each computes the scores of its own, and
+they exchange three numbers for each position (Megatron-LM, https://arxiv.org/abs/1909.08053, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
+from plait.core import collectives, mesh
 from plait.models.head_room import scores_held
 from plait.models.output_head import Widened
 
@@ -52,9 +58,75 @@ def token_logprobs(
     weight = head.weight.to(wide) if head.weight.requires_grad else head.weight
     room = scores or scores_held(hidden.device.type)
     rows = max(1, room // len(weight))
+    words = None
+    if isinstance(weight, DTensor):
+        words, weight = _Words.of(weight), weight.to_local()
+        rows = max(1, room // words.each)
+        bias = bias.to_local() if isinstance(bias, DTensor) else bias
     with torch.autocast(hidden.device.type, enabled=False):
         learns = torch.is_grad_enabled()
-        return _LogProbs.apply(hidden.to(wide), weight, bias, targets, rows, learns)  # pyright: ignore[reportReturnType]
+        return _LogProbs.apply(hidden.to(wide), weight, bias, targets, (rows, words), learns)  # pyright: ignore[reportReturnType]
+
+
+class _Words(NamedTuple):
+    """Which words of a vocabulary are this process's.
+
+    Attributes:
+        first: Of them.
+        each: How many a process has at most.
+        group: The processes that have all of them.
+    """
+
+    first: int
+    each: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, weight: DTensor) -> _Words:
+        """Of a table that is cut by its rows."""
+        ranks = weight.device_mesh
+        each = -(-len(weight) // ranks.size())
+        return cls(first=ranks.get_local_rank() * each, each=each, group=ranks.get_group())
+
+    def of_all(self, scores: Float[Tensor, "r v"], goal: Int[Tensor, "r 1"]) -> _Found:
+        """See :func:`_found`, over the words of all processes."""
+        goal = goal - self.first
+        here = ((goal >= 0) & (goal < scores.shape[1])).to(scores.dtype)
+        goal = goal.clamp(0, max(scores.shape[1] - 1, 0))
+        lowest = torch.finfo(scores.dtype).min
+        peak = scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), lowest)
+        with mesh.explained():
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.group)
+        picked = (scores.gather(1, goal) * here)[:, 0] if scores.shape[1] else torch.zeros_like(peak)
+        total = scores.sub_(peak[:, None]).exp_().sum(1)
+        picked, total = collectives.all_reduce_sum(torch.stack([picked, total]), self.group)
+        return _Found(picked=picked, peak=peak, total=total, goal=goal, here=here)
+
+
+class _Found(NamedTuple):
+    """Of some positions: the score of the token that came, the highest score, the sum of ``exp(score - highest)``.
+
+    Attributes:
+        picked: Score of the token that came.
+        peak: Highest score.
+        total: Sum over all words.
+        goal: Number of the token that came among the words at hand.
+        here: 1 where it is among them, else 0.
+    """
+
+    picked: Float[Tensor, " r"]
+    peak: Float[Tensor, " r"]
+    total: Float[Tensor, " r"]
+    goal: Int[Tensor, "r 1"]
+    here: Float[Tensor, "r 1"]
+
+
+def _found(scores: Float[Tensor, "r v"], goal: Int[Tensor, "r 1"]) -> _Found:
+    """What follows from scores, which become ``exp(score - highest)``."""
+    picked = scores.gather(1, goal)[:, 0]
+    peak = scores.amax(1)
+    total = scores.sub_(peak[:, None]).exp_().sum(1)
+    return _Found(picked=picked, peak=peak, total=total, goal=goal, here=torch.ones_like(goal, dtype=scores.dtype))
 
 
 class _LogProbs(torch.autograd.Function):
@@ -67,9 +139,10 @@ class _LogProbs(torch.autograd.Function):
         weight: Float[Tensor, "v d"],
         bias: Float[Tensor, " v"] | None,
         targets: Int[Tensor, " n"],
-        rows: int,
+        how: tuple[int, _Words | None],
         learns: bool,
     ) -> Float[Tensor, " n"]:
+        rows, own = how
         wanted = ctx.needs_input_grad[:3] if learns else (False, False, False)
         found = hidden.new_empty(len(hidden))
         peaks = hidden.new_empty(len(hidden))  # log sum exp of each position's scores
@@ -77,14 +150,12 @@ class _LogProbs(torch.autograd.Function):
         words = Widened(weight, like=hidden)
         for part, scores in _scores(hidden, words, bias, rows=rows):
             goal = targets[part, None]
-            picked = scores.gather(1, goal)[:, 0]
-            peak = scores.amax(1)
-            total = scores.sub_(peak[:, None]).exp_().sum(1)
-            found[part] = picked - peak - total.log()
-            peaks[part] = peak + total.log()
+            said = own.of_all(scores, goal) if own else _found(scores, goal)
+            found[part] = said.picked - said.peak - said.total.log()
+            peaks[part] = said.peak + said.total.log()
             if any(wanted):
-                slopes = scores.div_(-total[:, None])
-                slopes.scatter_add_(1, goal, torch.ones_like(goal, dtype=slopes.dtype))
+                slopes = scores.div_(-said.total[:, None])
+                slopes.scatter_add_(1, said.goal, said.here)
                 if of_hidden is not None:
                     for which, wide in words:
                         of_hidden[part].addmm_(slopes[:, which], wide)
@@ -92,7 +163,9 @@ class _LogProbs(torch.autograd.Function):
                     of_weight.addmm_(slopes.T, hidden[part])
                 if of_bias is not None:
                     of_bias += slopes.sum(0)
-        ctx.rows = rows
+        if own and of_hidden is not None:
+            collectives.all_reduce_sum(of_hidden, own.group)
+        ctx.rows, ctx.own = rows, own
         again = (hidden, weight, bias, targets, peaks) if any(wanted[1:]) else (None,) * 5
         ctx.save_for_backward(of_hidden, of_weight, of_bias, *again)
         return found
@@ -125,8 +198,13 @@ def _weighed(ctx: Any, shares: Float[Tensor, " n"]) -> tuple[Tensor | None, Tens
     with torch.autocast(hidden.device.type, enabled=False):
         for part, scores in _scores(hidden, Widened(weight, like=hidden), bias, rows=ctx.rows):
             share, goal = shares[part, None], targets[part, None]
+            here = torch.ones_like(share)
+            if ctx.own:
+                goal = goal - ctx.own.first
+                here = ((goal >= 0) & (goal < len(weight))).to(share)
+                goal = goal.clamp(0, max(len(weight) - 1, 0))
             slopes = scores.sub_(peaks[part, None]).exp_().mul_(-share)
-            slopes.scatter_add_(1, goal, share)
+            slopes.scatter_add_(1, goal, share * here)
             if of_weight is not None:
                 of_weight.addmm_(slopes.T, hidden[part])
             if of_bias is not None:

@@ -259,7 +259,8 @@ class MultimodalLM(nn.Module):
             weight: Tensor = self.decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
             none = batch.token_ids.new_zeros(0, 3)
             width = int(self.connectors[modality].d_out)  # pyright: ignore[reportArgumentType]
-            return Patches(values=weight.new_zeros(0, width), grid=none), none[:, 0]
+            values = torch.zeros(0, width, dtype=weight.dtype, device=weight.device)  # not new_zeros: it may lie in pieces
+            return Patches(values=values, grid=none), none[:, 0]
         features = media if batch.encoded else self.encoders[modality](media)
         connector = self.connectors[modality]
         # Cached features are 16-bit; the connector, which is trained, may well be wider.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 _WORDS = 2_048
 """Words of the vocabulary that are widened at once."""
@@ -38,15 +39,23 @@ def float32_scores(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tenso
             as it is.
         hidden: Last hidden states.
     """
-    if type(head) is not nn.Linear or head.weight.dtype == torch.float64:
+    if type(head) is not nn.Linear:
         return head(hidden)
+    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+    if weight.dtype == torch.float64:
+        return nn.functional.linear(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.float()
-        learns = head.weight.requires_grad or (bias is not None and bias.requires_grad)
-        if head.weight.dtype == torch.float32 or learns:
-            return nn.functional.linear(hidden.float(), head.weight.float(), bias)
-        scores: Tensor = _Product.apply(hidden.float(), head.weight)  # pyright: ignore[reportAssignmentType]
+        bias = None if bias is None else bias.float()
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if weight.dtype == torch.float32 or learns:
+            return nn.functional.linear(hidden.float(), weight.float(), bias)
+        scores: Tensor = _Product.apply(hidden.float(), weight)  # pyright: ignore[reportAssignmentType]
         return scores if bias is None else scores + bias
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gathered, where several processes have its words divided between them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class _Product(torch.autograd.Function):

@@ -43,7 +43,7 @@ from plait.core.launch import Launch, first, launched, launches, own_share, plac
 from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
 from plait.report.page import write_report
-from plait.stages.stage import Stage
+from plait.stages.stage import Stage, named_setting
 from plait.training import plan
 
 Listeners = tuple[Callable[[Event], None], ...]
@@ -239,12 +239,14 @@ def _check_shares(recipe: Recipe) -> None:
         ConfigError: A batch is smaller than the number of processes; the place names the setting.
     """
     for name, stage in recipe.stages.items():
+        with named_setting(f"stages.{name}"):
+            shares = stage.shares(processes())
         for setting, count in stage.dealt().items():
-            if count < processes():
+            if count < shares:
                 raise ConfigError(
-                    f"a batch of {count} samples for {processes()} processes",
+                    f"a batch of {count} samples for {shares} {'shares' if shares < processes() else 'processes'}",
                     place=f"stages.{name}.{setting}",
-                    remedy=f"set it to {processes()} or more, or start fewer processes",
+                    remedy=f"set it to {shares} or more, or start fewer processes",
                 )
 
 

@@ -152,6 +152,10 @@ class Align(Stage):
         """Pairs a step; see :meth:`plait.stages.stage.Stage.dealt`."""
         return {"batch_size": self.batch_size}
 
+    def shares(self, processes: int) -> int:
+        """See :meth:`plait.stages.stage.Stage.shares`."""
+        return self.trainer.parallel.grid(0, processes).data
+
     def check(self, machine: Machine) -> None:
         """See that the device is here; see :meth:`plait.stages.stage.Stage.check`."""
         if self.device not in ("auto", "cpu", machine.device):
@@ -286,6 +290,7 @@ class Align(Stage):
         from plait.data.preference_batches import PreferenceBatches, PreferencePair
 
         template = built.template
+        rank, world = self.trainer.parallel.grid(mesh.rank(), mesh.world()).share
         return PreferenceBatches(
             [PreferencePair.of(sample, template) for sample in questions.samples[split]],
             features=questions.features,
@@ -297,8 +302,8 @@ class Align(Stage):
             batch_size=self.batch_size,
             row=self.row,
             pad=built.stop,
-            rank=mesh.rank(),
-            world=mesh.world(),
+            rank=rank,
+            world=world,
         )
 
     def _reference(

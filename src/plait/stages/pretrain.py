@@ -187,6 +187,7 @@ class Pretrain(Stage):
     @model_validator(mode="after")
     def _computable(self) -> Pretrain:
         self.trainer.check_no_head(stage="the pretrain stage")
+        self.trainer.check_data_only(stage="the pretrain stage")
         tower = self.image_tower
         if self.qformer is None and isinstance(tower, str | ResNet | EfficientNetLite):
             heads = "a pair of heads on frozen towers" if isinstance(tower, str) else f"a {tower.kind}"

@@ -49,6 +49,14 @@ class Stage(Spec, ABC):
         """How many samples a step has, by setting: what several processes deal out among themselves."""
         return {}
 
+    def shares(self, processes: int) -> int:
+        """Into how many shares a batch is dealt among so many processes.
+
+        Raises:
+            ConfigError: They cannot be divided as the stage's settings say.
+        """
+        return processes
+
     def check(self, machine: Machine) -> None:
         """Look, before anything is written, for what would stop :meth:`run` later; cheap, and loads no weights.
 

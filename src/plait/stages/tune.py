@@ -287,6 +287,10 @@ class Tune(Stage):
         first = {"words.batch_size": self.words.batch_size} if isinstance(self.connector, specs.Words) else {}
         return first | {"batch_size": self.batch_size}
 
+    def shares(self, processes: int) -> int:
+        """See :meth:`plait.stages.stage.Stage.shares`."""
+        return self.trainer.parallel.grid(0, processes).data
+
     def check(self, machine: Machine) -> None:
         """See that tower, decoder and device are here; see :meth:`plait.stages.stage.Stage.check`."""
         from plait.assembly.local import IMAGE_TOWER, find_audio_tower, find_decoder, find_tower

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.core.errors import ConfigError
 from plait.core.protocols import Pairwise
 from plait.core.tensors import Batch, Embedded
 from plait.training.generators import rng_state, set_rng_state
-from plait.training.parallel import Sharded
+from plait.training.parallel.layout import Whole
 
 _AGREE = 0.02
 """Largest difference of the vectors of both passes, as part of the largest component: kernels may round otherwise."""
@@ -77,7 +77,7 @@ def backward_pairwise(
     *,
     weigh: Callable[[Mapping[str, Tensor]], Tensor],
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
-    sharded: Sharded | None = None,
+    layout: Whole | None = None,
 ) -> Share:
     """Add the gradient of the loss of all micro-batches of all ranks, as far as it goes through this rank's rows.
 
@@ -89,15 +89,16 @@ def backward_pairwise(
         micro: Micro-batches of this rank.
         weigh: The loss from the sums over this rank's rows; it is added up over ranks.
         around: Entered around each forward, such as autocast.
-        sharded: The model lies in pieces on all processes, which compute in step.
+        layout: How processes hold the model; by default each has all of it.
 
     Raises:
         ConfigError: A micro-batch embedded again gave other vectors; or processes in step have not as many each.
     """
     last = len(micro) - 1
-    if sharded is not None:
+    layout = layout or Whole(model, objective)
+    if layout.in_step:
         _check_in_step(len(micro))
-        sharded.begin(micro[last], last=False)
+        layout.begin(micro[last], last=False)
     parts = [_embed(model, objective, batch, around=around, keep=at == last) for at, batch in enumerate(micro)]
     whole, first = _gather([part.found for part in parts])
     rows = range(first, first + sum(part.found.rows for part in parts))
@@ -105,7 +106,7 @@ def backward_pairwise(
         sums = objective.loss(whole, rows=rows)
     loss = weigh(sums)
     after = rng_state()
-    total = mesh.all_reduce_sum(loss.detach().clone())
+    total = collectives.all_reduce_sum(loss.detach().clone())
     detached = {name: value.detach() for name, value in sums.items()}
     if not bool(total.isfinite()):
         return Share(sums=detached, reached=False, complete=False, broken=_not_finite(parts))
@@ -113,9 +114,9 @@ def backward_pairwise(
     _hand_out(whole, parts, first=first)
     kept, reached = {name: buffer.clone() for name, buffer in _live_buffers(model).items()}, _learns(objective)
     for part in reversed(parts):
-        if sharded is not None:
-            sharded.begin(part.batch, last=part is parts[0])
-        reached |= _send_back(model, objective, part, around=around, sharded=sharded)
+        if layout.in_step:
+            layout.begin(part.batch, last=part is parts[0])
+        reached |= _send_back(model, objective, part, around=around, layout=layout)
     for name, buffer in _live_buffers(model).items():
         buffer.copy_(kept[name])
     set_rng_state(*after)
@@ -147,7 +148,7 @@ def _send_back(
     part: _Part,
     *,
     around: Callable[[], contextlib.AbstractContextManager[object]],
-    sharded: Sharded | None,
+    layout: Whole,
 ) -> bool:
     """Embed again, unless the graph is still there, and go back through it; whether anything learns."""
     found, part.graph = part.graph, None
@@ -159,8 +160,8 @@ def _send_back(
     tensors = {**found.vectors, **{f"factor {name}": value for name, value in found.factors.items()}}
     learned = [name for name in part.gradients if tensors[name].requires_grad]
     outputs, gradients = [tensors[name] for name in learned], [part.gradients[name] for name in learned]
-    if sharded is not None:
-        outputs.append(sharded.touched(torch.zeros((), device=part.batch.token_ids.device)))
+    if layout.in_step:
+        outputs.append(layout.touched(torch.zeros((), device=part.batch.token_ids.device)))
         gradients.append(outputs[-1].new_ones(()))
     if outputs:
         with mesh.explained():
@@ -181,7 +182,7 @@ def _check_in_step(micro: int) -> None:
 def _hand_out(whole: Embedded, parts: Sequence[_Part], *, first: int) -> None:
     """Give each micro-batch the gradient of its vectors, summed over ranks; one of them also that of the factors."""
     for name, value in whole.vectors.items():
-        gradient = mesh.all_reduce_sum(value.grad if value.grad is not None else torch.zeros_like(value))
+        gradient = collectives.all_reduce_sum(value.grad if value.grad is not None else torch.zeros_like(value))
         start = int((whole.row_of[name] < first).sum())  # those of the ranks before
         for part in parts:
             if name in part.found.vectors:
@@ -229,16 +230,18 @@ def _gather(parts: Sequence[Embedded]) -> tuple[Embedded, int]:
         "rows": own.rows,
         "vectors": {n: [*v.shape[1:], str(v.dtype).removeprefix("torch.")] for n, v in own.vectors.items()},
     }
-    told = [json.loads(text) for text in mesh.all_gather_text(json.dumps(here))]
+    told = [json.loads(text) for text in collectives.all_gather_text(json.dumps(here))]
     kinds = {name: kind for one in told for name, kind in one["vectors"].items()}
-    pieces = [Embedded(vectors={}, row_of={}, classes=c, factors=own.factors) for c in mesh.all_gather(own.classes)]
+    pieces = [
+        Embedded(vectors={}, row_of={}, classes=c, factors=own.factors) for c in collectives.all_gather(own.classes)
+    ]
     vectors: list[dict[str, Tensor]] = [{} for _ in pieces]
     row_of: list[dict[str, Tensor]] = [{} for _ in pieces]
     for name in sorted(kinds):
         *shape, dtype = kinds[name]
         none = own.classes.new_zeros(0, *shape, dtype=getattr(torch, dtype))
-        values = mesh.all_gather(own.vectors.get(name, none))
-        belongs = mesh.all_gather(own.row_of.get(name, own.classes[:0]))
+        values = collectives.all_gather(own.vectors.get(name, none))
+        belongs = collectives.all_gather(own.row_of.get(name, own.classes[:0]))
         for at, (value, row) in enumerate(zip(values, belongs, strict=True)):
             if len(value):
                 vectors[at][name], row_of[at][name] = value, row

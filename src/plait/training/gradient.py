@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.core.errors import ConfigError, DataError
+from plait.core.grid import Grid
 from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.training.contrast import Share, backward_pairwise
-from plait.training.parallel import Sharded
+from plait.training.parallel.layout import Whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def accumulate(
     weights: Mapping[str, float],
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     scale: float = 1.0,
-    sharded: Sharded | None = None,
+    layout: Whole | None = None,
 ) -> Sums:
     """Add ``d loss / d w`` of a step to the weights' ``.grad``, for ``loss = sum_t weight_t * sum_t / count_t``.
 
@@ -65,13 +65,14 @@ def accumulate(
         weights: Weight of each term; 1 where none is given, 0 only reports.
         around: Entered around each forward, such as autocast.
         scale: The gradients are so many times those of the loss; what is returned is not scaled.
-        sharded: The model lies in pieces on all processes: these compute in step, and none breaks off alone.
+        layout: How processes hold the model; by default each has all of it.
 
     Raises:
         ConfigError: A weight names no term, a counted term has no sum, or the loss reaches no trainable weight.
         DataError: No term has any unit in this step.
     """
-    counts = _counts(objective, micro)
+    layout = layout or Whole(model, objective)
+    counts = _counts(objective, micro, layout.grid)
     if unknown := weights.keys() - counts.keys():
         raise ConfigError(
             f"weight for {min(unknown)!r}, but the objective has {', '.join(sorted(counts))}",
@@ -86,27 +87,28 @@ def accumulate(
             remedy="check that these samples have trained turns that fit the context",
         )
     weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__, scale=scale)
-    if isinstance(objective, Pairwise) and (len(micro) > 1 or mesh.world() > 1):
-        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around, sharded=sharded)
+    if isinstance(objective, Pairwise) and (len(micro) > 1 or layout.grid.data > 1):
+        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around, layout=layout)
     else:
         run = _Pass(model, objective, weigh=weigh, used=used, around=around)
-        share = run.each(micro) if sharded is None else run.in_step(micro, sharded)
+        share = run.in_step(micro, layout) if layout.in_step else run.each(micro)
     totals = {name: _wide(share.sums[name]) for name in used}
-    reached, broken_off = mesh.all_reduce_sum(torch.tensor([int(share.reached), int(not share.complete)])).tolist()
+    reached, broken_off = collectives.all_reduce_sum(
+        torch.tensor([int(share.reached), int(not share.complete)])
+    ).tolist()
     if not (reached or broken_off):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
             place=type(objective).__name__,
             remedy="unfreeze a part that the objective uses",
         )
-    if mesh.world() > 1:
-        _sum_gradients(model, objective)
-    if sharded is not None:
-        sharded.settle()
-    sums = mesh.all_reduce_sum(torch.tensor([float(total) for total in totals.values()], dtype=torch.float64))
+    layout.sum_gradients()
+    layout.settle()
+    values = torch.tensor([float(total) for total in totals.values()], dtype=torch.float64)
+    sums = collectives.all_reduce_sum(values, layout.grid.group("data", "context"))
     terms = {name: value / used[name] for name, value in zip(totals, sums.tolist(), strict=True)}
     loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
-    broken = tuple(i for ids in mesh.gather(share.broken) for i in ids) if broken_off else ()
+    broken = tuple(dict.fromkeys(i for ids in mesh.gather(share.broken) for i in ids)) if broken_off else ()
     return Sums(loss=loss_value, terms=terms, counts=counts, complete=not broken_off, not_finite=broken)
 
 
@@ -137,19 +139,19 @@ class _Pass:
                 loss.backward()
         return Share(sums=self.totals, reached=reached)
 
-    def in_step(self, micro: Sequence[Batch], sharded: Sharded) -> Share:
+    def in_step(self, micro: Sequence[Batch], layout: Whole) -> Share:
         """As many passes as any process makes; who has fewer micro-batches repeats one, with no weight."""
         passes: int = max(mesh.gather(len(micro)))
         reached, broken = False, ()
         for at in range(passes):
             batch = micro[min(at, len(micro) - 1)]
-            sharded.begin(batch, last=at == passes - 1)
+            layout.begin(batch, last=at == passes - 1)
             loss = self._forward(batch, counts=at < len(micro))
             if not loss.isfinite() and not broken:
                 broken = tuple(batch.sample_ids)
             reached = reached or loss.requires_grad
             with mesh.explained():
-                sharded.touched(loss if at < len(micro) else loss * 0).backward()
+                layout.touched(loss if at < len(micro) else loss * 0).backward()
         return Share(sums=self.totals, reached=reached, complete=not broken, broken=broken)
 
     def _forward(self, batch: Batch, *, counts: bool = True) -> Tensor:
@@ -200,19 +202,20 @@ def named(ids: Sequence[str], *, limit: int = 8) -> str:
     return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
 
 
-def _counts(objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
+def _counts(objective: Objective, micro: Sequence[Batch], grid: Grid) -> dict[str, float]:
     counts: dict[str, Tensor] = {}
     for batch in micro:
         for name, count in objective.count(batch).items():
             exact = count.double() if count.is_floating_point() else count  # float32 stops counting at 2**24
             counts[name] = counts[name] + exact if name in counts else exact.clone()
-    if mesh.world() == 1:
+    if grid.data * grid.context == 1:
         return {name: float(count) for name, count in counts.items()}
+    group = grid.group("data", "context")
     # A rank may lack a term, such as that of sounds: all sum the same names in the same order.
-    told = [json.loads(text) for text in mesh.all_gather_text(json.dumps([*counts]))]
+    told = [json.loads(text) for text in collectives.all_gather_text(json.dumps([*counts]), group)]
     names: list[str] = list(dict.fromkeys(name for one in told for name in one))
     here = [float(counts.get(name, 0)) for name in names]
-    sums: Tensor = mesh.all_reduce_sum(torch.tensor(here, dtype=torch.float64))
+    sums: Tensor = collectives.all_reduce_sum(torch.tensor(here, dtype=torch.float64), group)
     return dict(zip(names, sums.tolist(), strict=True))
 
 
@@ -243,17 +246,3 @@ def _weighted(
 def _wide(value: Tensor) -> Tensor:
     """At least float32: a loss in float16 times the first scale, 65,536, would be infinite."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _sum_gradients(model: nn.Module, objective: Objective) -> None:
-    """Add the gradients of all ranks; a rank on which a weight got none still takes part in the sum."""
-    modules = [model, objective] if isinstance(objective, nn.Module) else [model]
-    every = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
-    weights = [weight for weight in every if not isinstance(weight, DTensor)]  # pieces have been summed on the way
-    # What got no gradient in any process has none, as in one process: an optimizer leaves it alone.
-    here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64)
-    weights = [weight for weight, count in zip(weights, mesh.all_reduce_sum(here).tolist(), strict=True) if count]
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    mesh.all_reduce_many([weight.grad for weight in weights if weight.grad is not None])

@@ -17,7 +17,8 @@ from plait.training.average import MovingAverage
 from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.generators import rng_kept
 from plait.training.gradient import named
-from plait.training.parallel import Sharded, Whole
+from plait.training.parallel.layout import Whole
+from plait.training.parallel.twin import Sharded
 from plait.training.pieces import load_pieces, pieces
 from plait.training.precision import LossScale
 from plait.training.saving import Saver

@@ -31,7 +31,7 @@ from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
 from plait.training.norm import clip
-from plait.training.parallel import Sharded, lay_out
+from plait.training.parallel.twin import Sharded, lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.settings import FitResult, Hooks, Settings
@@ -162,7 +162,7 @@ class _Run:
                 if asked(stop):
                     rng_back()
                     self._stop(stop)
-                seed_step(self.settings.seed, self.progress.step)
+                seed_step(self.settings.seed, self.progress.step, self.layout.grid)
                 try:
                     values = self._step(micro, waited, stop)
                 except Woken:
@@ -232,7 +232,7 @@ class _Run:
                     weights=settings.weights,
                     around=lambda: autocast(settings.compute.device, settings.compute.dtype),
                     scale=self.scaler.scale if self.scaler else 1.0,
-                    sharded=self.layout if isinstance(self.layout, Sharded) else None,
+                    layout=self.layout,
                 )
         except Woken:
             self._buffers_back(kept)
@@ -243,7 +243,9 @@ class _Run:
         found = self._values(sums, norm=norm, factor=factor)
         self._update(kept, sums, norm=norm, ids=ids)
         self.optimizer.zero_grad(set_to_none=True)
-        samples, tokens = total_units(len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro))
+        samples, tokens = total_units(
+            len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro), self.layout.grid
+        )
         cost = Cost(
             samples=samples,
             tokens=tokens,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from plait.core import dtensors, mesh
+from plait.core import collectives, dtensors, mesh
 
 
 @torch.no_grad()
@@ -19,11 +19,15 @@ def clip(grads: Sequence[Tensor], largest: float | None) -> float:
         grads: Of all weights; those in pieces are so over all processes.
         largest: None never clips; nor is anything scaled by a norm that is not finite.
     """
-    pieces = [dtensors.local(grad) for grad in grads if isinstance(grad, DTensor)]
     norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
-    if pieces:  # of a weight with fewer rows than processes some have an empty one
-        square = mesh.all_reduce_sum(torch.nn.utils.get_total_norm(pieces).double() ** 2)
-        norm = (square + norm.to(square.device).double() ** 2).sqrt().to(pieces[0].dtype)
+    pieces: dict[int, list[Tensor]] = {}  # by the number of processes that hold the same one
+    for grad in grads:
+        if isinstance(grad, DTensor):  # of a weight with fewer rows than processes some have an empty piece
+            pieces.setdefault(mesh.world() // dtensors.parts(grad), []).append(grad.to_local())
+    if pieces:
+        squares = [torch.nn.utils.get_total_norm(p).double() ** 2 / copies for copies, p in sorted(pieces.items())]
+        square = collectives.all_reduce_sum(torch.stack(squares).sum())
+        norm = (square + norm.to(square.device).double() ** 2).sqrt().to(next(iter(pieces.values()))[0].dtype)
     if largest is not None and bool(norm.isfinite()):
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         for members in _by_device(grads):

@@ -12,10 +12,11 @@ import signal
 
 import torch
 
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.core.device import seed_everything
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
+from plait.core.grid import Grid
 from plait.core.protocols import Batches, StatefulBatches
 from plait.training.interrupt import StopRequest
 from plait.training.state import Origin, TrainState, digest_json
@@ -57,14 +58,14 @@ def start_alike(state: TrainState, origin: Origin, batches: Batches, *, events: 
         events.warning(
             f"process {', '.join(map(str, others))} began with other trained weights than process 0, and takes those"
         )
-        mesh.copy_from_first(state.tensors().values())
+        collectives.copy_from_first(state.tensors().values())
 
 
 def asked(stop: StopRequest) -> bool:
     """Whether anybody asked any process to stop; all get the same answer, so that all stop after the same step."""
     if not mesh.active():
         return bool(stop)
-    interrupted, stopped = mesh.all_reduce_sum(
+    interrupted, stopped = collectives.all_reduce_sum(
         torch.tensor([stop.signal == signal.SIGINT, stop.signal != 0], dtype=torch.int64)
     ).tolist()
     if stopped and not stop.signal:
@@ -80,18 +81,20 @@ def patience(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if mesh.active() else stop.patience()
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, grid: Grid) -> None:
     """Among several processes, draw the random numbers of a step from its number and the process's.
 
     So they are not the same in each (dropout would drop alike), and no process has to keep them: any number of
-    processes goes on from a checkpoint. A single process draws on where it is.
+    processes goes on from a checkpoint. A single process draws on where it is. Processes that compute the same draw the
+    same.
     """
     if mesh.active():
-        keys = torch.Generator().manual_seed(seed * 1_000_003 + step * 4_096 + mesh.rank())
+        own = grid.place("data") * grid.context + grid.place("context")
+        keys = torch.Generator().manual_seed(seed * 1_000_003 + step * 4_096 + own)
         seed_everything(int(torch.randint(2**31 - 1, (), generator=keys)))
 
 
-def total_units(samples: int, tokens: int) -> tuple[int, int]:
+def total_units(samples: int, tokens: int, grid: Grid) -> tuple[int, int]:
     """Samples and tokens of a step of all processes together."""
-    both: list[int] = mesh.all_reduce_sum(torch.tensor([samples, tokens])).tolist()
+    both: list[int] = collectives.all_reduce_sum(torch.tensor([samples, tokens]), grid.group("data")).tolist()
     return both[0], both[1]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from plait.core.grid import Grid
 from plait.core.spec import Spec
 from plait.training.optim import AdamW, Optimizer
 from plait.training.schedule import Cosine, Schedule
@@ -34,6 +35,27 @@ class Parallel(Spec):
     offload: bool = False
     """Keep what is spread in the host's memory, and move a block's weights to the GPU while it is computed; needs
     `zero` of 1 or more."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Processes that divide the matrices of a language model's blocks, its vocabulary and its heads between them
+    (Megatron): neighbours, which get the same batches. The number of processes is a multiple of it."""
+
+    def data_only(self) -> Parallel:
+        """Without what divides a language model: for a part that has none."""
+        return self.model_copy(update={"tensor": 1})
+
+    @property
+    def divides(self) -> bool:
+        """Whether any process holds or computes a part that others do not, beside ZeRO."""
+        return self.tensor > 1
+
+    def grid(self, rank: int, world: int) -> Grid:
+        """Where a process is among the others.
+
+        Raises:
+            ConfigError: These cannot be divided so.
+        """
+        return Grid.of(rank, world, tensor=self.tensor)
 
     @model_validator(mode="after")
     def _spread(self) -> Parallel:
@@ -124,6 +146,17 @@ class Trainer(Spec):
         """
         if self.head != "fused":
             raise ValueError(f"trainer.head is {self.head}: {stage} leaves no choice of head; take it out")
+
+    def check_data_only(self, *, stage: str) -> None:
+        """See that nothing divides a language model, for a stage without one.
+
+        Raises:
+            ValueError: ``parallel.tensor`` is set.
+        """
+        if self.parallel.divides:
+            raise ValueError(
+                f"trainer.parallel divides a language model between processes, and {stage} trains none; take it out"
+            )
 
     def check_no_blocks(self, *, learns: str) -> None:
         """See that nothing is to be done with Transformer blocks, where none learns.

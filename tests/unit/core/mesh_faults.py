@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from benchmarks.sides.several import together
 
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.core.errors import DataError, PlaitError, Stopped
 
 
@@ -50,7 +50,7 @@ def first() -> list[Any]:
 
     found = mesh.first(work)
     with mesh.joined():  # who is in need not come in again
-        return [found, mesh.world(), int(mesh.all_reduce_sum(torch.tensor([mesh.rank() + 1])))]
+        return [found, mesh.world(), int(collectives.all_reduce_sum(torch.tensor([mesh.rank() + 1])))]
 
 
 def one_after_the_other() -> list[Any]:

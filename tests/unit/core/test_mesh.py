@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.core.errors import ConfigError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,7 +28,7 @@ def test_one_process_needs_no_distribution() -> None:
     with mesh.joined():
         assert not torch.distributed.is_initialized()
         assert (mesh.rank(), mesh.world()) == (0, 1)
-        assert mesh.all_reduce_sum(value) is value
+        assert collectives.all_reduce_sum(value) is value
         assert value.tolist() == [2.0, 3.0]
         mesh.barrier()
 
@@ -44,9 +44,9 @@ WORKER = """
 import json, torch
 from plait.core import mesh
 with mesh.joined():
-    count = mesh.all_reduce_sum(torch.tensor([2**24 + mesh.rank()]))  # float32 could not hold the sum
+    count = collectives.all_reduce_sum(torch.tensor([2**24 + mesh.rank()]))  # float32 could not hold the sum
     parts = torch.tensor([1.5, -2.0]) * (mesh.rank() + 1)
-    mesh.all_reduce_sum(parts)
+    collectives.all_reduce_sum(parts)
     mesh.barrier()
     print(json.dumps([mesh.rank(), mesh.world(), count.item(), parts.tolist()]))
 assert not mesh.active() and mesh.world() == 1

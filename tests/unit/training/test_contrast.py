@@ -346,7 +346,7 @@ WORKER = """
 import json, multiprocessing, os, sys
 from pathlib import Path
 import torch
-from plait.core import mesh
+from plait.core import collectives, mesh
 from plait.objectives.contrastive import Contrastive, SigmoidContrastive
 from pairwise_model import dual, gradients_and_sums, pairs
 
@@ -365,10 +365,10 @@ def work(rank, world, port):
             found[f"{kind} {dtype} {micro}"] = [
                 {n: g.tolist() for n, g in gradient.items()}, sums.loss, dict(sums.terms), dict(sums.counts)
             ]
-        parts = mesh.all_gather(torch.full((rank, 2), float(rank)))
+        parts = collectives.all_gather(torch.full((rank, 2), float(rank)))
         assert [len(part) for part in parts] == list(range(world)), parts
-        assert mesh.all_gather(torch.zeros(0, 3))[-1].shape == (0, 3)
-        assert mesh.all_gather_text("a" * rank + "\u00e9") == ["a" * r + "\u00e9" for r in range(world)]
+        assert collectives.all_gather(torch.zeros(0, 3))[-1].shape == (0, 3)
+        assert collectives.all_gather_text("a" * rank + "\u00e9") == ["a" * r + "\u00e9" for r in range(world)]
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
 
 fork = multiprocessing.get_context("fork")  # torch is imported once

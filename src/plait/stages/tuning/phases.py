@@ -411,6 +411,7 @@ class _Tuning:
         self, steps: int, *, late: int | None = None, dropout: FeatureDropout | None = None
     ) -> ConversationBatches:
         """Questions about pictures of the first phase; from step ``late`` on, about others, too."""
+        rank, world = self.spec.trainer.parallel.grid(mesh.rank(), mesh.world()).share
         return ConversationBatches(
             conversations=self.conversations,
             weights=self._weights(0.0),
@@ -427,8 +428,8 @@ class _Tuning:
             pieces=self.spec.trainer.pieces(self.spec.batch_size),
             group_by_length=self.spec.group_by_length,
             packed=self.spec.packing,
-            rank=mesh.rank(),
-            world=mesh.world(),
+            rank=rank,
+            world=world,
         )
 
     def _settings(self, phase: Words | Frozen | Adapt, *, parts: Mapping[str, float] | None = None) -> Settings:
@@ -446,8 +447,10 @@ class _Tuning:
             context_defaults=defaults(self.spec),
         )
         decay = phase.weight_decay if first else None
-        off = {"recompute": "none", "compile": False} if first else {}  # no Transformer learns
-        trainer = self.spec.trainer.model_copy(update=off)
+        trainer = self.spec.trainer
+        if first:  # no Transformer learns
+            off = {"recompute": "none", "compile": False, "parallel": trainer.parallel.data_only()}
+            trainer = trainer.model_copy(update=off)
         return settings.with_trainer(trainer, lr=phase.lr, parts=parts, weight_decay=decay)
 
     def _fit(

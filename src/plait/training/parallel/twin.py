@@ -1,7 +1,7 @@
-"""How the processes that train together hold the model: all of it in each, or a part (ZeRO, torch's FSDP2).
+"""Models of which each process holds a part: pieces of all weights (ZeRO, torch's FSDP2), or parts of matrices.
 
-Where weights are spread, a twin of the caller's model trains: the same modules, whose weights are pieces. The caller's
-own model is empty meanwhile and gets its weights back where somebody looks at it, and at the end.
+A twin of the caller's model trains: the same modules, whose weights are pieces. The caller's own model is empty
+meanwhile and gets its weights back where somebody looks at it, and at the end.
 
 Rajbhandari et al., ZeRO: memory optimizations toward training trillion parameter models,
 https://arxiv.org/abs/1910.02054; Zhao et al., PyTorch FSDP, https://arxiv.org/abs/2304.11277.
@@ -14,43 +14,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from plait.core import mesh
+from plait.core import collectives, dtensors, mesh
 from plait.core.errors import ConfigError
+from plait.core.grid import Grid
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
 from plait.training.average import MovingAverage
+from plait.training.parallel.layout import Whole
+from plait.training.parallel.tensor import divide
 from plait.training.trainer import Parallel
-
-
-class Whole:
-    """Every process has the whole model; gradients are summed over all of them. In one process, nothing is special.
-
-    Attributes:
-        model: What trains.
-        objective: What it minimizes.
-    """
-
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        self.model, self.objective = model, objective
-
-    def shown(self, average: MovingAverage | None = None) -> AbstractContextManager[None]:
-        """Inside, the caller's model has its weights, or their average."""
-        return average.in_place() if average is not None else nullcontext()
-
-    def finish(self) -> None:
-        """Leave the caller's model with its weights."""
 
 
 class Sharded(Whole):
@@ -65,14 +49,15 @@ class Sharded(Whole):
         model: Of the caller; empty until :meth:`finish`, but in :meth:`shown`.
         objective: Copied with it, as it may hold weights of the model.
         parallel: How much is spread.
+        grid: Where this process is among the others.
         device: ``cpu`` or ``cuda``.
 
     Raises:
         ConfigError: Blocks are left out by chance.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, device: str) -> None:
-        if any(_drops_layers(part) for part in model.modules()):
+    def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, grid: Grid, device: str) -> None:
+        if parallel.zero and any(_drops_layers(part) for part in model.modules()):
             raise ConfigError(
                 "layer_drop leaves blocks out by chance, in each process others, which would wait for each other",
                 place="trainer.parallel.zero",
@@ -82,17 +67,38 @@ class Sharded(Whole):
         self._owners = _owners(model, objective)
         tensors = [*self._plain.values(), *(owner.get_buffer(name) for owner, name in self._owners.values())]
         pair = copy.deepcopy((model, objective), {id(tensor): tensor for tensor in tensors})  # no weight is copied
-        super().__init__(*pair)
-        ranks = init_device_mesh(device, (mesh.world(),))
+        super().__init__(*pair, grid=grid)
+        self.in_step = bool(parallel.zero)
+        self._optional = _optional(self.model) if parallel.zero else {}
+        self._outer: set[str] = set()
+        self._root: FSDPModule | None = None
+        self._routed = any("experts" in name for name, _ in self.model.named_modules())
+        self._reach = False
+        devices = grid.devices(device)
+        if parallel.tensor > 1:
+            divide(self.model, devices["tensor"])
+        if parallel.zero:
+            self._cut(parallel, devices, device=device)
+        # As pieces, which a step puts back where it took them from.
+        self._spread = {n: w for n, w in _named(self.model, self.objective).items() if isinstance(w, DTensor)}
+        self._accumulates = parallel.zero == 1
+        self._found: list[Tensor] = []
+        self._ran: set[str] = set()
+        for name, module in self._optional.items():
+            module.register_forward_hook(partial(self._note, name))
+        if self.in_step:
+            self.model.register_forward_hook(self._remember)
+        self._empty()
+
+    def _cut(self, parallel: Parallel, devices: DeviceMesh, *, device: str) -> None:
+        """Cut every weight into pieces for the processes that see other tokens (FSDP2)."""
+        ranks = devices["data", "context"]._flatten() if self.grid.context > 1 else devices["data"]
         # What cannot be cut stays whole in every process: scalars, and filters that lie channels-last.
         whole = {weight for weight in self.model.parameters() if not (weight.ndim and weight.is_contiguous())}
         policy = CPUOffloadPolicy(pin_memory=device == "cuda") if parallel.offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": ranks, "offload_policy": policy, "ignored_params": whole}
-        self._optional = _optional(self.model)
         apart = {id(part) for module in self._optional.values() for part in module.modules()}
         blocks = [b for b in blocks_of(self.model) if id(b) not in apart and any(True for _ in b.parameters())]
-        self._routed = any("experts" in name for name, _ in self.model.named_modules())
-        self._reach = False
         for block in blocks:
             block.register_forward_hook(self._reached)
             fully_shard(block, reshard_after_forward=parallel.zero == 3, **common)
@@ -105,15 +111,6 @@ class Sharded(Whole):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(enable=True)
-        # As pieces, which a step puts back where it took them from.
-        self._spread = {n: w for n, w in _named(self.model, self.objective).items() if isinstance(w, DTensor)}
-        self._accumulates = parallel.zero == 1
-        self._found: list[Tensor] = []
-        self._ran: set[str] = set()
-        for name, module in self._optional.items():
-            module.register_forward_hook(partial(self._note, name))
-        self.model.register_forward_hook(self._remember)
-        self._empty()
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -123,7 +120,7 @@ class Sharded(Whole):
         Stage 1 keeps weights and gradients whole until then; the others send each micro-batch's gradient on.
         """
         self._reach = self._routed or not bool((batch.segment_ids != 0).any())
-        if self._accumulates:
+        if self._accumulates and self._root is not None:
             self._root.set_requires_gradient_sync(last)
             self._root.set_reshard_after_backward(last)
 
@@ -136,7 +133,7 @@ class Sharded(Whole):
         found, self._found = self._found, []
         weights = [weight for name, weight in self.model.named_parameters() if name in self._outer]
         for tensor in (*found, *weights):
-            loss = loss + (tensor * 0).sum().to(loss.dtype)
+            loss = loss + (dtensors.local(tensor) * 0).sum().to(loss.dtype)
         return loss
 
     def _reached(self, block: nn.Module, _: Any, output: Any) -> Any:
@@ -149,13 +146,15 @@ class Sharded(Whole):
         first, *rest = output if isinstance(output, tuple) else (output,)
         for weight in block.parameters():
             if weight.requires_grad:
-                first = first + (weight * 0).sum().to(first.dtype)
+                first = first + (dtensors.local(weight) * 0).sum().to(first.dtype)
         return (first, *rest) if isinstance(output, tuple) else first
 
     def settle(self) -> None:
         """After a step: what no process used has no gradient, as in one process, and not one of zeros."""
         names = list(self._optional)
-        used = mesh.all_reduce_sum(torch.tensor([name in self._ran for name in names], dtype=torch.int64)).tolist()
+        used = collectives.all_reduce_sum(
+            torch.tensor([name in self._ran for name in names], dtype=torch.int64)
+        ).tolist()
         idle = tuple(f"{name}." for name, count in zip(names, used, strict=True) if not count)
         if names and not any(used):
             idle += _WITH_MEDIA
@@ -220,17 +219,21 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
     """Hold the model as the settings say; one process holds all of it in any case.
 
     Raises:
-        ConfigError: CPU offload, where weights are on the CPU anyway; or see :class:`Sharded`.
+        ConfigError: CPU offload, where weights are on the CPU anyway; the processes cannot be divided so; or see
+            :class:`Sharded`.
     """
-    if not mesh.active() or not parallel.zero:
+    if not mesh.active():
         return Whole(model, objective)
+    grid = parallel.grid(mesh.rank(), mesh.world())
+    if not parallel.zero and not parallel.divides:
+        return Whole(model, objective, grid=grid)
     if parallel.offload and device == "cpu":
         raise ConfigError(
             "parallel.offload is true, but the weights are in this processor's memory anyway",
             place="trainer.parallel.offload",
             remedy="set it to false, or train on a GPU",
         )
-    return Sharded(model, objective, parallel, device=device)
+    return Sharded(model, objective, parallel, grid=grid, device=device)
 
 
 _MEDIA = ("encoders", "connector", "vision", "visual", "audio", "image", "video", "multi_modal", "resampler", "qformer")

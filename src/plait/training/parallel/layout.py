@@ -1,0 +1,86 @@
+"""How the processes that train together hold the model: all of it in each. See :mod:`plait.training.parallel.twin`."""
+
+# torch's annotations are partial: its members count as partially unknown.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from plait.core import collectives, dtensors, mesh
+from plait.core.grid import Grid
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+from plait.training.average import MovingAverage
+
+
+class Whole:
+    """Every process has the whole model; gradients are summed over all of them. In one process, nothing is special.
+
+    Attributes:
+        model: What trains.
+        objective: What it minimizes.
+        grid: Where this process is among the others.
+        in_step: Whether a pass of one process waits for the others, so that all make equally many of them.
+    """
+
+    in_step = False
+
+    def __init__(self, model: nn.Module, objective: Objective, *, grid: Grid | None = None) -> None:
+        self.model, self.objective = model, objective
+        self.grid = grid or Grid.of(mesh.rank(), mesh.world())
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch, *, last: bool) -> None:
+        """Tell which micro-batch is computed now, and whether it is the step's last."""
+
+    def touched(self, loss: Tensor) -> Tensor:
+        """The loss, as a function of all that a backward pass must reach in every process."""
+        return loss
+
+    def sum_gradients(self) -> None:
+        """Add up the gradients of the processes that hold the same weights and saw other tokens.
+
+        A process in which a weight got none still takes part in its sum.
+        """
+        if self.grid.data * self.grid.context == 1:
+            return
+        group = self.grid.group("data", "context")
+        weights = [weight for weight in self._learning() if not _summed_on_the_way(weight)]
+        # What got no gradient in any process has none, as in one process: an optimizer leaves it alone.
+        here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64)
+        counts = collectives.all_reduce_sum(here, group).tolist()
+        weights = [weight for weight, count in zip(weights, counts, strict=True) if count]
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        grads = [dtensors.local(weight.grad) for weight in weights if weight.grad is not None]
+        collectives.all_reduce_many(grads, group)
+
+    def settle(self) -> None:
+        """After a step's gradients are there."""
+
+    def _learning(self) -> Iterator[nn.Parameter]:
+        """Every trained weight once."""
+        modules = [self.model, *([self.objective] if isinstance(self.objective, nn.Module) else [])]
+        yield from {id(w): w for module in modules for w in module.parameters() if w.requires_grad}.values()
+
+    # --- the caller's model ----------------------------------------------------------------------------------------
+
+    def shown(self, average: MovingAverage | None = None) -> AbstractContextManager[None]:
+        """Inside, the caller's model has its weights, or their average."""
+        return average.in_place() if average is not None else nullcontext()
+
+    def finish(self) -> None:
+        """Leave the caller's model with its weights."""
+
+
+def _summed_on_the_way(weight: Tensor) -> bool:
+    """Whether a weight lies in pieces on the processes that see other tokens: its gradient has been summed."""
+    return isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names != ("tensor",)
