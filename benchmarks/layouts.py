@@ -119,7 +119,11 @@ class Way:
 
     def batches(self, pieces: int) -> Batches:
         """This process's share."""
-        return source(pieces=pieces, packed=self.packed, parallel=self.parallel) if self.loss == "text" else Pictures(pieces=pieces)
+        return (
+            source(pieces=pieces, packed=self.packed, parallel=self.parallel)
+            if self.loss == "text"
+            else Pictures(pieces=pieces)
+        )
 
 
 def ways() -> list[Way]:

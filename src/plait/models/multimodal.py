@@ -259,7 +259,9 @@ class MultimodalLM(nn.Module):
             weight: Tensor = self.decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
             none = batch.token_ids.new_zeros(0, 3)
             width = int(self.connectors[modality].d_out)  # pyright: ignore[reportArgumentType]
-            values = torch.zeros(0, width, dtype=weight.dtype, device=weight.device)  # not new_zeros: it may lie in pieces
+            values = torch.zeros(
+                0, width, dtype=weight.dtype, device=weight.device
+            )  # not new_zeros: it may lie in pieces
             return Patches(values=values, grid=none), none[:, 0]
         features = media if batch.encoded else self.encoders[modality](media)
         connector = self.connectors[modality]

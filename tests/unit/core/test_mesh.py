@@ -42,7 +42,7 @@ def test_a_half_set_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 WORKER = """
 import json, torch
-from plait.core import mesh
+from plait.core import collectives, mesh
 with mesh.joined():
     count = collectives.all_reduce_sum(torch.tensor([2**24 + mesh.rank()]))  # float32 could not hold the sum
     parts = torch.tensor([1.5, -2.0]) * (mesh.rank() + 1)

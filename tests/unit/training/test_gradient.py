@@ -17,6 +17,7 @@ from plait.core.errors import ConfigError, DataError
 from plait.core.tensors import IGNORE, Batch
 from plait.training import gradient as module
 from plait.training.gradient import accumulate, check_batches, named
+from plait.training.parallel import layout
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 5
 
@@ -150,7 +151,7 @@ class Ranks:
         self.values: dict[str, torch.Tensor] = {}
         self.texts: dict[str, str] = {}
 
-    def all_gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str, group: None = None) -> list[str]:
         self.texts[threading.current_thread().name] = text
         self.barrier.wait(timeout=20)
         return [self.texts[name] for name in sorted(self.texts)]
@@ -164,16 +165,25 @@ class Ranks:
     def world(self) -> int:
         return self.size
 
-    def all_reduce_many(self, tensors: Sequence[torch.Tensor]) -> None:
+    def rank(self) -> int:
+        return 0
+
+    def all_reduce_many(self, tensors: Sequence[torch.Tensor], group: None = None) -> None:
         for tensor in tensors:
             self.all_reduce_sum(tensor)
 
-    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor, group: None = None) -> torch.Tensor:
         self.values[threading.current_thread().name] = value.clone()
         self.barrier.wait(timeout=20)
         value.copy_(torch.stack([self.values[name] for name in sorted(self.values)]).sum(dim=0))
         self.barrier.wait(timeout=20)
         return value
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    for where in (module, layout):
+        for name in ("mesh", "collectives"):
+            monkeypatch.setattr(where, name, ranks)
 
 
 def test_ranks_with_unequal_batches_give_the_whole_batch_gradient(monkeypatch):
@@ -186,7 +196,7 @@ def test_ranks_with_unequal_batches_give_the_whole_batch_gradient(monkeypatch):
     def work(rank: int) -> None:
         found[rank] = gradient(models[rank], shards[rank])
 
-    monkeypatch.setattr(module, "mesh", Ranks(2))
+    stand_in(monkeypatch, Ranks(2))
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -214,7 +224,7 @@ def test_a_rank_with_nothing_to_train_on_neither_ends_nor_holds_up_the_others(mo
         module.accumulate(models[rank], PlainZeros(), shards[rank], weights={"size": 0.0})
         found[rank] = {name: weight.grad.clone() for name, weight in models[rank].named_parameters()}
 
-    monkeypatch.setattr(module, "mesh", Ranks(2))
+    stand_in(monkeypatch, Ranks(2))
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -232,17 +242,17 @@ class Other(Ranks):
         super().__init__(2)
         self.has_all = has_all
 
-    def all_gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str, group: None = None) -> list[str]:
         return [text, text]
 
-    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor, group: None = None) -> torch.Tensor:
         which_have = value.dtype == torch.int64 and len(value) > 2
         return value.add_(1) if which_have and self.has_all else value.mul_(2)
 
 
 @pytest.mark.parametrize("has_all", [True, False])
 def test_a_weight_without_a_gradient_here_has_one_if_another_rank_has(monkeypatch, has_all):
-    monkeypatch.setattr(module, "mesh", Other(has_all=has_all))
+    stand_in(monkeypatch, Other(has_all=has_all))
     model = Language()
     model.register_parameter("unused", nn.Parameter(torch.zeros(2)))
     accumulate(model, NextToken(), [rows((3,))], weights={"size": 0.3})
@@ -330,7 +340,7 @@ def test_a_step_that_one_rank_broke_off_is_complete_on_none(monkeypatch):
     def work(rank: int) -> None:
         found[rank] = module.accumulate(models[rank], Broken(), [rows((5,), seed=rank)], weights={})
 
-    monkeypatch.setattr(module, "mesh", Ranks(2))
+    stand_in(monkeypatch, Ranks(2))
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -351,7 +361,7 @@ def test_terms_over_the_whole_batch_refuse_pieces_of_it(monkeypatch):
         check_batches([rows((5, 2, 3)), rows((1,))], Whole(), step=0)
     assert error.value.remedy == "set the micro-batch to the whole batch (4), or the batch to 3"
     check_batches([rows((5, 2, 3))], Whole(), step=0)
-    monkeypatch.setattr(module, "mesh", Ranks(2))
+    stand_in(monkeypatch, Ranks(2))
     with pytest.raises(ConfigError, match="2 processes hold a part of it each"):
         check_batches([rows((5, 2, 3))], Whole(), step=0)
     check_batches([rows((5, 2, 3)), rows((1,))], NextToken(), step=0)

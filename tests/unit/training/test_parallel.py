@@ -9,9 +9,11 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from plait.core import mesh
 from plait.core.errors import ConfigError
+from plait.core.grid import Grid
 from plait.objectives.language import NextToken
 from plait.training.norm import clip
-from plait.training.parallel import Sharded, Whole, lay_out
+from plait.training.parallel.layout import Whole
+from plait.training.parallel.twin import Sharded, lay_out
 from plait.training.trainer import Parallel, Trainer
 
 
@@ -29,7 +31,7 @@ def test_one_process_holds_the_whole_model_whatever_is_set() -> None:
 
 def test_blocks_left_out_by_chance_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="layer_drop leaves blocks out by chance") as error:
-        Sharded(opt(layerdrop=0.5), NextToken(), Parallel(zero=3), device="cpu")
+        Sharded(opt(layerdrop=0.5), NextToken(), Parallel(zero=3), grid=Grid(), device="cpu")
     assert "layerdrop in a decoder's config.json" in error.value.remedy
 
 
