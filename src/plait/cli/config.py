@@ -1,4 +1,4 @@
-"""``plait config``: what may be set, what is set, and who set it."""
+"""``plait config``: what may be set, what is set, and who set it; configurations of other tools as recipes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from plait.cli.output import Out
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from plait.core.catalogue import Setting
     from plait.core.spec import Resolved
+    from plait.recipes.foreign.fragment import Imported
     from plait.recipes.recipe import Recipe
 
 _MISSING = object()
@@ -31,6 +34,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="print a recipe with all settings and where each came from")
     show.add_argument("recipe", help="name of a shipped recipe, or path of a YAML file or run folder")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings to lay over the recipe")
+    _add_import(actions.add_parser("import", help="turn a DeepSpeed or Megatron-LM configuration into a recipe"))
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="DeepSpeed JSON; or script, file of arguments or YAML of Megatron-LM")
+    parser.add_argument(
+        "--from",
+        dest="tool",
+        choices=("auto", "deepspeed", "megatron"),
+        default="auto",
+        help="whose it is; auto: DeepSpeed's if it begins with {",
+    )
+    parser.add_argument("--extends", default="standard", metavar="RECIPE", help="the recipe's parent (standard)")
+    parser.add_argument("--stage", default="tune", help="stage of it that this is for: tune (default), pretrain, align")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="processes that the file was for")
+    parser.add_argument(
+        "--set",
+        dest="variables",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the script that only the shell knows; may be given several times",
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the recipe there, instead of printing it")
 
 
 def main(args: argparse.Namespace, out: Out) -> int:
@@ -40,6 +67,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
     if args.action == "schema":
         Out(json=True).result(recipe_schema())
         return 0
+    if args.action == "import":
+        return _import(args, out)
     if args.action == "show":
         resolved = load_recipe(args.recipe, args.overrides)
         out.line(resolved.to_yaml().rstrip("\n"))
@@ -47,6 +76,81 @@ def main(args: argparse.Namespace, out: Out) -> int:
         out.result({"recipe": resolved.spec.model_dump(mode="json"), "sources": sources})
         return 0
     return _explain(args, out)
+
+
+def _import(args: argparse.Namespace, out: Out) -> int:
+    from pathlib import Path
+
+    from plait.core.errors import UsageError
+    from plait.recipes.foreign.fragment import import_config
+
+    variables = dict(pair.partition("=")[::2] for pair in args.variables if "=" in pair)
+    if len(variables) < len(args.variables):
+        raise UsageError("--set takes NAME=VALUE, each name once", place="the command line", remedy="see --help")
+    if args.processes < 0:
+        raise UsageError(f"--processes is {args.processes}", place="the command line", remedy="give 1 or more")
+    target = Path(args.out) if args.out else None
+    imported = import_config(
+        Path(args.file),
+        tool=args.tool,
+        extends=args.extends,
+        stage=args.stage,
+        folder=target.parent if target else Path(),
+        processes=args.processes,
+        variables=variables,
+    )
+    if target:
+        _write_new(target, imported.text)
+    else:
+        out.line(imported.text.rstrip("\n"))
+    _print_account(imported, target)
+    rows = [
+        {
+            "key": row.leaf.key,
+            "value": row.leaf.value
+            if isinstance(row.leaf.value, str | int | float | list | None)
+            else str(row.leaf.value),
+            "where": row.leaf.where,
+            "outcome": row.outcome,
+            "settings": dict(row.settings),
+            "why": row.why,
+            "given": not row.implied,
+        }
+        for row in imported.rows
+    ]
+    out.result({"tool": imported.tool, "stage": args.stage, "recipe": imported.text, "keys": rows})
+    return 0
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet."""
+    from plait.core.errors import ConfigError
+    from plait.core.files import disk_error
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        remedy = "take another name, or delete it"
+        raise ConfigError("there is a file already", place=str(path), remedy=remedy) from error
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _print_account(imported: Imported, path: Path | None) -> None:
+    """One row for each key, on stderr: stdout has the recipe."""
+    import sys
+
+    from plait.recipes.foreign.account import OUTCOMES
+    from plait.recipes.foreign.fragment import given, said
+
+    found = [row for outcome in OUTCOMES for row in imported.of(outcome)]
+    wide = max((min(len(given(row)), 60) for row in found), default=0)
+    for row in found:
+        where = row.leaf.where.rpartition("/")[2] or "not given"
+        print(f"{row.outcome:<10}  {given(row):<{wide}}  {where}  {said(row)}", file=sys.stderr)
+    counts = ", ".join(f"{len(imported.of(outcome))} {outcome}" for outcome in OUTCOMES)
+    print(f"{len(found)} keys: {counts}" + (f"; recipe in {path}" if path else ""), file=sys.stderr)
 
 
 def _explain(args: argparse.Namespace, out: Out) -> int:
