@@ -111,3 +111,53 @@ def test_a_fault_exits_with_the_code_of_configuration(capsys: pytest.CaptureFixt
     code, _, err = run(capsys, "show", "lost.yaml")
     assert code == 3
     assert "no such recipe file" in err
+
+
+def test_import_prints_a_recipe_and_says_on_stderr_where_every_key_went(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": 0.5, "steps_per_print": 9, "wandb": {"project": "x"}, "typo": 1}')
+    code, out, err = run(capsys, "import", str(path), "--extends", "quickstart")
+    assert code == 0
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(out)
+    assert load_recipe(str(recipe)).spec.stages["tune"].model_dump()["trainer"]["clip_norm"] == 0.5
+    keys = ["gradient_clipping", "steps_per_print", "wandb.project", "typo"]
+    lines = err.splitlines()
+    assert [sum(f"{key} =" in line for line in lines) for key in keys] == [1, 1, 1, 1]
+    assert lines[-1] == "4 keys: 1 mapped, 1 as it is, 1 not mapped, 1 unknown"
+
+
+def test_import_writes_a_file_once_and_tells_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, target = tmp_path / "args.txt", tmp_path / "mine.yaml"
+    path.write_text("--train-iters $N --lr 1e-4")
+    words = ("import", str(path), "--stage", "align", "--set", "N=30", "--out", str(target), "--json")
+    code, out, _ = run(capsys, *words)
+    told = json.loads(out)
+    assert (code, told["tool"], told["recipe"]) == (0, "megatron", target.read_text())
+    assert {"key": "--train-iters", "outcome": "mapped", "settings": {"steps": 30}}.items() <= told["keys"][0].items()
+    assert load_recipe(str(target)).spec.stages["align"].model_dump()["steps"] == 30
+    code, _, err = run(capsys, *words)
+    assert code == 3
+    assert "there is a file already" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "cause"),
+    [
+        (["--set", "N"], 2, "NAME=VALUE"),
+        (["--processes", "-1"], 2, "--processes is -1"),
+        (["--stage", "data"], 3, "no stage 'data'"),
+        (["--extends", "quikstart"], 3, "did you mean 'quickstart'?"),
+        (["--out", "/no/such/folder/x.yaml"], 5, "/no/such/folder/x.yaml"),
+    ],
+)
+def test_import_refuses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], code: int, cause: str
+) -> None:
+    path = tmp_path / "args.txt"
+    path.write_text("--lr 1e-4")
+    found, out, err = run(capsys, "import", str(path), *words)
+    assert (found, out) == (code, "")
+    assert cause in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -132,15 +133,15 @@ class Ledger:
             ConfigError: It is none, or below ``least``.
         """
         leaf = self._open[name]
-        value = leaf.value
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError as error:
-                raise _wrong(leaf, "a number") from error
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if isinstance(leaf.value, bool) or not isinstance(leaf.value, int | float | str):
             raise _wrong(leaf, "a number")
-        if value < least or value == float("inf"):
+        try:
+            value = float(leaf.value)
+        except (ValueError, OverflowError) as error:
+            raise _wrong(leaf, "a number") from error
+        if not math.isfinite(value):
+            raise _wrong(leaf, "a number")
+        if value < least:
             raise _wrong(leaf, f"a number of {least:g} or more")
         return value
 
@@ -150,7 +151,7 @@ class Ledger:
         Raises:
             ConfigError: It is none, or below ``least``.
         """
-        value = self.number(name, least=least)
+        value = self.number(name, least=float(least))
         if value != int(value):
             raise _wrong(self._open[name], "a whole number")
         return int(value)

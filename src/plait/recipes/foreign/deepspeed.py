@@ -219,7 +219,9 @@ def _rates(ledger: Ledger, target: Target, kind: str) -> None:
             ledger.maps(lr, {target.lr: rate}, target.phase)
     for name, ours in _PARAMETERS.get(kind, {"weight_decay": "weight_decay"}).items():
         if (key := f"{_OPT}.{name}") in ledger:
-            value = _betas(ledger, key) if name == "betas" else ledger.number(key, least=-1 if ours == "memory" else 0)
+            value = (
+                _betas(ledger, key) if name == "betas" else ledger.number(key, least=-1.0 if ours == "memory" else 0.0)
+            )
             ledger.maps(key, {f"{OPTIMIZER}.{ours}": value})
     if (ahead := f"{_OPT}.nesterov") in ledger and kind == "sgd":
         ledger.maps(ahead, {f"{OPTIMIZER}.nesterov": ledger.flag(ahead)})

@@ -13,11 +13,11 @@ _RECOMPUTE = "the section says how, the model's code says whether: set trainer.r
 _STEPS = "metrics.jsonl has loss, rate, norm and times of every step"
 _PLUS = "ZeRO++ is not there: what is sent is not rounded, and pieces lie over all processes"
 
-_SECTION_NAMES = """optimizer scheduler fp16 bf16 amp zero_optimization activation_checkpointing sparse_attention aio flops_profiler
-tensorboard wandb comet csv_monitor elasticity comms_logger autotuning data_efficiency curriculum_learning
-progressive_layer_drop eigenvalue quantize_training compression_training checkpoint data_types hybrid_engine
-pipeline tensor_parallel compile torch_autocast monitor_config nebula zenflow optimizer.params scheduler.params
-zero_optimization.zenflow"""
+_SECTION_NAMES = """optimizer scheduler fp16 bf16 amp zero_optimization activation_checkpointing sparse_attention
+aio flops_profiler tensorboard wandb comet csv_monitor elasticity comms_logger autotuning data_efficiency
+curriculum_learning progressive_layer_drop eigenvalue quantize_training compression_training checkpoint data_types
+hybrid_engine pipeline tensor_parallel compile torch_autocast monitor_config nebula zenflow optimizer.params
+scheduler.params zero_optimization.zenflow"""
 
 _DISK_NAMES = """nvme_path buffer_count buffer_size max_in_cpu fast_init pipeline_read pipeline_write ratio pin_memory
 super_offload cpuadam_cores_perc"""

@@ -66,7 +66,7 @@ def read(ledger: Ledger, target: Target) -> None:
     """
     _tidy(ledger)
     trains = "lr" in ledger
-    degrees = _parallel(ledger)
+    degrees = _parallel(ledger, target)
     kind = _optimizer(ledger, target, trains=trains)
     size = map_batch(ledger, target, _BATCH, degrees=degrees)
     _lengths(ledger, target, size)
@@ -93,7 +93,7 @@ def _tidy(ledger: Ledger) -> None:
 # --- parallel ------------------------------------------------------------------------------------------------------
 
 
-def _parallel(ledger: Ledger) -> int:
+def _parallel(ledger: Ledger, target: Target) -> int:
     """Map degrees; returns how many processes share one sample."""
     sharing = 1
     for name, ours in _DEGREES.items():
@@ -105,7 +105,8 @@ def _parallel(ledger: Ledger) -> int:
         if size == 1:
             ledger.keeps(name, "1 is the default")
         elif ours == "pipeline":
-            ledger.maps(name, settings | {f"{PARALLEL}.schedule": "1f1b"}, "Megatron's schedule is 1F1B")
+            other = target.at(f"{PARALLEL}.schedule") not in (None, "1f1b")
+            ledger.maps(name, settings | ({f"{PARALLEL}.schedule": "1f1b"} if other else {}), "by 1F1B")
         else:
             ledger.maps(name, settings)
     _sharding(ledger)

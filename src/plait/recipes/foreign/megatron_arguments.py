@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 _SPEED = "how it is computed or sent; results are the same, nothing to do"
 
-_MAPPED_NAMES = """tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
-expert_tensor_parallel_size use_distributed_optimizer use_torch_fsdp2 data_parallel_sharding_strategy
-optimizer_cpu_offload micro_batch_size global_batch_size train_iters train_samples lr min_lr lr_decay_style
-lr_decay_iters lr_decay_samples lr_warmup_fraction lr_warmup_iters lr_warmup_samples lr_warmup_init
-lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
-weight_decay start_weight_decay end_weight_decay weight_decay_incr_style clip_grad bf16 fp16
+_MAPPED_NAMES = """tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
+expert_model_parallel_size expert_tensor_parallel_size use_distributed_optimizer use_torch_fsdp2
+data_parallel_sharding_strategy optimizer_cpu_offload micro_batch_size global_batch_size train_iters train_samples
+lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction lr_warmup_iters lr_warmup_samples
+lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples optimizer adam_beta1 adam_beta2 adam_eps
+sgd_momentum weight_decay start_weight_decay end_weight_decay weight_decay_incr_style clip_grad bf16 fp16
 recompute_granularity recompute_activations save_interval seed num_workers async_save"""
 
 _LIST_NAMES = """data_path train_data_path valid_data_path test_data_path rampup_batch_size profile_ranks
