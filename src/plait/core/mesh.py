@@ -23,6 +23,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -112,6 +113,7 @@ class _Session:
 
 
 _session: ContextVar[_Session | None] = ContextVar("session", default=None)
+_ours = threading.Event()  # whether torch's process group is Plait's: also in other threads, and while alone
 
 
 def active() -> bool:
@@ -348,12 +350,19 @@ def joined(device: str = "cpu") -> Generator[None]:
             talks over gloo.
 
     Raises:
-        ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing.
+        ConfigError: ``WORLD_SIZE`` is above 1, but the rest of torchrun's variables is missing; or somebody else has
+            made a process group.
         ResourceError: There is no GPU for this process, or another one did not come or was killed.
     """
-    if active() or dist.is_initialized() or not launched():
+    if active() or _ours.is_set() or not launched():
         yield
         return
+    if dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is at work already, and not by Plait: each process would train alone",
+            place="environment",
+            remedy="call torch.distributed.destroy_process_group() before (docs/cluster.md), or let torchrun start Plait",
+        )
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -372,6 +381,7 @@ def joined(device: str = "cpu") -> Generator[None]:
             remedy="one of them may have been killed, or the network fails; what the others say tells more",
         ) from error
     token = _session.set(session)
+    _ours.set()
     try:
         yield
         barrier()
@@ -384,6 +394,7 @@ def joined(device: str = "cpu") -> Generator[None]:
     finally:
         _session.reset(token)
         dist.destroy_process_group()
+        _ours.clear()
         session.leave(first=place == 0, of=count)
         session.lifeline.close()
 

@@ -40,6 +40,20 @@ def test_a_half_set_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
+def test_a_group_that_another_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray Train's workers have one: each process would take itself for the only one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match="not by Plait") as told, mesh.joined():
+            pass
+        assert "destroy_process_group" in told.value.remedy
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 WORKER = """
 import json, torch
 from plait.core import collectives, mesh
@@ -48,6 +62,8 @@ with mesh.joined():
     parts = torch.tensor([1.5, -2.0]) * (mesh.rank() + 1)
     collectives.all_reduce_sum(parts)
     mesh.barrier()
+    with mesh.alone(), mesh.joined():
+        assert mesh.world() == 1
     print(json.dumps([mesh.rank(), mesh.world(), count.item(), parts.tolist()]))
 assert not mesh.active() and mesh.world() == 1
 """
