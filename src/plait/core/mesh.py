@@ -361,7 +361,7 @@ def joined(device: str = "cpu") -> Generator[None]:
         raise ConfigError(
             "torch.distributed is at work already, and not by Plait: each process would train alone",
             place="environment",
-            remedy="call torch.distributed.destroy_process_group() before (docs/cluster.md), or let torchrun start Plait",
+            remedy="call torch.distributed.destroy_process_group() before it, or let torchrun start Plait",
         )
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
