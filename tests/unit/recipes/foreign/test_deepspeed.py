@@ -231,7 +231,7 @@ KEYS: dict[str, st.SearchStrategy[Any]] = {
 
 
 @pytest.mark.row("S4-69")
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     config=st.fixed_dictionaries({}, optional=KEYS).filter(lambda config: set(config) - {"no_such_key"}),
     name=st.sampled_from(["tune", "pretrain", "align"]),
