@@ -64,6 +64,7 @@ class Way:
         optimizer: Which.
         whole: Whether the decoder learns, too, instead of its adapter.
         loss: ``text``, ``nce`` or ``sigmoid``.
+        kv_heads: Heads of keys, which processes that divide heads must be able to deal out.
         packed: Whether conversations share rows.
         more: Further settings of the loop.
     """
@@ -75,6 +76,7 @@ class Way:
     optimizer: Any = field(default_factory=lambda: AdamW(weight_decay=0.1))
     whole: bool = False
     loss: str = "text"
+    kv_heads: int = 2
     packed: bool = True
     more: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -106,7 +108,7 @@ class Way:
         """The same weights each time."""
         if self.loss != "text":
             return tower().to(self.weights)
-        model = exactness.model(by_document=True, kv_heads=4 if self.grid else 2).to(self.weights)
+        model = exactness.model(by_document=True, kv_heads=self.kv_heads).to(self.weights)
         if self.whole:
             model.decoder.requires_grad_(requires_grad=True)
         return model
@@ -151,11 +153,18 @@ def ways() -> list[Way]:
         found += [Way(name=f"ZeRO-{zero}", zero=zero), Way(name=f"ZeRO-{zero}, all learns", zero=zero, whole=True)]
     for grid in ({"tensor": 2}, {"tensor": 4}):
         name = f"tensor {grid['tensor']}"
-        found += [Way(name=name, grid=grid), Way(name=f"{name}, all learns", grid=grid, whole=True)]
+        found += [Way(name=name, grid=grid, kv_heads=4)]
+        found += [Way(name=f"{name}, all learns", grid=grid, kv_heads=4, whole=True)]
     found += [
-        Way(name="tensor 2, float32 SGD", grid={"tensor": 2}, dtype="float32", optimizer=SGD(momentum=0.9)),
-        Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, whole=True),
-        Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}),
+        Way(
+            name="tensor 2, float32 SGD",
+            grid={"tensor": 2},
+            kv_heads=4,
+            dtype="float32",
+            optimizer=SGD(momentum=0.9),
+        ),
+        Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, kv_heads=4, whole=True),
+        Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}, kv_heads=4),
     ]
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]
@@ -243,7 +252,7 @@ def trained(
     fit(
         model,
         objective or NextToken(),
-        batches or source(),
+        batches or source(parallel=settings.get("parallel")),
         settings=Settings(**{"steps": STEPS, "compute": compute, "optimizer": AdamW(weight_decay=0.1)} | settings),
         folder=folder,
         events=Events(listeners=() if said is None else (said.append,)),

@@ -88,16 +88,21 @@ class _Words(NamedTuple):
         each = -(-len(weight) // ranks.size())
         return cls(first=ranks.get_local_rank() * each, each=each, group=ranks.get_group())
 
-    def of_all(self, scores: Float[Tensor, "r v"], goal: Int[Tensor, "r 1"]) -> _Found:
-        """See :func:`_found`, over the words of all processes."""
+    def mine(self, goal: Int[Tensor, "r 1"], scores: Float[Tensor, "r v"]) -> tuple[Tensor, Tensor]:
+        """Numbers of tokens among this process's words, and 1 where they are, else 0; no column if it has no word."""
         goal = goal - self.first
         here = ((goal >= 0) & (goal < scores.shape[1])).to(scores.dtype)
-        goal = goal.clamp(0, max(scores.shape[1] - 1, 0))
+        own = slice(0, min(scores.shape[1], 1))
+        return goal.clamp(0, max(scores.shape[1] - 1, 0))[:, own], here[:, own]
+
+    def of_all(self, scores: Float[Tensor, "r v"], goal: Int[Tensor, "r 1"]) -> _Found:
+        """See :func:`_found`, over the words of all processes."""
+        goal, here = self.mine(goal, scores)
         lowest = torch.finfo(scores.dtype).min
         peak = scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), lowest)
         with mesh.explained():
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.group)
-        picked = (scores.gather(1, goal) * here)[:, 0] if scores.shape[1] else torch.zeros_like(peak)
+        picked = (scores.gather(1, goal) * here).sum(1)
         total = scores.sub_(peak[:, None]).exp_().sum(1)
         picked, total = collectives.all_reduce_sum(torch.stack([picked, total]), self.group)
         return _Found(picked=picked, peak=peak, total=total, goal=goal, here=here)
@@ -111,14 +116,14 @@ class _Found(NamedTuple):
         peak: Highest score.
         total: Sum over all words.
         goal: Number of the token that came among the words at hand.
-        here: 1 where it is among them, else 0.
+        here: 1 where it is among them, else 0; no column where there is no word.
     """
 
     picked: Float[Tensor, " r"]
     peak: Float[Tensor, " r"]
     total: Float[Tensor, " r"]
-    goal: Int[Tensor, "r 1"]
-    here: Float[Tensor, "r 1"]
+    goal: Int[Tensor, "r _"]
+    here: Float[Tensor, "r _"]
 
 
 def _found(scores: Float[Tensor, "r v"], goal: Int[Tensor, "r 1"]) -> _Found:
@@ -200,9 +205,7 @@ def _weighed(ctx: Any, shares: Float[Tensor, " n"]) -> tuple[Tensor | None, Tens
             share, goal = shares[part, None], targets[part, None]
             here = torch.ones_like(share)
             if ctx.own:
-                goal = goal - ctx.own.first
-                here = ((goal >= 0) & (goal < len(weight))).to(share)
-                goal = goal.clamp(0, max(len(weight) - 1, 0))
+                goal, here = ctx.own.mine(goal, scores)
             slopes = scores.sub_(peaks[part, None]).exp_().mul_(-share)
             slopes.scatter_add_(1, goal, share * here)
             if of_weight is not None:

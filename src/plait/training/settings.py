@@ -134,11 +134,11 @@ class Settings:
                 f"clip_norm is {self.clip_norm}", place="clip_norm", remedy="set it above 0, or to null for no clipping"
             )
 
-        if self.parallel.zero:
+        if self.parallel.spreads:
             try:
                 check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
             except ValueError as error:
-                raise ConfigError(str(error), place="parallel.zero", remedy="change one of the two") from error
+                raise ConfigError(str(error), place="parallel", remedy="change one of the two") from error
 
     def with_trainer(
         self,

@@ -49,6 +49,11 @@ class Parallel(Spec):
         """Whether any process holds or computes a part that others do not, beside ZeRO."""
         return self.tensor > 1
 
+    @property
+    def spreads(self) -> bool:
+        """Whether weights lie in parts on several processes, in one way or another."""
+        return bool(self.zero) or self.divides
+
     def grid(self, rank: int, world: int) -> Grid:
         """Where a process is among the others.
 
@@ -119,7 +124,7 @@ class Trainer(Spec):
 
     @model_validator(mode="after")
     def _spread(self) -> Trainer:
-        if self.parallel.zero:
+        if self.parallel.spreads:
             check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
         return self
 
@@ -196,12 +201,14 @@ def check_spread(optimizer: str, *, compiles: bool, async_save: bool) -> None:
     if optimizer in why:
         raise ValueError(
             f"optimizer.kind is {optimizer}, which cannot work on pieces of weights ({why[optimizer]}); take adamw, "
-            "sgd, lion or lars, or set parallel.zero to 0"
+            "sgd, lion or lars, or let every process keep the whole model (take trainer.parallel out)"
         )
     if compiles:
-        raise ValueError("compile is true: compiled blocks are not tried in pieces; set it or parallel.zero off")
+        raise ValueError(
+            "compile is true: compiled blocks are not tried in pieces; set it to false, or take trainer.parallel out"
+        )
     if async_save:
         raise ValueError(
             "async_save is true: pieces are written within the step, by all processes at once; set it to false, or "
-            "parallel.zero to 0"
+            "take trainer.parallel out"
         )

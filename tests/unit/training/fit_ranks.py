@@ -39,7 +39,7 @@ from plait.training.schedule import Constant
 from plait.training.settings import Hooks, Stopping
 from plait.training.trainer import Average, Parallel
 
-WHOLE = Way(name="all learns", whole=True)
+WHOLE = Way(name="all learns", whole=True, kv_heads=4)
 TRIED = {
     "DDP": ((4, 2),),
     "DDP, float32 SGD": ((4, 1),),
@@ -51,6 +51,9 @@ TRIED = {
     "ZeRO-3, Lion": ((2, 1),),
     "ZeRO-3, LARS": ((4, 1),),
     "ZeRO-3, average, all recomputed": ((2, 2),),
+    "tensor 2": ((2, 1), (4, 2)),
+    "tensor 4, all learns": ((4, 2),),
+    "tensor 2, ZeRO-3, all learns": ((4, 2),),
     "DDP, InfoNCE": ((4, 2),),
     "ZeRO-3, InfoNCE": ((4, 1),),
     "ZeRO-3, sigmoid loss": ((2, 2),),
@@ -58,8 +61,8 @@ TRIED = {
 """Of the ways of the benchmark, and the numbers of processes and micro-batches; all of them take five minutes."""
 
 
-def spread(zero: int) -> dict[str, Any]:
-    return {"parallel": Parallel.model_validate({"zero": zero})}
+def spread(zero: int, **degrees: int) -> dict[str, Any]:
+    return {"parallel": Parallel.model_validate({"zero": zero, **degrees})}
 
 
 def equal(root: Path) -> dict[str, Any]:
@@ -76,12 +79,15 @@ def equal(root: Path) -> dict[str, Any]:
 
 def resumed(root: Path) -> dict[str, Any]:
     """A run goes on with another number of processes, in another layout: how far it ends from one that ran through."""
-    ways = {
-        "ZeRO-3 on 2, then one": ((2, 3), (1, 0)),
-        "one, then ZeRO-3 on 4": ((1, 0), (4, 3)),
-        "ZeRO-3 on 4, then ZeRO-1 on 2": ((4, 3), (2, 1)),
-        "DDP on 2, then ZeRO-2 on 4": ((2, 0), (4, 2)),
-        "ZeRO-2 on 2, then DDP on 4": ((2, 2), (4, 0)),
+    ways: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
+        "ZeRO-3 on 2, then one": ((2, {"zero": 3}), (1, {})),
+        "one, then ZeRO-3 on 4": ((1, {}), (4, {"zero": 3})),
+        "ZeRO-3 on 4, then ZeRO-1 on 2": ((4, {"zero": 3}), (2, {"zero": 1})),
+        "DDP on 2, then ZeRO-2 on 4": ((2, {}), (4, {"zero": 2})),
+        "ZeRO-2 on 2, then DDP on 4": ((2, {"zero": 2}), (4, {})),
+        "tensor 2 on 4, then one": ((4, {"tensor": 2}), (1, {})),
+        "ZeRO-3 on 2, then tensor 4": ((2, {"zero": 3}), (4, {"tensor": 4})),
+        "tensor 2 and ZeRO-1 on 4, then tensor 2": ((4, {"tensor": 2, "zero": 1}), (2, {"tensor": 2})),
     }
     common: dict[str, Any] = {"average": Average(decay=0.5), "save_every": 1, "schedule": Constant()}
 
@@ -90,9 +96,9 @@ def resumed(root: Path) -> dict[str, Any]:
         return "kept"
 
     found: dict[str, Any] = {"through": together(1, through)}
-    for name, ((world, zero), (later, then)) in ways.items():
-        part = partial(gone_on, root / name, steps=3, **common, **spread(zero))
-        rest = partial(gone_on, root / name, expected=root / "through.pt", **common, **spread(then))
+    for name, ((world, how), (later, then)) in ways.items():
+        part = partial(gone_on, root / name, steps=3, **common, **spread(**{"zero": 0, **how}))
+        rest = partial(gone_on, root / name, expected=root / "through.pt", **common, **spread(**{"zero": 0, **then}))
         found[name] = [together(world, part), together(later, rest)]
     return found
 

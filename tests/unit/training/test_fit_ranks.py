@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_another_number_of_processes_in_another_layout(case: 
         for resumed, apart in then:
             assert resumed == ["resumed at step 3 of 5"], name
             assert apart <= BOUNDS["float64"], name
-    assert len(found) == 5
+    assert len(found) == 8
 
 
 def test_a_fault_of_one_process_ends_all_with_its_words_and_leaves_the_last_checkpoint(case: Case) -> None:

@@ -6,7 +6,9 @@ pair; backward, one more. The vocabulary is cut, too: of the table of embeddings
 has its own words, and of the scores it never sees the others' (:mod:`plait.models.fused_head`).
 
 Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3. Which matrix is cut how is the plan that
-transformers has for each family (``base_model_tp_plan``); torch's tensor parallelism cuts it.
+transformers has for each family (``base_model_tp_plan``). Weights that are cut are torch's ``DTensor``, with which each
+process computes on its own part: torch's styles of linear layers would sum the gradient of what queries, keys and
+values are asked three times instead of once.
 """
 
 # torch's annotations are partial: its members count as partially unknown.
@@ -22,19 +24,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.nn import functional
 
-from plait.core import collectives
+from plait.core import collectives, dtensors, mesh
 from plait.core.errors import ConfigError
 from plait.models.fused_head import fuses
 
-_REMEDY = "set trainer.parallel.tensor to 1"
+_OF_HEADS = "replicated_with_grad_allreduce"
+"""What transformers calls a module that works on each head: of its gradient, a process has the part of its own."""
 
 
 def divide(model: nn.Module, ranks: DeviceMesh) -> None:
@@ -54,11 +53,15 @@ def divide(model: nn.Module, ranks: DeviceMesh) -> None:
         raise ConfigError(
             f"{type(model).__name__} has no language model whose family says how it is cut (base_model_tp_plan)",
             place="trainer.parallel.tensor",
-            remedy=f"{_REMEDY}, or use a decoder of LLaMA's kin",
+            remedy="set trainer.parallel.tensor to 1, or use a decoder of LLaMA's kin",
         )
-    for base in bases.values():
-        _check(base.config, ranks.size())
-        _blocks(base, ranks)
+    cuts = {
+        name: _cuts(base, parts=ranks.size()) for name, base in bases.items()
+    }  # all are looked at before one is cut
+    for name, base in bases.items():
+        pairs = _Pairs(ranks)
+        for module, how in cuts[name]:
+            pairs.cut(module, how)
         _vocabulary(model, base, ranks)
 
 
@@ -70,74 +73,106 @@ def planned(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _check(config: Any, parts: int) -> None:
+def _cuts(base: Any, *, parts: int) -> list[tuple[nn.Module, str]]:
+    """Modules that are cut, and how: ``colwise``, ``rowwise``, or :data:`_OF_HEADS`."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        count = getattr(config, name, None)
+        count = getattr(base.config, name, None)
         if count is not None and count % parts:
             raise ConfigError(
                 f"{name} is {count}, which cannot be dealt out evenly to {parts} processes",
                 place="trainer.parallel.tensor",
                 remedy="set it to a divisor",
             )
-
-
-def _blocks(base: Any, ranks: DeviceMesh) -> None:
     plan: Mapping[str, str] = base.config.base_model_tp_plan
+    found: list[tuple[nn.Module, str]] = []
     matched: set[str] = set()
-    for name, module in list(base.named_modules()):
+    for name, module in base.named_modules():
         for pattern, how in plan.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                matched.add(pattern)
-                _cut(base, module, ranks, name=name, how=how)
+            if not fnmatch.fnmatchcase(name, pattern):
+                continue
+            matched.add(pattern)
+            if how == _OF_HEADS:
+                found.append((module, how))
+                continue
+            if how not in ("colwise", "rowwise"):
+                raise _refused(f"{type(base).__name__} has {name} cut {how!r}, which is not done here")
+            for path in _matrices(module, how):
+                linear = module.get_submodule(path) if path else module
+                if type(linear) is not nn.Linear:
+                    kind = type(linear).__name__
+                    raise _refused(f"{type(base).__name__} has at {name} a {kind}, not a plain linear layer")
+                found.append((linear, how))
     if missing := plan.keys() - matched:
-        raise ConfigError(
-            f"{type(base).__name__} has no {min(missing)}, which its family's plan cuts",
-            place="trainer.parallel.tensor",
-            remedy=_REMEDY,
-        )
+        raise _refused(f"{type(base).__name__} has no {min(missing)}, which its family's plan cuts")
+    return found
 
 
-def _cut(base: nn.Module, module: nn.Module, ranks: DeviceMesh, *, name: str, how: str) -> None:
-    if how == "replicated_with_grad_allreduce":  # it works on this process's heads: its gradient is a part of the sum
-        for weight in module.parameters():
-            if weight.requires_grad:
-                weight.register_hook(partial(_summed, group=ranks.get_group()))
-        return
-    if how not in ("colwise", "rowwise"):
-        raise ConfigError(
-            f"{type(base).__name__} has {name} cut {how!r}, which is not done here",
-            place="trainer.parallel.tensor",
-            remedy=_REMEDY,
-        )
-    for path, style in _styles(module, how).items():
-        linear = module.get_submodule(path) if path else module
-        if type(linear) is not nn.Linear:
-            raise ConfigError(
-                f"{type(base).__name__} has at {name} a {type(linear).__name__}, not a plain linear layer",
-                place="trainer.parallel.tensor",
-                remedy=_REMEDY,
-            )
-        parallelize_module(linear, ranks, style)
+def _refused(cause: str) -> ConfigError:
+    return ConfigError(cause, place="trainer.parallel.tensor", remedy="set trainer.parallel.tensor to 1")
 
 
-def _styles(module: nn.Module, how: str) -> dict[str, ParallelStyle]:
-    """How the matrices of one linear layer are cut: its own, and those of an adapter beside it (LoRA).
-
-    Of an adapter, the matrix on the side that is not cut stays whole.
-    """
-    style = ColwiseParallel if how == "colwise" else RowwiseParallel
+def _matrices(module: nn.Module, how: str) -> list[str]:
+    """Which matrices of a linear layer are cut: its own, and of an adapter (LoRA) the one on the same side."""
     if not hasattr(module, "base_layer"):
-        return {"": style()}
-    beside = module.lora_B if how == "colwise" else module.lora_A
-    assert isinstance(beside, nn.ModuleDict)
-    if getattr(module, "lora_magnitude_vector", None) or getattr(module, "lora_embedding_A", None):
-        raise ConfigError(
-            f"an adapter of another kind than plain LoRA at a {type(module).__name__}",
-            place="trainer.parallel.tensor",
-            remedy=_REMEDY,
-        )
+        return [""]
+    if getattr(module, "lora_magnitude_vector", None) or not hasattr(module, "lora_A"):
+        raise _refused(f"an adapter of another kind than plain LoRA at a {type(module).__name__}")
     side = "lora_B" if how == "colwise" else "lora_A"
-    return {"base_layer": style(), **{f"{side}.{name}": style() for name in beside}}
+    beside = getattr(module, side)
+    assert isinstance(beside, nn.ModuleDict)
+    return ["base_layer", *(f"{side}.{name}" for name in beside)]
+
+
+def _place(module: nn.Module, name: str, ranks: DeviceMesh, *, placement: Placement) -> None:
+    weight = module.get_parameter(name)
+    cut = nn.Parameter(distribute_tensor(weight.detach(), ranks, [placement]), requires_grad=weight.requires_grad)
+    module.register_parameter(name, cut)
+
+
+class _Pairs:
+    """The cut matrices of a language model, of which each process computes its part.
+
+    Args:
+        ranks: The processes.
+    """
+
+    def __init__(self, ranks: DeviceMesh) -> None:
+        self.ranks = ranks
+        self._asked: tuple[Tensor, Tensor] | None = None
+
+    def cut(self, module: nn.Module, how: str) -> None:
+        """Cut the weights of one module, and let it compute on this process's part of them."""
+        if how == _OF_HEADS:
+            for weight in module.parameters():
+                if weight.requires_grad:
+                    weight.register_hook(partial(_summed, group=self.ranks.get_group()))
+            return
+        assert isinstance(module, nn.Linear)
+        columns = how == "colwise"
+        _place(module, "weight", self.ranks, placement=Shard(0) if columns else Shard(1))
+        if module.bias is not None:
+            _place(module, "bias", self.ranks, placement=Shard(0) if columns else Replicate())
+        module.__dict__["forward"] = partial(self.columns if columns else self.rows, module)
+
+    def columns(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """This process's outputs of a linear layer."""
+        bias = None if linear.bias is None else dtensors.local(linear.bias)
+        return functional.linear(self._shared(x), dtensors.local(linear.weight), bias)
+
+    def rows(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """All outputs of a linear layer of which each process has its inputs: the sum over the processes."""
+        self._asked = None
+        part = DTensor.from_local(functional.linear(x, dtensors.local(linear.weight)), self.ranks, [Partial()])
+        with mesh.explained():
+            found = part.redistribute(placements=[Replicate()]).to_local()
+        return found if linear.bias is None else found + dtensors.local(linear.bias)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """The same numbers; backward, the sum over the processes, once for all matrices that are asked the same."""
+        if self._asked is None or self._asked[0] is not x:
+            known = DTensor.from_local(x, self.ranks, [Replicate()]).to_local(grad_placements=[Partial()])
+            self._asked = x, known
+        return self._asked[1]
 
 
 def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -156,4 +191,6 @@ def _vocabulary(model: nn.Module, base: Any, ranks: DeviceMesh) -> None:
     if tied:
         head.weight = table.weight
     else:
-        parallelize_module(head, ranks, ColwiseParallel(output_layouts=Shard(-1)))
+        _place(head, "weight", ranks, placement=Shard(0))
+    if head.bias is not None:
+        _place(head, "bias", ranks, placement=Shard(0))

@@ -179,11 +179,14 @@ class Sharded(Whole):
         means = average.tensors() if average is not None else {}
         whole = {name: mean for name, mean in means.items() if name not in self._spread}
         self._fill(means, everywhere=False)
-        self._swap(whole)
+        kept = {name: self._plain[name].data for name in whole}
+        for name, mean in whole.items():  # whole in every process
+            self._plain[name].data = mean.clone()
         try:
             yield
         finally:
-            self._swap(whole)
+            for name, data in kept.items():
+                self._plain[name].data = data
             self._empty()
 
     def finish(self) -> None:
@@ -202,13 +205,6 @@ class Sharded(Whole):
         for path, (owner, name) in _owners(self.model, self.objective).items():  # a module may put another in its place
             here, there = self._owners[path]
             here._buffers[there] = owner.get_buffer(name)
-
-    def _swap(self, means: Mapping[str, Tensor]) -> None:
-        """Put means in place of weights that are whole in every process, or these back."""
-        for name, mean in means.items():
-            weight = self._plain[name]
-            weight.data, kept = mean.clone(), weight.data.clone()
-            mean.copy_(kept)
 
     def _empty(self) -> None:
         for name in self._spread:
