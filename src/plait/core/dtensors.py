@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What lies in this process of a tensor that is spread over several; any other tensor is what it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, gathered from the processes it lies on, one dimension of theirs after the other."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for dimension in range(tensor.device_mesh.ndim - 1):
+        placements = [*tensor.placements]
+        placements[dimension] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def parts(tensor: DTensor) -> int:

@@ -198,7 +198,7 @@ class Sharded(Whole):
         for name, piece in self._spread.items():
             value = values.get(name, piece.detach())
             with mesh.explained():
-                full = value.full_tensor() if isinstance(value, DTensor) else value
+                full = dtensors.whole(value)
             if everywhere or mesh.rank() == 0:
                 weight = self._plain[name]
                 weight.data = full.to(weight.device, copy=True)
