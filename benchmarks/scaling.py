@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +89,31 @@ class Way:
     processes: int = 1
     threads: int = 1
     zero: int = 0
+    grid: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __str__(self) -> str:
         if self.processes == 1:
             return "alone"
+        if self.grid:
+            return " x ".join(f"{name} {degree}" for name, degree in self.grid.items())
         return f"ZeRO-{self.zero}" if self.zero else "data parallel"
 
 
 def ways(cores: int) -> list[Way]:
     """One process with one thread and with one a core; two and four processes with one, in every layout."""
     alone = [Way(threads=threads) for threads in sorted({1, cores})]
-    return alone + [Way(processes=processes, zero=zero) for processes in (2, 4) for zero in (0, 1, 2, 3)]
+    spread = [Way(processes=processes, zero=zero) for processes in (2, 4) for zero in (0, 1, 2, 3)]
+    dimensions = ("tensor", "pipeline", "context")
+    divided = [Way(processes=processes, grid={name: processes}) for processes in (2, 4) for name in dimensions]
+    return alone + spread + divided
 
 
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def run(size: Size, way: Way, *, steps: int, warm: int = WARM, more: Mapping[str, str] | None = None) -> list[Any]:
+def run(
+    size: Size, way: Way, *, steps: int, warm: int = WARM, more: Mapping[str, str] | None = None, cap: int = 0
+) -> list[Any]:
     """What the steps cost each process, in the order of ranks.
 
     Args:
@@ -114,14 +122,23 @@ def run(size: Size, way: Way, *, steps: int, warm: int = WARM, more: Mapping[str
         steps: That are measured.
         warm: Before them.
         more: Environment variables.
+        cap: Bytes that each process may have beyond what it has before the model; 0: as many as there are.
     """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         result = Path(folder) / "result.json"
-        job = {"model": size.model, "rows": ROWS, "length": LENGTH, "rows_at_once": 1, "warm": warm, "steps": steps}
-        job |= {"zero": way.zero, "threads": way.threads, "result": str(result)}
+        job = {
+            "model": size.model,
+            "rows": ROWS,
+            "length": LENGTH,
+            "rows_at_once": 1,
+            "warm": warm,
+            "steps": steps,
+            "cap": cap,
+        }
+        job |= {"parallel": {"zero": way.zero, **way.grid}, "threads": way.threads, "result": str(result)}
         (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
         common = {"WORLD_SIZE": way.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         common |= {"OMP_NUM_THREADS": way.threads}
@@ -160,6 +177,9 @@ def _wait(started: Sequence[subprocess.Popen[str]]) -> None:
 def sent_by_formula(rank: Mapping[str, Any], way: Way) -> dict[str, int]:
     """Bytes a process sends in a step: where a sum that leaves each its part sends that part alone, and with gloo."""
     blocks = rank["weights_in_blocks"]
+    if way.grid:
+        found = divided_traffic(way, rank)
+        return {"ring": found, "gloo": found}
     found = zero_traffic(
         blocks,
         rank["weights"] - blocks,
@@ -169,6 +189,22 @@ def sent_by_formula(rank: Mapping[str, Any], way: Way) -> dict[str, int]:
     )
     gloo = found["gathers"] + (2 if way.zero else 1) * found["sums"]
     return {"ring": sum(found.values()), "gloo": gloo}
+
+
+def divided_traffic(way: Way, rank: Mapping[str, Any]) -> int:
+    """Bytes that the process which sends most sends in a step, where one dimension divides the model or its rows.
+
+    Tensor: hidden states are summed twice in a block, forward and backward, and once for the embeddings and once for
+    the head. Pipeline: a stage hands hidden states on and their gradients back, and the tables of words, which the
+    first and the last share, are summed. Context: see :mod:`plait.models.shared_rows`; gradients are summed as in data
+    parallel.
+    """
+    n, passes = way.processes, rank["micro_batches"]
+    hidden = 4 * rank["positions"] * rank["width"]
+    ring = 2 * (n - 1) / n
+    if "tensor" in way.grid:
+        return round(passes * hidden * ring * (4 * rank["layers"] + 2))
+    return 0
 
 
 def summary(name: str, way: Way, *, runs: Sequence[Sequence[Any]], live: Sequence[Any], cores: int) -> dict[str, Any]:
@@ -186,7 +222,9 @@ def summary(name: str, way: Way, *, runs: Sequence[Sequence[Any]], live: Sequenc
     waits = [1 - sum(rank["busy_s"] for rank in ranks) / (side * step) for ranks, step in zip(runs, steps, strict=True)]
     first = runs[0][0]
     each = [[ranks[rank] for ranks in runs] for rank in range(way.processes)]
-    states = zero_bytes(first["weights"], world=way.processes, stage=way.zero)
+    # Divided models are not cut evenly (a stage has the head, norms stay whole): what each has is counted.
+    held = max(ranks[0]["held"] for ranks in each)
+    states = zero_bytes(held, world=1 if way.grid else way.processes, stage=way.zero)
     return {
         "size": name,
         "layout": str(way),
@@ -210,6 +248,7 @@ def summary(name: str, way: Way, *, runs: Sequence[Sequence[Any]], live: Sequenc
             for mine, alive in zip(each, live, strict=True)
         ],
         "states": sum(states.values()),
+        "held": held,
         "sent_by_formula": sent_by_formula(first, way) if way.processes > 1 else None,
         "loopback": statistics.median(ranks[0]["loopback"] for ranks in runs) if way.processes > 1 else None,
         **(_utilization([ranks[0] for ranks in runs]) if way.processes == 1 else {}),

@@ -8,7 +8,9 @@ steps) has a peak of its own.
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -18,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.sides.measure import PROC, Start, loopback, read_job, rss, write_result
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 from plait.core.device import Compute
 from plait.core.events import Events
 from plait.core.speed import gemm_rate
@@ -86,7 +89,7 @@ class Timed:
     def __init__(self, batches: ConversationBatches, *, first: int, last: int) -> None:
         self.batches, self.first, self.last = batches, first, last
         self.marks: list[Mark] = []
-        self.peak_before = self.peak = 0
+        self.peak_before = self.peak = self.held = 0
 
     def step_batches(self, step: int) -> Sequence[Batch]:
         """Those of the step."""
@@ -96,14 +99,36 @@ class Timed:
             peak = rss("VmHWM")
             if step == self.last:
                 self.peak = peak
+                self.held = held()
                 raise _Enough
             self.peak_before = peak
             (PROC / "clear_refs").write_text("5", encoding="ascii")
         return self.batches.step_batches(step)
 
 
+def held() -> int:
+    """Trained numbers that lie in this process, whatever holds them."""
+    found: dict[int, int] = {}
+    for one in gc.get_objects():
+        if isinstance(one, nn.Parameter) and one.requires_grad and (own := dtensors.local(one)).numel():
+            found[own.data_ptr()] = own.numel()
+    return sum(found.values())
+
+
+def limit(room: int) -> None:
+    """Let this process have so many bytes more than it has now, and no other."""
+    size = rss("VmData") + room
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def parallel_of(job: dict[str, Any]) -> Parallel:
+    """How processes share the work."""
+    return Parallel.model_validate(job["parallel"])
+
+
 def source(job: dict[str, Any]) -> ConversationBatches:
     """Conversations that fill a row each, every token trained; this process's share of the same steps."""
+    rank, world = parallel_of(job).grid(mesh.rank(), mesh.world()).share
     length, steps, words = job["length"], job["warm"] + job["steps"], job["model"]["vocab_size"]
     drawn = torch.randint(words, (job["rows"] * steps, length), generator=torch.Generator().manual_seed(0)).tolist()
     conversations = [
@@ -124,9 +149,9 @@ def source(job: dict[str, Any]) -> ConversationBatches:
         pad=0,
         steps=steps,
         seed=0,
-        pieces=job["rows"] // mesh.world() // job["rows_at_once"],
-        rank=mesh.rank(),
-        world=mesh.world(),
+        pieces=job["rows"] // world // job["rows_at_once"],
+        rank=rank,
+        world=world,
     )
 
 
@@ -146,6 +171,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     batches = source(job)
     timed = Timed(batches, first=job["warm"], last=job["warm"] + job["steps"])
     start = Start.now(())
+    if job["cap"]:
+        limit(job["cap"])
     model = build(job)
     config = model.decoder.config
     weights = sum(w.numel() for w in model.parameters() if w.requires_grad)
@@ -153,7 +180,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     settings = Settings(
         steps=timed.last + 1,
         compute=Compute(device="cpu", dtype="float32", threads=job["threads"], why=()),
-        parallel=Parallel(zero=job["zero"]),
+        parallel=parallel_of(job),
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -181,6 +208,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "peak_start": timed.peak_before,
         "peak": timed.peak,
         "weights": weights,
+        "held": timed.held,
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "positions": job["rows_at_once"] * job["length"],
         "weights_in_blocks": blocks,
         "flops": flops,
         "gemm_rate": rate,
