@@ -30,8 +30,8 @@ from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
-from plait.training.norm import clip
-from plait.training.parallel.twin import Sharded, lay_out
+from plait.training.optimizers import build_part
+from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.settings import FitResult, Hooks, Settings
@@ -80,7 +80,7 @@ def fit(
     with computed(run.layout.model, settings, events=events), stop_requests() as stop:
         result = run.all(stop)
     run.layout.finish()
-    if isinstance(run.layout, Sharded):  # hooks of modules refer to each other: the pieces would stay for long
+    if run.layout.in_pieces:  # hooks of modules refer to each other: the pieces would stay for long
         del run
         gc.collect()
     return result
@@ -120,9 +120,7 @@ class _Run:
         self.layout = lay_out(model, objective, settings.parallel, device=settings.compute.device)
         self.train_state = TrainState(self.layout.model, self.layout.objective)
         self.modes = plain
-        self.optimizer = settings.optimizer.build(
-            self.train_state.weights, self.train_state.roles, rates=settings.rates
-        )
+        self.optimizer = build_part(settings.optimizer, self.train_state, plain, rates=settings.rates)
         if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
             events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
         self.average = None
@@ -349,7 +347,7 @@ class _Run:
         grads = [w.grad for w in self.train_state.weights.values() if w.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale([dtensors.local(grad) for grad in grads])
-        return clip(grads, self.settings.clip_norm)
+        return self.layout.clip(self.train_state.weights, self.settings.clip_norm)
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from plait.core import mesh
 from plait.core.errors import DataError
-from plait.training.order import SCHEDULES
-from plait.training.runner import Link, Timeline, run
+from plait.training.parallel.order import SCHEDULES
+from plait.training.parallel.runner import Link, Timeline, run
 
 WIDTH = 6
 ROWS = (3, 1, 4, 2, 5, 2, 1, 3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plait.training.order import Span, bubble, idle_share
+from plait.training.parallel.order import Span, bubble, idle_share
 
 
 @pytest.fixture(scope="module")

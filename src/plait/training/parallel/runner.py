@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plait.core import mesh
-from plait.training.order import Action, Kind, Span
+from plait.core.collectives import Group
+from plait.training.parallel.order import Action, Kind, Span
 
 Compute = Callable[[int, Tensor | None], Tensor]
 """A micro-batch through a stage: its number and what came from the stage before (None in the first) → what goes to the
@@ -70,11 +71,17 @@ class Link:
         onward: The processes of a pipeline in order, for what goes to the next stage.
         back: The same ones, for what goes to the stage before.
         device: Where tensors are received.
+
+    Attributes:
+        onward: As given.
+        stage: Of this process.
+        stages: How many.
     """
 
-    def __init__(self, onward: dist.ProcessGroup, back: dist.ProcessGroup, *, device: str) -> None:
+    def __init__(self, onward: Group, back: Group, *, device: str) -> None:
+        assert onward is not None, "a single process has no pipeline"
         self.stage, self.stages = dist.get_rank(onward), dist.get_world_size(onward)
-        self._onward, self._back, self._device = onward, back, torch.device(device)
+        self.onward, self._back, self._device = onward, back, torch.device(device)
         self._outputs: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._gradients: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
@@ -90,11 +97,11 @@ class Link:
 
     def give(self, output: Tensor) -> None:
         """Send the next stage what it computes with; does not wait for it."""
-        self._outputs.append(self._send(output, self._onward, to=self.stage + 1))
+        self._outputs.append(self._send(output, self.onward, to=self.stage + 1))
 
     def take(self) -> Tensor:
         """What the stage before computed; needs a gradient if it did there."""
-        found = self._receive(self._onward, of=self.stage - 1)
+        found = self._receive(self.onward, of=self.stage - 1)
         assert found is not None  # a stage always sends something
         return found
 
@@ -116,7 +123,7 @@ class Link:
             while sent:
                 self._wait(sent)
 
-    def _send(self, tensor: Tensor | None, group: dist.ProcessGroup, *, to: int) -> list[tuple[dist.Work, Tensor]]:
+    def _send(self, tensor: Tensor | None, group: Group, *, to: int) -> list[tuple[dist.Work, Tensor]]:
         holds = _NOTHING if tensor is None else _LEARNS if tensor.requires_grad else _PLAIN
         says = [holds, 0, 0, *[0] * _DIMENSIONS]
         if tensor is not None:
@@ -133,7 +140,7 @@ class Link:
                 sent.append((work, part))
         return sent
 
-    def _receive(self, group: dist.ProcessGroup, *, of: int) -> Tensor | None:
+    def _receive(self, group: Group, *, of: int) -> Tensor | None:
         head = torch.zeros(3 + _DIMENSIONS, dtype=torch.int64, device=self._device)
         with mesh.explained():
             dist.recv(head, group=group, group_src=of)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torchs
 
-from plait.training.order import SCHEDULES, Action, bubble, idle_share, most_kept, simulated
+from plait.training.parallel.order import SCHEDULES, Action, bubble, idle_share, most_kept, simulated
 
 NAMES = sorted(SCHEDULES)
 stages_and_micro = st.tuples(st.integers(1, 6), st.integers(1, 12))
