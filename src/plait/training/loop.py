@@ -21,6 +21,7 @@ from plait.core import dtensors, mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
+from plait.core.files import write_json
 from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
@@ -31,6 +32,7 @@ from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
 from plait.training.optimizers import build_part
+from plait.training.parallel.order import timeline_record
 from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
@@ -240,6 +242,7 @@ class _Run:
         self.progress.step += 1
         found = self._values(sums, norm=norm, factor=factor)
         self._update(kept, sums, norm=norm, ids=ids)
+        self._note_timeline()
         self.optimizer.zero_grad(set_to_none=True)
         samples, tokens = total_units(
             len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro), self.layout.grid
@@ -348,6 +351,18 @@ class _Run:
         if self.scaler is not None:
             self.scaler.unscale([dtensors.local(grad) for grad in grads])
         return self.layout.clip(self.train_state.weights, self.settings.clip_norm)
+
+    def _note_timeline(self) -> None:
+        """Keep what a pipeline's stages did in a step that they measured, and say how long they were idle."""
+        spans = self.layout.take_timeline()
+        if spans and mesh.rank() == 0:
+            record = timeline_record(spans, step=self.progress.step, schedule=self.settings.parallel.schedule)
+            write_json(self.folder / "timeline.json", record)
+            self.events.note(
+                f"pipeline of {record['stages']} stages, {record['micro_batches']} micro-batches: idle for "
+                f"{record['idle']:.0%} of step {self.progress.step}, {record['bubble']:.0%} if all took equally long",
+                idle=record["idle"],
+            )
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""

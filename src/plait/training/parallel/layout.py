@@ -18,6 +18,7 @@ from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.norm import clip
+from plait.training.parallel.order import Span
 
 
 class Whole:
@@ -70,6 +71,10 @@ class Whole:
 
     def settle(self) -> None:
         """After a step's gradients are there."""
+
+    def take_timeline(self) -> list[Span]:
+        """What the stages of a pipeline did in a step that they measured, once, in process 0; mostly nothing."""
+        return []
 
     def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> float:
         """Scale the whole gradient to a norm if it is longer; see :func:`plait.training.norm.clip`."""

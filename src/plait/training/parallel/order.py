@@ -10,8 +10,8 @@ micro-batches both are idle for the same share of a step, the bubble: ``(p - 1) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["forward", "backward", "wait"]
 
@@ -157,6 +157,27 @@ def idle_share(spans: Iterable[Span]) -> float:
     length = max(span.end for span in working) - min(span.start for span in working)
     stages = {span.stage for span in working}
     return 1 - sum(span.end - span.start for span in working) / (len(stages) * length)
+
+
+def timeline_record(spans: Sequence[Span], *, step: int, schedule: str) -> dict[str, Any]:
+    """A measured step as plain data, which the report draws.
+
+    Args:
+        spans: Of all stages.
+        step: Which, from 1.
+        schedule: Its name.
+    """
+    stages, micro = (1 + max(getattr(span, name) for span in spans) for name in ("stage", "micro"))
+    first = min(span.start for span in spans)
+    return {
+        "step": step,
+        "schedule": schedule,
+        "stages": stages,
+        "micro_batches": micro,
+        "idle": idle_share(spans),
+        "bubble": bubble(stages, micro),
+        "spans": [asdict(replace(span, start=span.start - first, end=span.end - first)) for span in spans],
+    }
 
 
 def _check(stage: int, stages: int, micro: int) -> None:

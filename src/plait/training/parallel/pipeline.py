@@ -39,8 +39,8 @@ from plait.training.trainer import Parallel
 _RECORDED = 2  # which step: in the first one, connections are made
 
 
-class _Left(Exception):  # noqa: N818 it is no error: a pass ends where the next stage begins
-    """What the last block of a stage gave."""
+class _Left(Exception):
+    """No error: a pass ends where the next stage begins, with what the last block of this one gave."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -60,7 +60,6 @@ class Staged(Whole):
         device: ``cpu`` or ``cuda``.
 
     Attributes:
-        timeline: What all stages of the first pipeline did in the second step, in process 0, once that is done.
         most_kept: The most micro-batches whose activations this stage held at a time.
 
     Raises:
@@ -81,7 +80,7 @@ class Staged(Whole):
         super().__init__(twin, copied, grid=grid)
         self.link = Link(grid.group("pipeline"), grid.group("pipeline", again=True), device=device)
         self._schedule, self._device, self._steps = SCHEDULES[parallel.schedule], device, 0
-        self.timeline: list[Span] | None = None
+        self._measured: list[Span] = []
         self.most_kept = 0
         self._received: Tensor | None = None
         self._blank = _blank_inputs(whole)
@@ -93,13 +92,9 @@ class Staged(Whole):
         if not self.link.last:
             layers[part[-1]].register_forward_hook(_leave)
         self._own = {name for name, stages in self._holders.items() if self.link.stage in stages}
+        self.elsewhere = frozenset(self._holders.keys() - self._own)
         keep_only(twin, part, {id(self._plain[name]) for name in self._own})
         self._empty()
-
-    @property
-    def elsewhere(self) -> frozenset[str]:
-        """Names of what other stages hold."""
-        return frozenset(self._holders.keys() - self._own)
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -131,7 +126,12 @@ class Staged(Whole):
         self.most_kept = max(self.most_kept, run(order, compute, self.link, timeline=timeline))
         if timeline is not None:
             told = mesh.gather([astuple(span) for span in timeline.spans] if self.grid.share[0] == 0 else [])
-            self.timeline = [Span(*span) for spans in told for span in spans]
+            self._measured = [Span(*span) for spans in told for span in spans]
+
+    def take_timeline(self) -> list[Span]:
+        """Of the first pipeline, after the second step."""
+        measured, self._measured = self._measured, []
+        return measured
 
     def sum_gradients(self) -> None:
         """Over the processes that hold the same weights; then of the two copies of a table that is the head, too."""
@@ -186,11 +186,14 @@ class Staged(Whole):
         """Inside, the caller's model of process 0 has its weights, or their average. Every process takes part."""
         means = average.tensors() if average is not None else {}
         self._fill(means, everywhere=False)
-        self._swap(means)
+        kept = {name: self._plain[name].data for name in means}
+        for name, mean in means.items():  # nothing is copied: a checkpoint being written has both as they are
+            self._plain[name].data = mean
         try:
             yield
         finally:
-            self._swap(means)
+            for name, weight in kept.items():
+                self._plain[name].data = weight
             self._empty()
 
     def finish(self) -> None:
@@ -229,13 +232,6 @@ class Staged(Whole):
                 dist.recv(tensor, group=group, group_src=holder)
             else:
                 dist.send(tensor, group=group, group_dst=0)
-
-    def _swap(self, means: Mapping[str, Tensor]) -> None:
-        """Put means in the place of weights of this stage, or these back."""
-        for name, mean in means.items():
-            weight = self._plain[name]
-            weight.data, kept = mean.clone(), weight.data.clone()
-            mean.copy_(kept)
 
     def _empty(self) -> None:
         for name in self.elsewhere:
