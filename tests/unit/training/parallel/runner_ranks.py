@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from benchmarks.bubbles import link, measured
 from benchmarks.sides.several import together
 from torch import Tensor, nn
 
-from plait.core import mesh
 from plait.core.errors import DataError
 from plait.training.parallel.order import SCHEDULES
-from plait.training.parallel.runner import Link, Timeline, run
+from plait.training.parallel.runner import run
 
 WIDTH = 6
 ROWS = (3, 1, 4, 2, 5, 2, 1, 3)
 """Of each micro-batch: they differ."""
-SLEEP_S = 0.06
-
-
-def link() -> Link:
-    world = list(range(mesh.world()))
-    return Link(dist.new_group(world), dist.new_group(world), device="cpu")
 
 
 def inputs(micro: int) -> Tensor:
@@ -74,33 +66,9 @@ def equal(name: str, *, micro: int, frozen: int = 0) -> Any:
     return {"kept": kept, "apart": max(apart, default=0.0), "learns": len(apart)}
 
 
-def asleep(name: str, *, micro: int) -> Any:
-    """The timeline of stages that only sleep: they need no core, so that any number of them work at the same time."""
-    ends = link()
-    weight = torch.ones((), requires_grad=True)
-
-    def compute(_: int, received: Tensor | None) -> Tensor:
-        time.sleep(SLEEP_S)
-        output = Slow.apply((torch.zeros(4) if received is None else received) * weight)
-        return output.sum() if ends.last else output
-
-    run(SCHEDULES[name](ends.stage, ends.stages, 1), compute, ends)  # connections are made
-    timeline = Timeline(ends.stage)
-    run(SCHEDULES[name](ends.stage, ends.stages, micro), compute, ends, timeline=timeline)
-    return mesh.gather([astuple(span) for span in timeline.spans])
-
-
-class Slow(torch.autograd.Function):
-    """Nothing, but its gradient takes twice as long as what comes before it."""
-
-    @staticmethod
-    def forward(_: Any, value: Tensor) -> Tensor:
-        return value * 1
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        time.sleep(2 * SLEEP_S)
-        return gradient
+def asleep(name: str, stages: int, micro: int) -> list[Any]:
+    """The timeline of stages that only sleep."""
+    return [astuple(span) for span in measured(name, stages, micro)]
 
 
 def fails(name: str, *, at: int) -> Any:
@@ -122,7 +90,7 @@ def cases() -> dict[str, Callable[[], Any]]:
             found[f"equal {name} {stages} {micro}"] = partial(together, stages, partial(equal, name, micro=micro))
         found[f"frozen {name} 4 5"] = partial(together, 4, partial(equal, name, micro=5, frozen=2))
         for stages, micro in ((2, 1), (2, 4), (4, 4), (4, 8)):
-            found[f"asleep {name} {stages} {micro}"] = partial(together, stages, partial(asleep, name, micro=micro))
+            found[f"asleep {name} {stages} {micro}"] = partial(asleep, name, stages, micro)
         found[f"fails {name}"] = partial(together, 4, partial(fails, name, at=2))
     return found
 
