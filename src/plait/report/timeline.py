@@ -44,9 +44,11 @@ def draw_timeline(run: RunFolder, path: Path, charts: Charts, *, level: int = 5)
         ),
     }
     idle, bubble = number_of(record.get("idle")), number_of(record.get("bubble"))
+    several = "es" if record.get("micro_batches") != 1 else ""
     said = (
         f"Step {number(record.get('step'))}, {record.get('schedule')}: {number(record.get('micro_batches'))} "
-        f"micro-batches through {len(stages)} stages, idle for {_share(idle)}; {_share(bubble)} if all took as long"
+        f"micro-batch{several} through {len(stages)} stages, idle for {_share(idle)}; "
+        f"{_share(bubble)} if all took as long"
     )
     rows = [[names[stage], *_times(stage, spans)] for stage in stages]
     drawn = table(["", *(f"{kind}, ms" for kind in _KINDS)], rows, label="Time of each stage")

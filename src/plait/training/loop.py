@@ -358,8 +358,9 @@ class _Run:
         if spans and mesh.rank() == 0:
             record = timeline_record(spans, step=self.progress.step, schedule=self.settings.parallel.schedule)
             write_json(self.folder / "timeline.json", record)
+            several = "es" if record["micro_batches"] > 1 else ""
             self.events.note(
-                f"pipeline of {record['stages']} stages, {record['micro_batches']} micro-batches: idle for "
+                f"pipeline of {record['stages']} stages, {record['micro_batches']} micro-batch{several}: idle for "
                 f"{record['idle']:.0%} of step {self.progress.step}, {record['bubble']:.0%} if all took equally long",
                 idle=record["idle"],
             )

@@ -15,12 +15,14 @@ from benchmarks import exactness
 from benchmarks.layouts import STEPS, Way, apart, compared, source, trained, ways, weights
 from benchmarks.sides.several import together
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from plait.core import mesh
 from plait.core.errors import DataError
 from plait.core.events import Event
 from plait.core.files import read_json
 from plait.core.tensors import Batch
+from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.parallel.order import Span, idle_share
@@ -79,8 +81,18 @@ def only(*beginnings: str) -> MultimodalLM:
     return model
 
 
+def gpt2() -> MultimodalLM:
+    """A decoder of another family, with learned positions; all of it learns."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": exactness.WORDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    decoder = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    parts = {"image": Mlp(exactness.WIDTH, 16, 32)}
+    return MultimodalLM({}, parts, decoder, placeholder=exactness.PLACE).double().train()
+
+
 CUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "a head of its own": (untied, {}, {}),
+    "GPT-2": (gpt2, {}, {}),
     "the connector learns": (partial(only, "connectors"), {}, {}),
     "the last block learns": (partial(only, "decoder.model.layers.2"), {}, {}),
     "the table learns, clipped": (partial(only, "decoder.model.embed_tokens"), {}, {"clip_norm": 1e-2}),
