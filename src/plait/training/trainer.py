@@ -60,8 +60,8 @@ class Parallel(Spec):
 
     @property
     def spreads(self) -> bool:
-        """Whether weights lie in parts on several processes, in one way or another."""
-        return bool(self.zero) or self.divides
+        """Whether weights lie in pieces on several processes, in one way or another; a stage has its own whole."""
+        return bool(self.zero) or self.tensor > 1
 
     def grid(self, rank: int, world: int) -> Grid:
         """Where a process is among the others.
