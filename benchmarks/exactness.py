@@ -111,14 +111,14 @@ def features() -> FeatureStore:
     return store
 
 
-def model(*, by_document: bool, kv_heads: int = 2) -> MultimodalLM:
+def model(*, by_document: bool, kv_heads: int = 2, layers: int = 3) -> MultimodalLM:
     """The same weights each time; float64."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=True,

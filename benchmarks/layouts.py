@@ -108,7 +108,8 @@ class Way:
         """The same weights each time."""
         if self.loss != "text":
             return tower().to(self.weights)
-        model = exactness.model(by_document=True, kv_heads=self.kv_heads).to(self.weights)
+        layers = max(3, self.grid.get("pipeline", 1))
+        model = exactness.model(by_document=True, kv_heads=self.kv_heads, layers=layers).to(self.weights)
         if self.whole:
             model.decoder.requires_grad_(requires_grad=True)
         return model
@@ -165,6 +166,22 @@ def ways() -> list[Way]:
         ),
         Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, kv_heads=4, whole=True),
         Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}, kv_heads=4),
+    ]
+    for stages in (2, 4):
+        name, grid = f"pipeline {stages}", {"pipeline": stages}
+        found += [Way(name=name, grid=grid), Way(name=f"{name}, all learns", grid=grid, whole=True)]
+        found += [Way(name=f"{name}, GPipe", grid=grid | {"schedule": "gpipe"}, whole=True)]
+    found += [
+        Way(
+            name="pipeline 2, average, all recomputed",
+            grid={"pipeline": 2},
+            whole=True,
+            more={"average": Average(decay=0.5), "recompute": "full"},
+        ),
+        *(
+            Way(name=f"pipeline 2, {dtype} SGD", grid={"pipeline": 2}, dtype=dtype, optimizer=SGD(momentum=0.9))
+            for dtype in ("float32", "bfloat16")
+        ),
     ]
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]

@@ -84,11 +84,16 @@ class Grid:
         """Processes that differ from this one in these dimensions only, in order, itself included."""
         return next([*part] for part in self._parts(*dimensions) if self.rank in part)
 
-    def group(self, *dimensions: Dimension) -> ProcessGroup | None:
-        """The group of :meth:`ranks`; all processes must ask for it, in the same order. None in a single process."""
+    def group(self, *dimensions: Dimension, again: bool = False) -> ProcessGroup | None:
+        """The group of :meth:`ranks`; all processes must ask for it, in the same order. None in a single process.
+
+        Args:
+            dimensions: In which its processes differ.
+            again: A second group of the same processes, whose messages do not wait for those of the first.
+        """
         from plait.core import mesh
 
-        return mesh.group_among(self._parts(*dimensions)) if mesh.active() else None
+        return mesh.group_among(self._parts(*dimensions), again=again) if mesh.active() else None
 
     def devices(self, device: str) -> DeviceMesh:
         """All processes as torch's mesh, for tensors that lie in pieces on some of its dimensions.

@@ -73,7 +73,7 @@ class _Session:
         self.store = store
         self.lifeline = lifeline
         self.asked = 0
-        self.groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        self.groups: dict[tuple[tuple[tuple[int, ...], ...], bool], dist.ProcessGroup] = {}
         self.left = False  # whether another's fault has been found: then this process has none of its own to tell
 
     def tell(self, error: BaseException) -> None:
@@ -131,20 +131,21 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
-def group_among(parts: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+def group_among(parts: tuple[tuple[int, ...], ...], *, again: bool = False) -> dist.ProcessGroup:
     """The group of processes that this one is in, made when first asked for; every process asks, in the same order.
 
     Args:
         parts: Ranks of each group: every rank is in one of them.
+        again: A second one of the same processes.
     """
     session = _session.get()
     assert session is not None, "only several processes have groups"
-    if parts not in session.groups:
+    if (parts, again) not in session.groups:
         with explained():
             own, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
         assert isinstance(own, dist.ProcessGroup)
-        session.groups[parts] = own
-    return session.groups[parts]
+        session.groups[parts, again] = own
+    return session.groups[parts, again]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from plait.report.folder import RunFolder, StageFolder, number_of
 from plait.report.markup import Html, alert, el, join, mebibytes, number, origin, table
 from plait.report.samples import same
 from plait.report.scores import Score, read_scores
+from plait.report.timeline import draw_timeline
 
 _PICTURE_LIMIT = 2 * 2**20  # bytes of first.png that are put into the page
 _PHASES = ("words", "connector", "decoder")
@@ -57,6 +58,8 @@ def phases(run: RunFolder, stage: StageFolder, charts: Charts) -> Html | None:
         if metrics.curves:
             title = el("h4", f"Phase {name}", el("span", f" – {number(metrics.records)} steps", cls="quiet"))
             parts += [title, draw_metrics(charts, metrics, level=5), origin(run.relative(found[name]))]
+            if (drawn := draw_timeline(run, found[name].with_name("timeline.json"), charts)) is not None:
+                parts.append(drawn)
     return join(el("h3", "How it learned, phase by phase"), parts) if parts else None
 
 

@@ -19,6 +19,7 @@ from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.training.contrast import Share, backward_pairwise
 from plait.training.parallel.layout import Whole
+from plait.training.parallel.pipeline import Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,10 @@ def accumulate(
         share = backward_pairwise(model, objective, micro, weigh=weigh, around=around, layout=layout)
     else:
         run = _Pass(model, objective, weigh=weigh, used=used, around=around)
-        share = run.in_step(micro, layout) if layout.in_step else run.each(micro)
+        if isinstance(layout, Staged):
+            share = run.staged(micro, layout)
+        else:
+            share = run.in_step(micro, layout) if layout.in_step else run.each(micro)
     totals = {name: _wide(share.sums[name]) for name in used}
     reached, broken_off = collectives.all_reduce_sum(
         torch.tensor([int(share.reached), int(not share.complete)])
@@ -105,7 +109,7 @@ def accumulate(
     layout.sum_gradients()
     layout.settle()
     values = torch.tensor([float(total) for total in totals.values()], dtype=torch.float64)
-    sums = collectives.all_reduce_sum(values, layout.grid.group("data", "context"))
+    sums = collectives.all_reduce_sum(values, layout.grid.group("pipeline", "data", "context"))
     terms = {name: value / used[name] for name, value in zip(totals, sums.tolist(), strict=True)}
     loss_value = sum(weights.get(name, 1.0) * term for name, term in terms.items() if weights.get(name, 1.0))
     broken = tuple(dict.fromkeys(i for ids in mesh.gather(share.broken) for i in ids)) if broken_off else ()
@@ -153,6 +157,23 @@ class _Pass:
             with mesh.explained():
                 layout.touched(loss if at < len(micro) else loss * 0).backward()
         return Share(sums=self.totals, reached=reached, complete=not broken, broken=broken)
+
+    def staged(self, micro: Sequence[Batch], layout: Staged) -> Share:
+        """This stage's part of all passes; the last stage has the sums, the others zeros."""
+        broken: list[str] = []
+        reached = False
+
+        def passed(batch: Batch) -> Tensor:
+            nonlocal reached
+            loss = self._forward(batch)
+            if not loss.isfinite() and not broken:
+                broken.extend(batch.sample_ids)
+            reached = reached or loss.requires_grad
+            return loss
+
+        layout.run(micro, passed)
+        sums = {name: torch.zeros(()) for name in self.used} | self.totals
+        return Share(sums=sums, reached=reached, complete=not broken, broken=tuple(broken))
 
     def _forward(self, batch: Batch, *, counts: bool = True) -> Tensor:
         with self.around(), mesh.explained():

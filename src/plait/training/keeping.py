@@ -18,7 +18,6 @@ from plait.training.checkpoint import Checkpoints, check_origin
 from plait.training.generators import rng_kept
 from plait.training.gradient import named
 from plait.training.parallel.layout import Whole
-from plait.training.parallel.twin import Sharded
 from plait.training.pieces import load_pieces, pieces
 from plait.training.precision import LossScale
 from plait.training.saving import Saver
@@ -136,7 +135,7 @@ class Keeper:
             before()
             self.checkpoints.best = best
 
-        if isinstance(self._layout, Sharded):
+        if self._layout.in_pieces:
             ready()
             self.saver.within(progress.step, self._save_pieces)
         elif mesh.rank() == 0:
@@ -163,6 +162,7 @@ class Keeper:
         """Each process its own pieces; the model's own files by the first, from whole weights."""
         trained, step = self.trained, self.trained.progress.step
         tensors, scalars = pieces(trained.tensors, trained.optimizer, average=trained.averaged)
+        scalars = {name: value for told in mesh.gather(scalars) for name, value in told.items()}
 
         def rest(folder: Path) -> None:
             (folder / "resume").mkdir()
@@ -193,7 +193,9 @@ class Keeper:
         found = Path(path)
         check_origin(found, self.origin, events=self.events)
         stored = self._stored(found)
-        trained.progress = restore_state(found, trained.tensors, trained.optimizer, stored=stored)
+        trained.progress = restore_state(
+            found, trained.tensors, trained.optimizer, stored=stored, elsewhere=self._layout.elsewhere
+        )
         if isinstance(trained.batches, StatefulBatches):
             trained.batches.restore(read_batches(found))
         if trained.average is not None:
@@ -206,9 +208,10 @@ class Keeper:
 
     def _stored(self, checkpoint: Path) -> Stored:
         """Tensors of a checkpoint, however it holds them."""
+        elsewhere = self._layout.elsewhere
         if read_state(checkpoint)["format"] == IN_PIECES:
-            return load_pieces(checkpoint, self.trained.tensors)
-        return read_stored(checkpoint)
+            return load_pieces(checkpoint, self.trained.tensors, elsewhere=elsewhere)
+        return read_stored(checkpoint).without(elsewhere)
 
     def _resume_average(self, average: MovingAverage, means: Mapping[str, torch.Tensor], found: Path) -> None:
         """Go on with the average of a checkpoint, or begin one where none was kept until now."""

@@ -21,6 +21,7 @@ from plait.core import dtensors, mesh
 from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, NumericsError, Stopped
 from plait.core.events import Events
+from plait.core.files import write_json
 from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
@@ -30,8 +31,9 @@ from plait.training.gradient import Sums, accumulate, check_batches, named
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan, write_skipped
-from plait.training.norm import clip
-from plait.training.parallel.twin import Sharded, lay_out
+from plait.training.optimizers import build_part
+from plait.training.parallel.order import timeline_record
+from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.settings import FitResult, Hooks, Settings
@@ -80,7 +82,7 @@ def fit(
     with computed(run.layout.model, settings, events=events), stop_requests() as stop:
         result = run.all(stop)
     run.layout.finish()
-    if isinstance(run.layout, Sharded):  # hooks of modules refer to each other: the pieces would stay for long
+    if run.layout.in_pieces:  # hooks of modules refer to each other: the pieces would stay for long
         del run
         gc.collect()
     return result
@@ -120,9 +122,7 @@ class _Run:
         self.layout = lay_out(model, objective, settings.parallel, device=settings.compute.device)
         self.train_state = TrainState(self.layout.model, self.layout.objective)
         self.modes = plain
-        self.optimizer = settings.optimizer.build(
-            self.train_state.weights, self.train_state.roles, rates=settings.rates
-        )
+        self.optimizer = build_part(settings.optimizer, self.train_state, plain, rates=settings.rates)
         if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
             events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
         self.average = None
@@ -242,6 +242,7 @@ class _Run:
         self.progress.step += 1
         found = self._values(sums, norm=norm, factor=factor)
         self._update(kept, sums, norm=norm, ids=ids)
+        self._note_timeline()
         self.optimizer.zero_grad(set_to_none=True)
         samples, tokens = total_units(
             len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro), self.layout.grid
@@ -349,7 +350,20 @@ class _Run:
         grads = [w.grad for w in self.train_state.weights.values() if w.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale([dtensors.local(grad) for grad in grads])
-        return clip(grads, self.settings.clip_norm)
+        return self.layout.clip(self.train_state.weights, self.settings.clip_norm)
+
+    def _note_timeline(self) -> None:
+        """Keep what a pipeline's stages did in a step that they measured, and say how long they were idle."""
+        spans = self.layout.take_timeline()
+        if spans and mesh.rank() == 0:
+            record = timeline_record(spans, step=self.progress.step, schedule=self.settings.parallel.schedule)
+            write_json(self.folder / "timeline.json", record)
+            several = "es" if record["micro_batches"] > 1 else ""
+            self.events.note(
+                f"pipeline of {record['stages']} stages, {record['micro_batches']} micro-batch{several}: idle for "
+                f"{record['idle']:.0%} of step {self.progress.step}, {record['bubble']:.0%} if all took equally long",
+                idle=record["idle"],
+            )
 
     def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
         """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""

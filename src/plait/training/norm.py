@@ -9,17 +9,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plait.core import collectives, dtensors, mesh
+from plait.core.collectives import Group
 
 
 @torch.no_grad()
-def clip(grads: Sequence[Tensor], largest: float | None) -> float:
+def clip(
+    grads: Sequence[Tensor], largest: float | None, *, copies: Sequence[Tensor] = (), stages: Group = None
+) -> float:
     """Scale a gradient to a norm if it is longer; returns its Euclidean norm before.
 
     Args:
         grads: Of all weights; those in pieces are so over all processes.
         largest: None never clips; nor is anything scaled by a norm that is not finite.
+        copies: Gradients of weights that another stage counts, too; only scaled here.
+        stages: Processes that hold other weights; None: none do.
     """
     norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
+    if stages is not None:
+        norm = collectives.all_reduce_sum(norm.double() ** 2, stages).sqrt()  # as wide in a stage that counts nothing
     pieces: dict[int, list[Tensor]] = {}  # by the number of processes that hold the same one
     for grad in grads:
         if isinstance(grad, DTensor):  # of a weight with fewer rows than processes some have an empty piece
@@ -30,7 +37,7 @@ def clip(grads: Sequence[Tensor], largest: float | None) -> float:
         norm = (square + norm.to(square.device).double() ** 2).sqrt().to(next(iter(pieces.values()))[0].dtype)
     if largest is not None and bool(norm.isfinite()):
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
-        for members in _by_device(grads):
+        for members in _by_device([*grads, *copies]):
             torch._foreach_mul_(members, factor.to(members[0].device))
     return float(norm)
 

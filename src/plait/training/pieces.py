@@ -29,10 +29,15 @@ def pieces(
     return tensors | {f"{_AVERAGE}{name}": tensor for name, tensor in average.items()}, scalars
 
 
-def load_pieces(checkpoint: Path, train_state: TrainState) -> Stored:
+def load_pieces(checkpoint: Path, train_state: TrainState, *, elsewhere: frozenset[str] = frozenset()) -> Stored:
     """Read a checkpoint as this process needs it: whole tensors, or pieces as its own weights lie.
 
     Every process calls this.
+
+    Args:
+        checkpoint: Its folder.
+        train_state: What trains in this process.
+        elsewhere: Names of weights of other processes, which are not read.
 
     Raises:
         CheckpointError: A piece is missing or damaged.
@@ -42,12 +47,15 @@ def load_pieces(checkpoint: Path, train_state: TrainState) -> Stored:
     with mesh.agreed(checkpoint):
         for name, form in forms(checkpoint).items():
             group, _, rest = name.partition("/")
-            like = present.get(rest.rpartition("/")[0] if f"{group}/" == _OPTIMIZER else rest)
+            weight = rest.rpartition("/")[0] if f"{group}/" == _OPTIMIZER else rest
+            if weight in elsewhere:
+                continue
+            like = present.get(weight)
             if like is not None and like.shape == form.size:
                 into[name] = torch.empty_like(like, dtype=form.properties.dtype)
             else:
                 into[name] = torch.empty(form.size, dtype=form.properties.dtype)
-    load_together(checkpoint, into)
+    load_together(checkpoint, into, partly=bool(elsewhere))
     return Stored(weights=_of(into, _WEIGHTS), optimizer=_of(into, _OPTIMIZER), average=_of(into, _AVERAGE))
 
 

@@ -19,7 +19,7 @@ from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Average, Parallel, Trainer, check_spread
+from plait.training.trainer import Average, Parallel, Trainer, check_spread, check_staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,11 @@ class Settings:
                 check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
             except ValueError as error:
                 raise ConfigError(str(error), place="parallel", remedy="change one of the two") from error
+        if self.parallel.pipeline > 1:
+            try:
+                check_staged(compiles=self.compile, async_save=self.async_save)
+            except ValueError as error:
+                raise ConfigError(str(error), place="parallel.pipeline", remedy="change one of the two") from error
 
     def with_trainer(
         self,

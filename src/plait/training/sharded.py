@@ -40,7 +40,7 @@ def save_together(
     Args:
         checkpoints: Where it goes.
         step: Finished steps.
-        tensors: The same names on all ranks.
+        tensors: Of this rank; what several have under one name is the same, or pieces of the same.
         write: Fills in what is no shard; called on rank 0 only, with the folder.
 
     Raises:
@@ -64,10 +64,15 @@ def save_together(
     return checkpoints.path(step)
 
 
-def load_together(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
+def load_together(checkpoint: Path, into: Mapping[str, Tensor], *, partly: bool = False) -> None:
     """Read a checkpoint into tensors of any placement, in place, whatever number of processes wrote it.
 
     Every process calls this; rank 0 verifies the checkpoint before any tensor is touched.
+
+    Args:
+        checkpoint: Its folder.
+        into: Filled; what is not there is an error.
+        partly: The checkpoint may have more.
 
     Raises:
         CheckpointError: A piece is missing or damaged, or names, shapes or dtypes are others; nothing was changed then.
@@ -76,7 +81,8 @@ def load_together(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
         if mesh.rank() == 0:
             verify(checkpoint)
     with mesh.agreed(checkpoint):
-        _same_forms(forms(checkpoint), into, checkpoint)
+        saved = forms(checkpoint)
+        _same_forms({n: f for n, f in saved.items() if n in into} if partly else saved, into, checkpoint)
     with mesh.agreed(checkpoint):
         _read(checkpoint, dict(into))
 

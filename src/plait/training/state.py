@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -287,6 +287,18 @@ class Stored:
     optimizer: Mapping[str, Tensor]
     average: Mapping[str, Tensor]
 
+    def without(self, names: frozenset[str]) -> Stored:
+        """Without what belongs to some weights."""
+
+        def left(tensors: Mapping[str, Tensor], weight: Callable[[str], str]) -> dict[str, Tensor]:
+            return {name: tensor for name, tensor in tensors.items() if weight(name) not in names}
+
+        return Stored(
+            weights=left(self.weights, str),
+            optimizer=left(self.optimizer, lambda name: name.rpartition("/")[0]),
+            average=left(self.average, str),
+        )
+
 
 def read_stored(folder: Path) -> Stored:
     """Tensors of a checkpoint that holds them whole.
@@ -299,7 +311,12 @@ def read_stored(folder: Path) -> Stored:
 
 
 def restore_state(
-    folder: Path, train_state: TrainState, optimizer: torch.optim.Optimizer, *, stored: Stored | None = None
+    folder: Path,
+    train_state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    *,
+    stored: Stored | None = None,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> Progress:
     """Put back, bit for bit, what :func:`save_state` wrote.
 
@@ -308,13 +325,15 @@ def restore_state(
         train_state: What training changes; may lie in pieces on several processes.
         optimizer: Gets its moments back.
         stored: Its tensors, where they were read already.
+        elsewhere: Names of weights that other processes hold.
 
     Raises:
         CheckpointError: Names, shapes or dtypes are not those of this model or optimizer; nothing was changed then.
     """
     record, stored = read_state(folder), stored or read_stored(folder)
     _same_tensors(stored.weights, train_state.tensors(), folder / WEIGHTS)
-    state = _optimizer_dict(optimizer, stored.optimizer, record["optimizer"])
+    scalars = {name: value for name, value in record["optimizer"].items() if name.rpartition("/")[0] not in elsewhere}
+    state = _optimizer_dict(optimizer, stored.optimizer, scalars)
     _copy(stored.weights, train_state)
     optimizer.load_state_dict(state)
     progress = Progress.read(record)  # before the generators: beartype, which checks types in tests, draws from one

@@ -39,20 +39,29 @@ class Parallel(Spec):
     tensor: int = Field(default=1, ge=1)
     """Processes that divide the matrices of a language model's blocks, its vocabulary and its heads between them
     (Megatron): neighbours, which get the same batches. The number of processes is a multiple of it."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages that the blocks of a language model are cut into, each on a process of its own: towers, connectors and
+    embeddings are on the first, norm, head and loss on the last. Of `m` micro-batches (`micro_batch`) and `p` stages,
+    each process is idle for `(p - 1) / (m + p - 1)` of a step."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of a pipeline's work: `1f1b` keeps the activations of at most as many micro-batches as there are stages,
+    `gpipe` of all. Idle times and results are equal."""
+    pipeline_blocks: tuple[int, ...] = ()
+    """Blocks of each stage; by default so many that all have about equal work."""
 
     def data_only(self) -> Parallel:
         """Without what divides a language model: for a part that has none."""
-        return self.model_copy(update={"tensor": 1})
+        return self.model_copy(update={"tensor": 1, "pipeline": 1, "pipeline_blocks": ()})
 
     @property
     def divides(self) -> bool:
         """Whether any process holds or computes a part that others do not, beside ZeRO."""
-        return self.tensor > 1
+        return self.tensor > 1 or self.pipeline > 1
 
     @property
     def spreads(self) -> bool:
-        """Whether weights lie in parts on several processes, in one way or another."""
-        return bool(self.zero) or self.divides
+        """Whether weights lie in pieces on several processes, in one way or another; a stage has its own whole."""
+        return bool(self.zero) or self.tensor > 1
 
     def grid(self, rank: int, world: int) -> Grid:
         """Where a process is among the others.
@@ -60,12 +69,25 @@ class Parallel(Spec):
         Raises:
             ConfigError: These cannot be divided so.
         """
-        return Grid.of(rank, world, tensor=self.tensor)
+        return Grid.of(rank, world, pipeline=self.pipeline, tensor=self.tensor)
 
     @model_validator(mode="after")
     def _spread(self) -> Parallel:
         if self.offload and not self.zero:
             raise ValueError("offload moves what is spread, and zero is 0: set zero to 1, 2 or 3, or offload to false")
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> Parallel:
+        if self.pipeline == 1 and self.pipeline_blocks:
+            raise ValueError(
+                "pipeline_blocks are those of a pipeline's stages, and pipeline is 1: set it, or take them out"
+            )
+        if self.pipeline > 1 and (self.zero or self.tensor > 1):
+            name = "zero" if self.zero else "tensor"
+            raise ValueError(f"pipeline and {name} are both set, and are not tried together: set one of the two")
+        if self.pipeline_blocks and (len(self.pipeline_blocks) != self.pipeline or min(self.pipeline_blocks) < 1):
+            raise ValueError(f"pipeline_blocks must be {self.pipeline} numbers from 1 on, one for each stage")
         return self
 
 
@@ -126,6 +148,8 @@ class Trainer(Spec):
     def _spread(self) -> Trainer:
         if self.parallel.spreads:
             check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
+        if self.parallel.pipeline > 1:
+            check_staged(compiles=self.compile, async_save=self.async_save)
         return self
 
     def pieces(self, batch_size: int) -> int:
@@ -211,4 +235,19 @@ def check_spread(optimizer: str, *, compiles: bool, async_save: bool) -> None:
         raise ValueError(
             "async_save is true: pieces are written within the step, by all processes at once; set it to false, or "
             "take trainer.parallel out"
+        )
+
+
+def check_staged(*, compiles: bool, async_save: bool) -> None:
+    """See that what else is set works in the stages of a pipeline.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if compiles:
+        raise ValueError("compile is true: compiled blocks are not tried in a pipeline; set it off, or pipeline to 1")
+    if async_save:
+        raise ValueError(
+            "async_save is true: stages write their weights within the step, all at once; set it to false, or "
+            "parallel.pipeline to 1"
         )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +17,8 @@ from plait.core.grid import Grid
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
+from plait.training.norm import clip
+from plait.training.parallel.order import Span
 
 
 class Whole:
@@ -27,9 +29,13 @@ class Whole:
         objective: What it minimizes.
         grid: Where this process is among the others.
         in_step: Whether a pass of one process waits for the others, so that all make equally many of them.
+        in_pieces: Whether processes hold different weights, so that a checkpoint is written by all of them.
+        elsewhere: Names of weights that train, or not, in other processes alone.
     """
 
     in_step = False
+    in_pieces = False
+    elsewhere: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module, objective: Objective, *, grid: Grid | None = None) -> None:
         self.model, self.objective = model, objective
@@ -65,6 +71,14 @@ class Whole:
 
     def settle(self) -> None:
         """After a step's gradients are there."""
+
+    def take_timeline(self) -> list[Span]:
+        """What the stages of a pipeline did in a step that they measured, once, in process 0; mostly nothing."""
+        return []
+
+    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> float:
+        """Scale the whole gradient to a norm if it is longer; see :func:`plait.training.norm.clip`."""
+        return clip([weight.grad for weight in weights.values() if weight.grad is not None], largest)
 
     def _learning(self) -> Iterator[nn.Parameter]:
         """Every trained weight once."""

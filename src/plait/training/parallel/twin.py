@@ -33,6 +33,7 @@ from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
 from plait.training.average import MovingAverage
 from plait.training.parallel.layout import Whole
+from plait.training.parallel.pipeline import Staged
 from plait.training.parallel.tensor import divide
 from plait.training.trainer import Parallel
 
@@ -55,6 +56,8 @@ class Sharded(Whole):
     Raises:
         ConfigError: Blocks are left out by chance.
     """
+
+    in_pieces = True
 
     def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, grid: Grid, device: str) -> None:
         if parallel.zero and any(_drops_layers(part) for part in model.modules()):
@@ -223,6 +226,8 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
     grid = parallel.grid(mesh.rank(), mesh.world())
     if not parallel.zero and not parallel.divides:
         return Whole(model, objective, grid=grid)
+    if parallel.pipeline > 1:
+        return Staged(model, objective, parallel, grid=grid, device=device)
     if parallel.offload and device == "cpu":
         raise ConfigError(
             "parallel.offload is true, but the weights are in this processor's memory anyway",

@@ -1,0 +1,260 @@
+"""Pipeline parallelism: each process has some blocks of a language model, and micro-batches go from one to the next.
+
+Towers, connectors and embeddings are on the first stage, norm, head and loss on the last (:mod:`.cut`); GPipe or 1F1B
+say who computes what when (:mod:`.order`, :mod:`.runner`). All processes of a pipeline have the same batches, and each
+keeps weights, gradients and optimizer state of its own blocks only. Where the head is the table of embeddings, first
+and last stage have a copy each, whose gradients are added: they stay equal bit for bit.
+"""
+
+# torch's annotations are partial: its members count as partially unknown.
+# pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plait.core import mesh
+from plait.core.errors import ConfigError
+from plait.core.grid import Grid
+from plait.core.protocols import Objective
+from plait.core.tensors import Batch
+from plait.models.crossattend import layers_of
+from plait.models.multimodal import MultimodalLM
+from plait.training.average import MovingAverage
+from plait.training.norm import clip
+from plait.training.parallel.cut import check, keep_only, owners, stages_of
+from plait.training.parallel.layout import Whole
+from plait.training.parallel.order import SCHEDULES, Span
+from plait.training.parallel.runner import Link, Timeline, run
+from plait.training.trainer import Parallel
+
+_RECORDED = 2  # which step: in the first one, connections are made
+
+
+class _Left(Exception):
+    """No error: a pass ends where the next stage begins, with what the last block of this one gave."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class Staged(Whole):
+    """A twin of the model that has the blocks of one stage.
+
+    Weights of other stages are empty in the caller's model until :meth:`finish`, but in :meth:`shown`.
+
+    Args:
+        model: Of the caller.
+        objective: Copied with it; must have no weights.
+        parallel: How many stages, which schedule, and the blocks of each.
+        grid: Where this process is among the others.
+        device: ``cpu`` or ``cuda``.
+
+    Attributes:
+        most_kept: The most micro-batches whose activations this stage held at a time.
+
+    Raises:
+        ConfigError: The model cannot be cut so.
+    """
+
+    in_pieces = True
+
+    def __init__(self, model: nn.Module, objective: Objective, parallel: Parallel, *, grid: Grid, device: str) -> None:
+        whole = check(model, objective)
+        parts = stages_of(whole, parallel.pipeline, parallel.pipeline_blocks)
+        self._plain: dict[str, nn.Parameter] = dict(whole.named_parameters())
+        self._holders = owners(whole, parts)
+        self._forms = {name: (weight.shape, weight.dtype, weight.device) for name, weight in self._plain.items()}
+        self._buffers = _buffers(whole)
+        tensors = [*self._plain.values(), *whole.buffers()]
+        twin, copied = copy.deepcopy((whole, objective), {id(tensor): tensor for tensor in tensors})  # no weight is
+        super().__init__(twin, copied, grid=grid)
+        self.link = Link(grid.group("pipeline"), grid.group("pipeline", again=True), device=device)
+        self._schedule, self._device, self._steps = SCHEDULES[parallel.schedule], device, 0
+        self._measured: list[Span] = []
+        self.most_kept = 0
+        self._received: Tensor | None = None
+        self._blank = _blank_inputs(whole)
+        part = parts[self.link.stage]
+        layers = layers_of(twin.decoder)
+        if not self.link.first:
+            layers[part[0]].register_forward_pre_hook(self._enter, with_kwargs=True)
+            twin.__dict__["inputs"] = self._blank
+        if not self.link.last:
+            layers[part[-1]].register_forward_hook(_leave)
+        self._own = {name for name, stages in self._holders.items() if self.link.stage in stages}
+        self.elsewhere = frozenset(self._holders.keys() - self._own)
+        keep_only(twin, part, {id(self._plain[name]) for name in self._own})
+        self._empty()
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def run(self, micro: Sequence[Batch], passed: Callable[[Batch], Tensor]) -> None:
+        """Forward and backward of a step's micro-batches, as far as they are this stage's.
+
+        Args:
+            micro: The same in all stages.
+            passed: A micro-batch through objective and model; gives its loss, where it gets that far.
+        """
+
+        def compute(number: int, received: Tensor | None) -> Tensor:
+            self._received = received
+            try:
+                loss = passed(micro[number])
+            except _Left as left:
+                return left.hidden
+            if self._received is not None or not self.link.last:
+                raise ConfigError(
+                    "the objective does not run the model's decoder",
+                    place="trainer.parallel.pipeline",
+                    remedy="set it to 1 for this objective",
+                )
+            return loss
+
+        self._steps += 1
+        timeline = Timeline(self.link.stage, device=self._device) if self._steps == _RECORDED else None
+        order = self._schedule(self.link.stage, self.link.stages, len(micro))
+        self.most_kept = max(self.most_kept, run(order, compute, self.link, timeline=timeline))
+        if timeline is not None:
+            told = mesh.gather([astuple(span) for span in timeline.spans] if self.grid.share[0] == 0 else [])
+            self._measured = [Span(*span) for spans in told for span in spans]
+
+    def take_timeline(self) -> list[Span]:
+        """Of the first pipeline, after the second step."""
+        measured, self._measured = self._measured, []
+        return measured
+
+    def sum_gradients(self) -> None:
+        """Over the processes that hold the same weights; then of the two copies of a table that is the head, too."""
+        super().sum_gradients()
+        twice = [self._plain[name] for name, stages in sorted(self._holders.items()) if len(stages) > 1]
+        twice = [weight for weight in twice if weight.requires_grad]
+        if not twice or not (self.link.first or self.link.last):
+            return
+        here = torch.tensor([weight.grad is not None for weight in twice], dtype=torch.int64, device=self._device)
+        for weight, found in zip(twice, (here + self._exchanged(here)).tolist(), strict=True):
+            if found:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad += self._exchanged(weight.grad)  # a + b there, b + a here: the same bits
+
+    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> float:
+        """Of all stages together; a copy of the head's table counts once."""
+        grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        counted = [grad for name, grad in grads.items() if self._holders[name][0] == self.link.stage]
+        copies = [grad for name, grad in grads.items() if self._holders[name][0] != self.link.stage]
+        return clip(counted, largest, copies=copies, stages=self.link.onward)
+
+    def _exchanged(self, mine: Tensor) -> Tensor:
+        """What the last stage has, on the first one, and the other way round."""
+        group, theirs = self.link.onward, torch.empty_like(mine)
+        peer = self.link.stages - 1 if self.link.first else 0
+        ends = [
+            dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
+            dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
+        ]
+        with mesh.explained():
+            for work in dist.batch_isend_irecv(ends):
+                work.wait()
+        return theirs
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the first block what came from the stage before, instead of what was computed here."""
+        received, self._received = self._received, None
+        if received is None:
+            raise ConfigError(
+                "the objective runs the model more than once for a micro-batch",
+                place="trainer.parallel.pipeline",
+                remedy="set it to 1 for this objective",
+            )
+        if args:
+            return (received, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": received}
+
+    # --- the caller's model ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def shown(self, average: MovingAverage | None = None) -> Iterator[None]:
+        """Inside, the caller's model of process 0 has its weights, or their average. Every process takes part."""
+        means = average.tensors() if average is not None else {}
+        self._fill(means, everywhere=False)
+        kept = {name: self._plain[name].data for name in means}
+        for name, mean in means.items():  # nothing is copied: a checkpoint being written has both as they are
+            self._plain[name].data = mean
+        try:
+            yield
+        finally:
+            for name, weight in kept.items():
+                self._plain[name].data = weight
+            self._empty()
+
+    def finish(self) -> None:
+        """Give the caller's model its weights back, in every process."""
+        self._fill({}, everywhere=True)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor], *, everywhere: bool) -> None:
+        ranks = self.grid.ranks("pipeline")
+        if everywhere or 0 in ranks:
+            for name, (holder, *_) in self._holders.items():
+                wanted = everywhere or self.link.first
+                if holder == 0 and not everywhere:
+                    continue
+                if holder == self.link.stage:
+                    tensor = values.get(name, self._plain[name].detach()).contiguous()
+                elif wanted:
+                    shape, dtype, device = self._forms[name]
+                    tensor = torch.empty(shape, dtype=dtype, device=device)
+                else:
+                    continue
+                self._hand(tensor, holder, everywhere=everywhere)
+                if name not in self._own:
+                    self._plain[name].data = tensor
+        for path, (owner, name) in _buffers(self.model).items():  # a module may put another in its place
+            here, there = self._buffers[path]
+            here._buffers[there] = owner.get_buffer(name)
+
+    def _hand(self, tensor: Tensor, holder: int, *, everywhere: bool) -> None:
+        """Send a tensor from the stage that holds it to all, or to the first."""
+        group = self.link.onward
+        with mesh.explained():
+            if everywhere:
+                dist.broadcast(tensor, group=group, group_src=holder)
+            elif self.link.first:
+                dist.recv(tensor, group=group, group_src=holder)
+            else:
+                dist.send(tensor, group=group, group_dst=0)
+
+    def _empty(self) -> None:
+        for name in self.elsewhere:
+            self._plain[name].data = self._plain[name].data.new_empty(0)
+
+
+def _leave(_: nn.Module, __: Any, output: Any) -> None:
+    """End the pass behind the last block of a stage."""
+    raise _Left(output[0] if isinstance(output, tuple) else output)
+
+
+def _blank_inputs(model: MultimodalLM) -> Callable[[Batch], tuple[Tensor, None]]:
+    """In the place of :meth:`MultimodalLM.inputs` where no embeddings are: their shape and number format."""
+    table: Tensor = model.decoder.get_input_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportAssignmentType]
+    nothing, width = torch.zeros((), dtype=table.dtype, device=table.device), table.shape[1]
+    return lambda batch: (nothing.expand(*batch.token_ids.shape, width), None)
+
+
+def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Module and own name of every buffer, by path."""
+    return {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }

@@ -1,0 +1,159 @@
+"""A model cut into stages ends where one process does, in every grid; its checkpoints, hooks, faults and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.layouts import BOUNDS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.training.parallel.cut import divided
+
+Case = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """What the processes of a case say, as JSON."""
+    root = tmp_path_factory.mktemp("stages")
+
+    def run(name: str) -> dict[str, Any]:
+        result = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("pipeline_ranks.py")), str(root), name],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])[name] | {"log": result.stderr}
+
+    return run
+
+
+@pytest.mark.row("S2-30")
+@pytest.mark.row("S4-67")
+def test_stages_end_where_one_process_does(case: Case) -> None:
+    found = case("equal")
+    log = found.pop("log")
+    for name, apart in found.items():
+        bound = next(limit for form, limit in BOUNDS.items() if form in name)
+        assert all(isinstance(one, float) and one <= bound for one in apart), (name, apart, log)
+        assert len(set(apart)) == 1, f"{name}: processes end apart: {apart}"
+    assert len(found) == 7
+
+
+@pytest.mark.row("S2-30")
+def test_whatever_learns_and_however_it_is_cut(case: Case) -> None:
+    found = case("cuts")
+    log = found.pop("log")
+    for name, apart in found.items():
+        assert all(isinstance(one, float) and one <= 1e-12 for one in apart), (name, apart, log)
+        assert len(set(apart)) == 1, f"{name}: copies of a table are no copies: {apart}"
+    assert len(found) == 6
+
+
+@pytest.mark.row("S2-31")
+def test_a_run_goes_on_in_another_layout(case: Case) -> None:
+    found = case("resumed")
+    log = found.pop("log")
+    assert found.pop("through") == ["kept"], log
+    for name, (first, then) in found.items():
+        assert set(first) == {"part"}, (name, first, log)
+        for resumed, apart in then:
+            assert resumed == ["resumed at step 3 of 5"], name
+            assert apart <= BOUNDS["float64"], name
+    assert len(found) == 5
+
+
+def test_a_loss_that_is_not_finite_in_one_last_stage_is_left_out_in_all_which_name_its_samples(case: Case) -> None:
+    said = case("skipped")["said"]
+    weights, _, (warning,) = said[0]
+    for other, _, warnings in said:
+        assert other == weights
+        assert warnings == [warning]
+    assert warning.startswith("step 3: loss nan")
+    assert warning.endswith(f"samples {', '.join(said[-1][1])}")
+
+
+def test_hooks_see_the_whole_model_in_the_first_process_alone(case: Case) -> None:
+    found = case("shown")
+    log = found.pop("log")
+    for name, (first, *others) in found.items():
+        assert first["seen"] == 11, log  # five steps, three evaluations, three checkpoints
+        assert first["whole"], name
+        assert first["last"] == [True], name
+        for other in others:
+            assert other["seen"] == 0, name
+            assert other["left"] == first["left"], name
+
+
+def test_a_fault_of_one_stage_ends_all_with_its_words_and_leaves_the_last_checkpoint(case: Case) -> None:
+    found = case("faults")
+    own = "the picture is cut off | at sample c3 | fix: take it out"
+    assert found["said"] == [f"DataError: process 1 of 2: {own}", f"DataError: {own}"], found["log"]
+    assert found["saved"] == ["000001", "000002"]
+
+
+def test_what_does_not_go_with_stages_is_refused_with_the_reason(case: Case) -> None:
+    found = case("refused")
+    reasons = {
+        "too many": "4 stages, and the decoder has 3 blocks",
+        "odd": "2 processes cannot be divided into pipeline 3",
+        "blocks": "2 + 2 blocks for 2 stages, and the decoder has 3 blocks",
+        "weights": "Weighted has weights of its own",
+        "twice": "the objective runs the model more than once for a micro-batch",
+        "pairs": "DualEncoder cannot be cut into stages",
+    }
+    for name, reason in reasons.items():
+        assert all(said.startswith("ConfigError: ") and reason in said for said in found[name]), (name, found)
+
+
+@pytest.mark.row("S2-C14")
+def test_a_run_keeps_the_measured_timeline_of_a_step(case: Case) -> None:
+    found = case("timeline")
+    record = found["record"]
+    assert record == {
+        "step": 2,
+        "schedule": "1f1b",
+        "stages": 2,
+        "micro_batches": 2,
+        "idle": found["idle"],
+        "bubble": pytest.approx(1 / 3),
+    }
+    assert found["spans"] == 2 * 2 * 2 + 4  # forward and backward of each; a wait for each message
+    assert [len(said) for said in found["said"]] == [1, 0]
+    assert found["said"][0][0].startswith("pipeline of 2 stages, 2 micro-batches: idle for ")
+
+
+@given(st.lists(st.integers(1, 9).map(float), min_size=1, max_size=7), st.data())
+def test_blocks_are_cut_so_that_the_largest_load_is_smallest(loads: list[float], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(loads)))
+    before, after = (float(data.draw(st.integers(0, 9))) for _ in (1, 2))
+
+    def largest(parts: list[range]) -> float:
+        each = [sum(loads[number] for number in part) for part in parts]
+        each[0] += before
+        each[-1] += after
+        return max(each)
+
+    def ways(first: int, left: int) -> list[list[range]]:
+        if left == 1:
+            return [[range(first, len(loads))]]
+        ends = range(first + 1, len(loads) - left + 2)
+        return [[range(first, end), *rest] for end in ends for rest in ways(end, left - 1)]
+
+    parts = divided(loads, stages, before=before, after=after)
+    assert [number for part in parts for number in part] == list(range(len(loads)))
+    assert all(parts)
+    assert largest(parts) == min(map(largest, ways(0, stages)))
