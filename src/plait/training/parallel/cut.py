@@ -132,11 +132,16 @@ class _Passed(nn.Module):
 
 
 class _Elsewhere(nn.Module):
-    """In the place of what another stage runs; it only knows device and number format."""
+    """In the place of what another stage runs; it only knows device, number format and width."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        self._width = weight.shape[-1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Zeros, where a decoder looks up positions in a table: what comes from the stage before replaces their sum."""
+        return self.weight.new_zeros(()).expand(*ids.shape, self._width)
 
 
 def check(model: nn.Module, objective: object) -> MultimodalLM:
