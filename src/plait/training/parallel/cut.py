@@ -137,7 +137,7 @@ class _Elsewhere(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        self._width = weight.shape[-1]
+        self._width = weight.shape[-1] if weight.ndim else 1  # a scalar is no table
 
     def forward(self, ids: Tensor) -> Tensor:
         """Zeros, where a decoder looks up positions in a table: what comes from the stage before replaces their sum."""

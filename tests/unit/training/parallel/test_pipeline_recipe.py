@@ -63,5 +63,5 @@ def test_a_recipe_in_two_stages_learns_what_one_process_learns(
         if phase != PHASES[0]:  # of which no decoder is a part
             assert read_json(two / phase / "timeline.json")["stages"] == 2
     page = (two / "report.html").read_text()
-    assert page.count("02-tune/decoder/timeline.json") == 1
+    assert "02-tune/decoder/timeline.json" in page
     assert "through 2 stages, idle for " in page
