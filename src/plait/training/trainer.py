@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from plait.core.errors import ConfigError
 from plait.core.grid import Grid
 from plait.core.spec import Spec
 from plait.training.optim import AdamW, Optimizer
@@ -40,14 +41,19 @@ class Parallel(Spec):
     """Processes that divide the matrices of a language model's blocks, its vocabulary and its heads between them
     (Megatron): neighbours, which get the same batches. The number of processes is a multiple of it."""
 
+    expert: int = Field(default=1, ge=1)
+    """Processes that divide the experts of a language model between them, and send each other tokens (GShard):
+    neighbours, which get other samples. It divides the number of data shares, and the number of experts. Not together
+    with `zero`, `tensor`."""
+
     def data_only(self) -> Parallel:
         """Without what divides a language model: for a part that has none."""
-        return self.model_copy(update={"tensor": 1})
+        return self.model_copy(update={"tensor": 1, "expert": 1})
 
     @property
     def divides(self) -> bool:
         """Whether any process holds or computes a part that others do not, beside ZeRO."""
-        return self.tensor > 1
+        return self.tensor > 1 or self.expert > 1
 
     @property
     def spreads(self) -> bool:
@@ -60,7 +66,27 @@ class Parallel(Spec):
         Raises:
             ConfigError: These cannot be divided so.
         """
-        return Grid.of(rank, world, tensor=self.tensor)
+        grid = Grid.of(rank, world, tensor=self.tensor)
+        if world > 1 and grid.data % self.expert:
+            raise ConfigError(
+                f"{self.expert} processes are to divide the experts, and there are {grid.data} data shares",
+                place="trainer.parallel.expert",
+                remedy=f"start a multiple of {self.expert} processes, or set a divisor of {grid.data}",
+            )
+        return grid
+
+    @model_validator(mode="after")
+    def _experts(self) -> Parallel:
+        other = next((name for name in ("zero", "tensor") if getattr(self, name) > (name != "zero")), None)
+        if self.expert > 1 and other is not None:
+            why = {
+                "zero": "it would cut experts again, and gather those of all processes",
+                "tensor": "both cut the matrices of the same networks",
+            }
+            raise ValueError(
+                f"expert is {self.expert} and {other} is {getattr(self, other)}: {why[other]}; set one off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _spread(self) -> Parallel:
