@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from plait import __version__
 from plait.adapters.lora import Lora, attach
@@ -33,8 +33,10 @@ from plait.core.types import MediaRef
 from plait.data.conversations import Conversation, ConversationBatches
 from plait.data.features import FeatureStore
 from plait.data.template import Rendered
+from plait.models.composition import Mixture
 from plait.models.connectors.projection import Mlp
 from plait.models.documents import read_by_document
+from plait.models.mixtral import take_experts
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.computed import computed
@@ -111,24 +113,33 @@ def features() -> FeatureStore:
     return store
 
 
-def model(*, by_document: bool, kv_heads: int = 2, layers: int = 3) -> MultimodalLM:
+def model(*, by_document: bool, kv_heads: int = 2, layers: int = 3, mixture: Mixture | None = None) -> MultimodalLM:
     """The same weights each time; float64."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-    )
-    decoder = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": True,
+    }
+    if mixture is None:
+        decoder = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        chosen = {"num_local_experts": mixture.experts, "num_experts_per_tok": mixture.top_k}
+        decoder = MixtralForCausalLM(MixtralConfig(**sizes | {"intermediate_size": 16}, **chosen))
+        for name, weight in decoder.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                nn.init.normal_(weight, std=0.5)  # or experts are chosen by a hair
+        take_experts(decoder, capacity=mixture.capacity)
     if by_document:
         read_by_document(decoder)
     else:
         decoder.set_attn_implementation("sdpa")
-    attach(decoder, Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")))
+    targets = ("q_proj", "v_proj", "down_proj") if mixture is None else ("q_proj", "v_proj")
+    attach(decoder, Lora(rank=4, alpha=8.0, targets=targets))
     for name, weight in decoder.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.1)

@@ -36,6 +36,7 @@ from plait.core.files import write_json
 from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch, Patches
 from plait.data.conversations import ConversationBatches
+from plait.models.composition import Mixture
 from plait.models.dual import DualEncoder
 from plait.models.towers.vit import VisionTransformer, ViTSizes
 from plait.models.transformer import TransformerSizes
@@ -67,6 +68,7 @@ class Way:
         kv_heads: Heads of keys, which processes that divide heads must be able to deal out.
         packed: Whether conversations share rows.
         more: Further settings of the loop.
+        mixture: Experts of the decoder.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Way:
     kv_heads: int = 2
     packed: bool = True
     more: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    mixture: Mixture | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,7 +100,8 @@ class Way:
     @property
     def alone(self) -> dict[str, Any]:
         """Of the loop, in one process."""
-        return {"optimizer": self.optimizer, "compute": compute_in(self.dtype), **self.more}
+        found = {"optimizer": self.optimizer, "compute": compute_in(self.dtype), **self.more}
+        return found | ({"weights": {"balance": self.mixture.balance, "dropped": 0.0}} if self.mixture else {})
 
     @property
     def weights(self) -> torch.dtype:
@@ -109,7 +113,8 @@ class Way:
         if self.loss != "text":
             return tower().to(self.weights)
         layers = max(3, self.grid.get("pipeline", 1))
-        model = exactness.model(by_document=True, kv_heads=self.kv_heads, layers=layers).to(self.weights)
+        more: dict[str, Any] = {"kv_heads": self.kv_heads, "layers": layers, "mixture": self.mixture}
+        model = exactness.model(by_document=True, **more).to(self.weights)
         if self.whole:
             model.decoder.requires_grad_(requires_grad=True)
         return model
@@ -117,7 +122,7 @@ class Way:
     def objective(self) -> Objective:
         """What is minimized."""
         if self.loss == "text":
-            return NextToken()
+            return NextToken(choices=3 * self.mixture.top_k if self.mixture else 0)
         return Contrastive() if self.loss == "nce" else SigmoidContrastive(bias=-2.0).to(self.weights)
 
     def batches(self, pieces: int) -> Batches:
@@ -181,6 +186,27 @@ def ways() -> list[Way]:
         *(
             Way(name=f"pipeline 2, {dtype} SGD", grid={"pipeline": 2}, dtype=dtype, optimizer=SGD(momentum=0.9))
             for dtype in ("float32", "bfloat16")
+        ),
+    ]
+    some, tight = Mixture(experts=8, balance=0.1), Mixture(experts=8, balance=0.1, capacity=0.75)
+    found += [
+        Way(name="DDP, experts, all learns", mixture=tight, whole=True),
+        Way(name="ZeRO-3, experts, all learns", zero=3, mixture=some, whole=True),
+    ]
+    for expert in (2, 4):
+        name, grid = f"expert {expert}", {"expert": expert}
+        found += [
+            Way(name=name, grid=grid, mixture=some),
+            Way(name=f"{name}, all learns", grid=grid, mixture=some, whole=True),
+            Way(name=f"{name}, capacity, all learns", grid=grid, mixture=tight, whole=True, packed=False),
+        ]
+    found += [
+        Way(
+            name="expert 2, all recomputed, average",
+            grid={"expert": 2},
+            mixture=tight,
+            whole=True,
+            more={"average": Average(decay=0.5), "recompute": "full"},
         ),
     ]
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from plait.models.recompute import Recompute, recomputed
 from plait.training.cost import DecoderShape, Lora, decoder_flops, generate_flops
@@ -127,3 +127,22 @@ def test_greedy_decoding_with_a_cache() -> None:
     assert made.shape == (ROWS, LENGTH + 9)
     expected = generate_flops(DecoderShape.from_config(model.config), rows=ROWS, prompt=LENGTH, new=9)
     assert expected == pytest.approx(counter.get_total_flops(), rel=TOLERANCE)
+
+
+def test_a_decoder_with_experts_counts_all_of_them_and_computes_some() -> None:
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    )
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in MixtralForCausalLM(config).parameters())
+    shape = DecoderShape.from_config(config)
+    assert shape.params == weights
+    idle = 2 * 3 * 3 * 16 * 24
+    assert shape.linear_params == weights - idle - 2 * 50 * 16 - 5 * 16

@@ -12,6 +12,7 @@ from plait.core.errors import CheckpointError
 from plait.core.events import Events
 from plait.models.composition import Decoder, NewDecoder
 from plait.models.documents import read_by_document
+from plait.models.mixtral import take_experts
 from plait.models.output_head import changed_scores
 
 if TYPE_CHECKING:
@@ -83,11 +84,13 @@ def new_language(spec: NewDecoder, *, events: Events | None = None) -> LanguageM
         tokenizer.chat_template = CHATML
     with quiet():
         model = AutoModelForCausalLM.from_config(_config(spec, tokenizer))
-    key = digest({"decoder": spec.model_dump(mode="json"), "tokenizer": fingerprint(folder)})
-    return _ready(LanguageModel(model=model.eval(), tokenizer=tokenizer, folder=folder, key=key))
+    key = digest({"decoder": spec.model_dump(mode="json", exclude_none=True), "tokenizer": fingerprint(folder)})
+    made = LanguageModel(model=model.eval(), tokenizer=tokenizer, folder=folder, key=key)
+    return _ready(made, capacity=spec.mixture.capacity if spec.mixture else None)
 
 
-def _ready(found: LanguageModel) -> LanguageModel:
+def _ready(found: LanguageModel, *, capacity: float | None = None) -> LanguageModel:
+    take_experts(found.model, capacity=capacity)
     found.model.requires_grad_(requires_grad=False)
     read_by_document(found.model)
     return found
@@ -110,9 +113,15 @@ def _config(spec: NewDecoder, tokenizer: Any) -> Any:
     }
     if spec.model_type == "gpt2":
         return AutoConfig.for_model("gpt2", **common, n_inner=spec.d_ff or None)
-    more = {"intermediate_size": spec.d_ff or 4 * spec.d, "num_key_value_heads": spec.kv_heads or spec.heads}
+    more: dict[str, Any] = {
+        "intermediate_size": spec.d_ff or 4 * spec.d,
+        "num_key_value_heads": spec.kv_heads or spec.heads,
+    }
     if spec.model_type != "qwen2":  # the others may have heads of a width of their own
         more["head_dim"] = spec.d // spec.heads
+    if spec.mixture is not None:
+        more |= {"num_local_experts": spec.mixture.experts, "num_experts_per_tok": spec.mixture.top_k}
+        more["router_aux_loss_coef"] = spec.mixture.balance
     return AutoConfig.for_model(spec.model_type, **common, **more)
 
 

@@ -39,11 +39,15 @@ class Output:
         score: Computes the scores of every word, float32 or wider, at :attr:`Batch.predicting` in reading order; None
             where there is no vocabulary.
         logprobs: Log-probability of each of :attr:`Batch.targets`; None where the model leaves it to ``score``.
+        balance: Sum over documents and layers of how unevenly experts were chosen; None where there are none.
+        dropped: Choices of experts that had no room, over all layers.
     """
 
     hidden: Float[Tensor, "b t d"]
     score: Callable[[], Float[Tensor, "n v"]] | None = None
     logprobs: Float[Tensor, " n"] | None = None
+    balance: Float[Tensor, ""] | None = None
+    dropped: Int[Tensor, ""] | None = None
 
     @property
     def logits(self) -> Float[Tensor, "n v"]:
@@ -94,6 +98,13 @@ class Batch:
     def targets(self) -> Int[Tensor, " n"]:
         """The token that comes after each of :attr:`predicting`, in reading order."""
         return self.labels[:, 1:][self.predicting[:, :-1]]
+
+    @property
+    def documents(self) -> Int[Tensor, ""]:
+        """How many samples the rows hold: runs of one segment, padding left out."""
+        begins = torch.ones_like(self.segment_ids, dtype=torch.bool)
+        begins[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        return (begins & (self.segment_ids != 0)).sum()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""

@@ -34,14 +34,37 @@ class PretrainedDecoder(Part):
     """`smollm2`, or a local folder in Hugging Face's layout, with a chat template."""
 
 
+class Mixture(Spec):
+    """Experts in place of each feed-forward network, some of which a router chooses for each token (Mixtral)."""
+
+    experts: int = Field(default=8, ge=2)
+    """How many there are in each layer."""
+    top_k: Positive = 2
+    """How many each token passes."""
+    capacity: float | None = Field(default=None, gt=0.0)
+    """While training, an expert takes this multiple of an even share of each sample's tokens, such as 1.25; what is
+    beyond it is dropped, passes by the layer, and is counted (`loss/dropped`, the share of all choices). null drops
+    nothing. (GShard, https://arxiv.org/abs/2006.16668, with a sample as the group.)"""
+    balance: float = Field(default=0.01, ge=0.0)
+    """Weight of the loss that keeps experts evenly used (`loss/balance`, a sum over layers, in each `top_k` where use
+    is even): by sample, as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, equations 17 to 20), so that it is the
+    same however a batch is split. 0 only reports it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Mixture":
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k} of {self.experts} experts: choose between 1 and all of them")
+        return self
+
+
 class NewDecoder(Part):
     """causal language model of Hugging Face from scratch, of a family of your choice."""
 
     source: ClassVar[str] = "https://huggingface.co/docs/transformers"
     kind: Literal["new"] = "new"
     """Which decoder this is."""
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"] = "llama"
-    """Family, as transformers calls it."""
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral"] = "llama"
+    """Family, as transformers calls it; `mixtral` has experts."""
     tokenizer: str = "smollm2"
     """Whose tokenizer and chat template: `smollm2`, or a local folder of a decoder."""
     d: Positive = 256
@@ -58,9 +81,14 @@ class NewDecoder(Part):
     """Most tokens."""
     tied: bool = True
     """Whether the output head is the table of word embeddings."""
+    mixture: Mixture | None = None
+    """Experts of `mixtral`; `{}` takes their defaults. The others have none: null."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NewDecoder":
+        if (self.model_type == "mixtral") != (self.mixture is not None):
+            has = "has experts: give mixture ({} takes its defaults)" if self.mixture is None else "has no mixture"
+            raise ValueError(f"{self.model_type} {has}")
         if self.d % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {self.d}")
         if self.kv_heads and self.heads % self.kv_heads:

@@ -14,6 +14,7 @@ from plait.models.crossattend import GatedCrossAttention, MediaView, install, la
 from plait.models.decoding import Decoding
 from plait.models.documents import documents_for
 from plait.models.fused_head import fuses, token_logprobs
+from plait.models.mixtral import routing
 from plait.models.output_head import float32_scores
 from plait.models.packing import packed_masks
 
@@ -151,10 +152,17 @@ class MultimodalLM(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states everywhere; what is said of the next token only where it is trained, in reading order."""
-        hidden = self.hidden(batch)
+        with routing(self.decoder, batch.segment_ids) as choices:
+            hidden = self.hidden(batch)
         trained = hidden[batch.predicting]
         logprobs = token_logprobs(self.head, trained, batch.targets) if self.fused and fuses(self.head) else None
-        return Output(hidden=hidden, score=lambda: self.logits(trained), logprobs=logprobs)
+        return Output(
+            hidden=hidden,
+            score=lambda: self.logits(trained),
+            logprobs=logprobs,
+            balance=torch.stack([one.balance() for one in choices]).sum() if choices else None,
+            dropped=torch.stack([one.dropped for one in choices]).sum() if choices else None,
+        )
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b t d"]:
         """The decoder's last hidden states; samples of one row do not see each other."""

@@ -26,7 +26,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,  # of CLIP's weights
@@ -148,7 +148,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Transform every token on its own."""
-        inner, act = self.up(x), _ACTIVATIONS[self.activation]
+        inner, act = self.up(x), ACTIVATIONS[self.activation]
         if self.gated:
             gate, inner = inner.chunk(2, dim=-1)
             inner = act(gate) * inner

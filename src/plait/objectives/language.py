@@ -23,17 +23,39 @@ class NextToken:
 
     The model gives log-probabilities, or scores, only where the next token is trained
     (:class:`plait.models.multimodal.MultimodalLM`), so no full ``b t v`` tensor exists.
+
+    Args:
+        choices: Of a model with experts, how many of them each token chooses in all layers together: then there are two
+            terms more. ``balance``: how unevenly experts are chosen, as a mean over documents
+            (:meth:`plait.models.moe.Choices.balance`), summed over layers; ``dropped``: the share of choices that had
+            no room, a number without a gradient.
     """
 
     needs_global_batch = False
 
+    def __init__(self, *, choices: int = 0) -> None:
+        self.choices = choices
+
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Trained tokens."""
-        return {"next_token": batch.predicting.sum()}
+        """Trained tokens; of a model with experts documents and choices, too."""
+        counts = {"next_token": batch.predicting.sum()}
+        if self.choices:
+            counts |= {"balance": batch.documents, "dropped": self.choices * (batch.segment_ids != 0).sum()}
+        return counts
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Sum of the negative log-likelihood, in nats."""
-        return {"next_token": -token_logprobs(model(batch), batch.targets).sum()}
+        """Sum of the negative log-likelihood, in nats.
+
+        Raises:
+            TypeError: The model says nothing of experts.
+        """
+        output: Output = model(batch)
+        sums = {"next_token": -token_logprobs(output, batch.targets).sum()}
+        if self.choices:
+            if output.balance is None or output.dropped is None:
+                raise TypeError("choices of experts are counted, but the model has none, or does not train")
+            sums |= {"balance": output.balance, "dropped": output.dropped.to(output.balance.dtype)}
+        return sums
 
 
 def token_logprobs(output: Output, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

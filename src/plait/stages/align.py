@@ -92,6 +92,8 @@ class Align(Stage):
     @model_validator(mode="after")
     def _whole(self) -> Align:
         self.trainer.check_whole(stage="the align stage")
+        if self.trainer.parallel.expert > 1:
+            raise ValueError("trainer.parallel.expert: align does not divide experts between processes; take it out")
         return self
 
     def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:

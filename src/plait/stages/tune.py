@@ -236,6 +236,28 @@ class Tune(Stage):
         return self
 
     @model_validator(mode="after")
+    def _experts(self) -> Tune:
+        mixture = self.decoder.mixture if isinstance(self.decoder, NewDecoder) else None
+        if mixture is not None and self.trainer.compile:
+            raise ValueError(
+                "trainer.compile is true: layers with experts cannot be compiled, since what each expert gets has "
+                "another size in every step; set false"
+            )
+        among = self.trainer.parallel.expert
+        if among == 1 or (isinstance(self.decoder, str) and self.decoder != "smollm2"):
+            return self
+        if mixture is None:
+            raise ValueError(
+                f"trainer.parallel.expert is {among}: the decoder has no experts; set 1, or a new decoder of mixtral"
+            )
+        if mixture.experts % among:
+            raise ValueError(
+                f"trainer.parallel.expert is {among}, which does not divide {mixture.experts} experts evenly; set a "
+                "divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _encodes_where_it_trains(self) -> Tune:
         if self.trainer.workers and not self.cache:
             raise ValueError(

@@ -80,7 +80,8 @@ _INPUT_OF = {
 class DecoderShape:
     """Sizes of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, no biases.
 
-    ``d_head`` 0 means ``d_model // heads``; ``tied`` means that the head is the embedding.
+    ``d_head`` 0 means ``d_model // heads``; ``tied`` means that the head is the embedding. With ``experts``, each layer
+    has so many feed-forward networks and a router, and a token passes ``top_k`` of them.
     """
 
     layers: int
@@ -91,6 +92,8 @@ class DecoderShape:
     vocab: int
     d_head: int = 0
     tied: bool = True
+    experts: int = 0
+    top_k: int = 1
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
@@ -105,6 +108,8 @@ class DecoderShape:
             vocab=config.vocab_size,
             d_head=getattr(config, "head_dim", None) or 0,
             tied=bool(config.tie_word_embeddings),
+            experts=getattr(config, "num_local_experts", None) or 0,
+            top_k=getattr(config, "num_experts_per_tok", None) or 1,
         )
 
     @property
@@ -131,14 +136,24 @@ class DecoderShape:
 
     @property
     def linear_params(self) -> int:
-        """Weights of all blocks that take part in matrix products; without embedding and head."""
-        return self.layers * sum(a * b for a, b in self.matrices().values())
+        """Weights of all blocks that take part in a token's matrix products; without embedding and head."""
+        return self.layers * (
+            sum(a * b for a, b in self.matrices().values())
+            + (self.top_k - 1) * self._expert_params
+            + self.d_model * self.experts
+        )
+
+    @property
+    def _expert_params(self) -> int:
+        """Weights of one feed-forward network."""
+        return 3 * self.d_model * self.d_ff
 
     @property
     def params(self) -> int:
         """All weights; a tied head counts once."""
         norms = (2 * self.layers + 1) * self.d_model
-        return self.linear_params + norms + self.vocab * self.d_model * (1 if self.tied else 2)
+        idle = self.layers * max(0, self.experts - self.top_k) * self._expert_params
+        return self.linear_params + idle + norms + self.vocab * self.d_model * (1 if self.tied else 2)
 
 
 SMOLLM2_135M = DecoderShape(layers=30, d_model=576, d_ff=1536, heads=9, kv_heads=3, vocab=49_152)
@@ -277,7 +292,7 @@ def decoder_activations(
         kept = kept_between(shape, products=recompute == "selective", **kind)
         block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
         return shape.layers * (rows * length * kept + _RANDOM) + block
-    s, f, d, a = BYTES[dtype], shape.d_ff, shape.d_model, shape.d_attention
+    s, f, d, a = BYTES[dtype], shape.top_k * shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
         token += 4 * s * a + 4 * shape.heads + s * length

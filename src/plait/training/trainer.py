@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from plait.core.errors import ConfigError
 from plait.core.grid import Grid
 from plait.core.spec import Spec
 from plait.training.optim import AdamW, Optimizer
@@ -49,19 +50,24 @@ class Parallel(Spec):
     pipeline_blocks: tuple[int, ...] = ()
     """Blocks of each stage; by default so many that all have about equal work."""
 
+    expert: int = Field(default=1, ge=1)
+    """Processes that divide the experts of a language model between them, and send each other tokens (GShard):
+    neighbours, which get other samples. It divides the number of data shares, and the number of experts. Not together
+    with `zero`, `tensor`."""
+
     def data_only(self) -> Parallel:
         """Without what divides a language model: for a part that has none."""
-        return self.model_copy(update={"tensor": 1, "pipeline": 1, "pipeline_blocks": ()})
+        return self.model_copy(update={"tensor": 1, "expert": 1, "pipeline": 1, "pipeline_blocks": ()})
 
     @property
     def divides(self) -> bool:
         """Whether any process holds or computes a part that others do not, beside ZeRO."""
-        return self.tensor > 1 or self.pipeline > 1
+        return max(self.tensor, self.pipeline, self.expert) > 1
 
     @property
     def spreads(self) -> bool:
         """Whether weights lie in pieces on several processes, in one way or another; a stage has its own whole."""
-        return bool(self.zero) or self.tensor > 1
+        return bool(self.zero) or self.tensor > 1 or self.expert > 1
 
     def grid(self, rank: int, world: int) -> Grid:
         """Where a process is among the others.
@@ -69,7 +75,28 @@ class Parallel(Spec):
         Raises:
             ConfigError: These cannot be divided so.
         """
-        return Grid.of(rank, world, pipeline=self.pipeline, tensor=self.tensor)
+        grid = Grid.of(rank, world, pipeline=self.pipeline, tensor=self.tensor)
+        if world > 1 and grid.data % self.expert:
+            raise ConfigError(
+                f"{self.expert} processes are to divide the experts, and there are {grid.data} data shares",
+                place="trainer.parallel.expert",
+                remedy=f"start a multiple of {self.expert} processes, or set a divisor of {grid.data}",
+            )
+        return grid
+
+    @model_validator(mode="after")
+    def _experts(self) -> Parallel:
+        why = {
+            "zero": "it would cut experts again, and gather those of all processes",
+            "tensor": "both cut the matrices of the same networks",
+            "pipeline": "a mixture's losses are in every stage",
+        }
+        other = next((name for name in why if getattr(self, name) > (name != "zero")), None)
+        if self.expert > 1 and other is not None:
+            raise ValueError(
+                f"expert is {self.expert} and {other} is {getattr(self, other)}: {why[other]}; set one off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _spread(self) -> Parallel:

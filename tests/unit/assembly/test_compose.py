@@ -205,6 +205,12 @@ def test_a_record_that_was_changed_is_refused(
         ({"encoders": {}, "connectors": {}}, "encoders for nothing"),
         ({"encoders": {"image": VIT, "audio": {}}, "connectors": {"image": GATED, "audio": GATED}}, "are both read"),
         ({"decoder": {"kind": "new", "model_type": "gpt2", "heads": 4, "kv_heads": 2}}, "gpt2 has as many heads"),
+        ({"decoder": {"kind": "new", "model_type": "mixtral"}}, "mixtral has experts: give mixture"),
+        ({"decoder": {"kind": "new", "mixture": {}}}, "llama has no mixture"),
+        (
+            {"decoder": {"kind": "new", "model_type": "mixtral", "mixture": {"experts": 2, "top_k": 3}}},
+            "top_k is 3 of 2 experts",
+        ),
     ],
 )
 def test_settings_that_make_no_model_are_refused(given: dict[str, Any], said: str) -> None:

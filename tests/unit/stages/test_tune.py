@@ -245,6 +245,9 @@ def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, f
         Tune.model_validate({"adapt": {"drop": drop}})
 
 
+EXPERTS = {"kind": "new", "model_type": "mixtral", "mixture": {"experts": 3}}
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -256,6 +259,12 @@ def test_shares_of_features_that_cannot_be_dropped_are_refused(drop: dict[str, f
         ({"connector": {"kind": "mlp"}, "frozen": {"steps": 0}}, "the connector would stay as it was drawn"),
         ({"connector": {"kind": "mlp"}, "lr_gates": 0.1}, "the connector `mlp` has no gates"),
         ({"cache": False, "trainer": {"workers": 1}}, "trainer.workers is 1, but cache is false"),
+        ({"trainer": {"parallel": {"expert": 2}}}, "trainer.parallel.expert is 2: the decoder has no experts"),
+        (
+            {"decoder": EXPERTS, "trainer": {"parallel": {"expert": 2}}},
+            "trainer.parallel.expert is 2, which does not divide 3 experts",
+        ),
+        ({"decoder": EXPERTS, "trainer": {"compile": True}}, "layers with experts cannot be compiled"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -323,7 +332,7 @@ def test_gates_have_a_rate_of_their_own(data_stage: Path, tiny_folders: Folders)
 
 
 @pytest.mark.row("S2-09")
-@pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "mixtral"])
 def test_a_new_decoder_learns_as_a_whole_and_loads_without_plait(
     data_stage: Path, tiny_folders: Folders, model_type: str
 ) -> None:
@@ -333,6 +342,7 @@ def test_a_new_decoder_learns_as_a_whole_and_loads_without_plait(
 
     new = {"kind": "new", "model_type": model_type, "d": 16, "depth": 2, "heads": 2, "context": 256}
     new["tokenizer"] = str(tiny_folders["decoder"])
+    new |= {"mixture": {"experts": 3}} if model_type == "mixtral" else {}
     adapt = {"steps": 2, "lr_connector": 1e-3}
     folder = tune(data_stage, without_words(tiny_folders, decoder=new, frozen=None, adapt=adapt))
     built = load_multimodal(find_model(folder))

@@ -1,10 +1,14 @@
-"""What learns in a phase of tune: the weights that make media readable, and how fast their gates do."""
+"""What learns in a phase of tune: the weights that make media readable, how fast their gates do, terms of experts."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from plait.assembly.multimodal import holds_media
+from plait.models.composition import NewDecoder
 
 
 def connector_trains(connector: nn.Module, *, drops: bool) -> None:
@@ -35,3 +39,22 @@ def gate_rates(model: nn.Module, lr: float) -> dict[str, float]:
     """The rate of each gate of layers that read inside the decoder; none where ``lr`` is 0: that of their layers."""
     gates = (name for name, _ in model.named_parameters() if ".reads." in name and name.endswith("gate"))
     return dict.fromkeys(gates, lr) if lr else {}
+
+
+class ExpertTerms(NamedTuple):
+    """What a decoder with experts adds to the loss.
+
+    Attributes:
+        choices: See :class:`plait.objectives.language.NextToken`.
+        weights: Of the terms.
+    """
+
+    choices: int
+    weights: Mapping[str, float]
+
+    @classmethod
+    def of(cls, decoder: str | NewDecoder) -> ExpertTerms:
+        """Of a decoder from scratch; any other one adds nothing."""
+        if isinstance(decoder, str) or decoder.mixture is None:
+            return cls(0, {})
+        return cls(decoder.mixture.top_k * decoder.depth, {"balance": decoder.mixture.balance, "dropped": 0.0})

@@ -236,6 +236,8 @@ def _shape(spec: Tune) -> DecoderShape:
         kv_heads=new.kv_heads or new.heads,
         vocab=_VOCABULARY,
         tied=new.tied,
+        experts=new.mixture.experts if new.mixture else 0,
+        top_k=new.mixture.top_k if new.mixture else 1,
     )
 
 

@@ -51,7 +51,7 @@ from plait.stages.fitting import fit_ahead
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
-from plait.stages.tuning.learning import connector_trains, gate_rates, let_media_learn
+from plait.stages.tuning.learning import ExpertTerms, connector_trains, gate_rates, let_media_learn
 from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.computed import computed
 from plait.training.monitor import METRICS
@@ -255,6 +255,7 @@ class _Tuning:
         decoder.train()
         parts = dict.fromkeys(let_media_learn(self.built.model), spec.lr_connector) if spec.lr_connector else {}
         parts |= gate_rates(self.built.model, self.spec.lr_gates) if parts else {}
+        of_experts = ExpertTerms.of(self.spec.decoder)
         before = self.steps
         shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
@@ -264,9 +265,9 @@ class _Tuning:
         result = self._fit(
             "decoder",
             self.built.model,
-            objective=NextToken(),
+            objective=NextToken(choices=of_experts.choices),
             batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
-            settings=self._settings(spec, parts=parts),
+            settings=replace(self._settings(spec, parts=parts), weights=of_experts.weights),
             on_step=on_step,
             tells=shown.__contains__,
         )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +18,7 @@ from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.norm import clip
+from plait.training.parallel.expert import EXPERT, ExpertGroups, of_expert
 from plait.training.parallel.order import Span
 
 
@@ -31,11 +32,13 @@ class Whole:
         in_step: Whether a pass of one process waits for the others, so that all make equally many of them.
         in_pieces: Whether processes hold different weights, so that a checkpoint is written by all of them.
         elsewhere: Names of weights that train, or not, in other processes alone.
+        experts: Which processes divide experts between them, where they do.
     """
 
     in_step = False
     in_pieces = False
     elsewhere: frozenset[str] = frozenset()
+    experts: ExpertGroups | None = None
 
     def __init__(self, model: nn.Module, objective: Objective, *, grid: Grid | None = None) -> None:
         self.model, self.objective = model, objective
@@ -57,8 +60,12 @@ class Whole:
         """
         if self.grid.data * self.grid.context == 1:
             return
-        group = self.grid.group("data", "context")
         weights = [weight for weight in self._learning() if not _summed_on_the_way(weight)]
+        self._sum([w for w in weights if not of_expert(w)], self.grid.group("data", "context"))
+        if self.experts is not None and self.experts.copies is not None:
+            self._sum([w for w in weights if of_expert(w)], self.experts.copies)
+
+    def _sum(self, weights: Sequence[nn.Parameter], group: collectives.Group) -> None:
         # What got no gradient in any process has none, as in one process: an optimizer leaves it alone.
         here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64)
         counts = collectives.all_reduce_sum(here, group).tolist()
@@ -97,4 +104,4 @@ class Whole:
 
 def _summed_on_the_way(weight: Tensor) -> bool:
     """Whether a weight lies in pieces on the processes that see other tokens: its gradient has been summed."""
-    return isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names != ("tensor",)
+    return isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names not in {("tensor",), (EXPERT,)}

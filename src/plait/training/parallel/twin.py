@@ -32,6 +32,7 @@ from plait.core.tensors import Batch
 from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
 from plait.training.average import MovingAverage
+from plait.training.parallel.expert import ExpertGroups
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.pipeline import Staged
 from plait.training.parallel.tensor import divide
@@ -71,7 +72,7 @@ class Sharded(Whole):
         tensors = [*self._plain.values(), *(owner.get_buffer(name) for owner, name in self._owners.values())]
         pair = copy.deepcopy((model, objective), {id(tensor): tensor for tensor in tensors})  # no weight is copied
         super().__init__(*pair, grid=grid)
-        self.in_step = bool(parallel.zero)
+        self.in_step = bool(parallel.zero) or parallel.expert > 1
         self._optional = _optional(self.model) if parallel.zero else {}
         self._outer: set[str] = set()
         self._root: FSDPModule | None = None
@@ -80,6 +81,9 @@ class Sharded(Whole):
         devices = grid.devices(device)
         if parallel.tensor > 1:
             divide(self.model, devices["tensor"])
+        if parallel.expert > 1:
+            self.experts = ExpertGroups(grid, parallel.expert, device=device)
+            self.experts.deal_out(self.model)
         if parallel.zero:
             self._cut(parallel, devices, device=device)
         # As pieces, which a step puts back where it took them from.
