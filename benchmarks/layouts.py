@@ -15,7 +15,7 @@ import datetime
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -340,9 +340,9 @@ def compared(way: Way, folder: Path, *, world: int, pieces: int) -> list[Any]:
     return together(world, work) if kept == ["kept"] else kept
 
 
-def measure(folder: Path) -> Iterator[dict[str, Any]]:
-    """A record for each way, number of processes and micro-batches."""
-    for way in ways():
+def measure(folder: Path, chosen: Sequence[Way] = ()) -> Iterator[dict[str, Any]]:
+    """A record for each way (all of them by default), number of processes and micro-batches."""
+    for way in chosen or ways():
         for world in filter(way.fits, (2, 4)):
             for pieces in (1, 2):
                 found = compared(way, folder / f"{way.name} {world} {pieces}", world=world, pieces=pieces)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from plait.core.errors import ConfigError
 from plait.models.attention import causal_mask, positions
 from plait.models.documents import NAME as BY_DOCUMENT
+from plait.models.sequence.decoder import NAME as SHARED
 
 _SEES = frozenset({"full_attention", "sliding_attention"})
 _STANDARD = frozenset({"eager", "sdpa", BY_DOCUMENT})
@@ -23,7 +24,7 @@ _STANDARD = frozenset({"eager", "sdpa", BY_DOCUMENT})
 
 def packed_masks(
     decoder: nn.Module, segment_ids: Int[Tensor, "b t"], dtype: torch.dtype
-) -> Float[Tensor, "b 1 t t"] | dict[str, Tensor]:
+) -> Float[Tensor, "b 1 t t"] | Bool[Tensor, "b t"] | dict[str, Tensor]:
     """Additive masks: each position sees what stands before it in its sample, as far back as the layer looks.
 
     Args:
@@ -32,13 +33,16 @@ def packed_masks(
         dtype: Of the masks.
 
     Returns:
-        One mask for all layers, or one for each kind, as transformers takes them.
+        One mask for all layers, or one for each kind, as transformers takes them. Where rows are shared among
+        processes, attention is told the samples themselves: then only which positions are none.
 
     Raises:
         ConfigError: Rows hold several samples, and layers hand on a state (convolution, recurrence), which no mask
             keeps inside a sample; or the attention takes no such masks.
     """
     config: Any = getattr(decoder, "config", None)
+    if getattr(config, "_attn_implementation", "") == SHARED:
+        return segment_ids != 0
     mask = causal_mask(segment_ids, dtype)
     if config is None:
         return mask

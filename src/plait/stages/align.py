@@ -94,6 +94,11 @@ class Align(Stage):
         self.trainer.check_whole(stage="the align stage")
         if self.trainer.parallel.expert > 1:
             raise ValueError("trainer.parallel.expert: align does not divide experts between processes; take it out")
+        if self.trainer.parallel.context > 1:
+            raise ValueError(
+                f"trainer.parallel.context is {self.trainer.parallel.context}: this loss compares whole answers, and "
+                "each process would have a part of them; set it to 1"
+            )
         return self
 
     def run(self, previous: Path | None, folder: Path, *, events: Events) -> Path:

@@ -267,6 +267,16 @@ class Tune(Stage):
         return self
 
     @model_validator(mode="after")
+    def _shares_rows(self) -> Tune:
+        if self.trainer.parallel.context > 1 and isinstance(self.connector, specs.GatedCrossAttention):
+            raise ValueError(
+                f"trainer.parallel.context is {self.trainer.parallel.context}, and the connector "
+                f"`{self.connector.kind}` reads pictures inside the decoder, which shared rows do not; set context to "
+                "1, or take another connector"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _starts(self) -> Tune:
         if isinstance(self.audio_connector, specs.QFormer) and self.audio_connector.start == PRETRAIN:
             raise ValueError("audio_connector.start is pretrain: that Q-Former reads pictures; set drawn")

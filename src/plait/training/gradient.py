@@ -73,6 +73,7 @@ def accumulate(
         DataError: No term has any unit in this step.
     """
     layout = layout or Whole(model, objective)
+    micro = [layout.part(batch) for batch in micro]
     counts = _counts(objective, micro, layout.grid)
     if unknown := weights.keys() - counts.keys():
         raise ConfigError(

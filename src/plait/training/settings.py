@@ -19,7 +19,7 @@ from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Average, Parallel, Trainer, check_spread, check_staged
+from plait.training.trainer import Average, Parallel, Trainer, check_context, check_spread, check_staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,12 @@ class Settings:
                 f"clip_norm is {self.clip_norm}", place="clip_norm", remedy="set it above 0, or to null for no clipping"
             )
 
-        if self.parallel.spreads:
-            try:
+        try:
+            check_context(self.parallel, compiles=self.compile)
+            if self.parallel.spreads:
                 check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
-            except ValueError as error:
-                raise ConfigError(str(error), place="parallel", remedy="change one of the two") from error
+        except ValueError as error:
+            raise ConfigError(str(error), place="parallel", remedy="change one of the two") from error
         if self.parallel.pipeline > 1:
             try:
                 check_staged(compiles=self.compile, async_save=self.async_save)

@@ -54,15 +54,24 @@ class Parallel(Spec):
     """Processes that divide the experts of a language model between them, and send each other tokens (GShard):
     neighbours, which get other samples. It divides the number of data shares, and the number of experts. Not together
     with `zero`, `tensor`."""
+    context: int = Field(default=1, ge=1)
+    """Processes that share each row of a language model's tokens (context or sequence parallelism): neighbours, which
+    get the same batches. Each computes the decoder's blocks for its part of a row, so that activations of long rows
+    take a part of the memory; attention goes over all of it. The number of processes is a multiple of it."""
+    context_attention: Literal["ring", "ulysses"] = "ring"
+    """How attention reaches the other parts of a row: `ring` passes keys and values on from process to process;
+    `ulysses` deals out heads and brings all positions of some together, which sends less the more processes there are;
+    `context` (times `tensor`) must divide the number of heads."""
 
     def data_only(self) -> Parallel:
         """Without what divides a language model: for a part that has none."""
-        return self.model_copy(update={"tensor": 1, "expert": 1, "pipeline": 1, "pipeline_blocks": ()})
+        off = {"tensor": 1, "expert": 1, "context": 1, "pipeline": 1, "pipeline_blocks": ()}
+        return self.model_copy(update=off)
 
     @property
     def divides(self) -> bool:
         """Whether any process holds or computes a part that others do not, beside ZeRO."""
-        return max(self.tensor, self.pipeline, self.expert) > 1
+        return max(self.tensor, self.pipeline, self.expert, self.context) > 1
 
     @property
     def spreads(self) -> bool:
@@ -75,7 +84,7 @@ class Parallel(Spec):
         Raises:
             ConfigError: These cannot be divided so.
         """
-        grid = Grid.of(rank, world, pipeline=self.pipeline, tensor=self.tensor)
+        grid = Grid.of(rank, world, pipeline=self.pipeline, context=self.context, tensor=self.tensor)
         if world > 1 and grid.data % self.expert:
             raise ConfigError(
                 f"{self.expert} processes are to divide the experts, and there are {grid.data} data shares",
@@ -90,6 +99,7 @@ class Parallel(Spec):
             "zero": "it would cut experts again, and gather those of all processes",
             "tensor": "both cut the matrices of the same networks",
             "pipeline": "a mixture's losses are in every stage",
+            "context": "its capacity and balance are of whole samples",
         }
         other = next((name for name in why if getattr(self, name) > (name != "zero")), None)
         if self.expert > 1 and other is not None:
@@ -110,6 +120,8 @@ class Parallel(Spec):
             raise ValueError(
                 "pipeline_blocks are those of a pipeline's stages, and pipeline is 1: set it, or take them out"
             )
+        if self.pipeline > 1 and self.context > 1:
+            raise ValueError("pipeline and context are both set, and are not tried together: set one of the two")
         if self.pipeline > 1 and (self.zero or self.tensor > 1):
             name = "zero" if self.zero else "tensor"
             raise ValueError(f"pipeline and {name} are both set, and are not tried together: set one of the two")
@@ -177,6 +189,7 @@ class Trainer(Spec):
             check_spread(self.optimizer.kind, compiles=self.compile, async_save=self.async_save)
         if self.parallel.pipeline > 1:
             check_staged(compiles=self.compile, async_save=self.async_save)
+        check_context(self.parallel, compiles=self.compile)
         return self
 
     def pieces(self, batch_size: int) -> int:
@@ -207,7 +220,7 @@ class Trainer(Spec):
         """See that nothing divides a language model, for a stage without one.
 
         Raises:
-            ValueError: ``parallel.tensor`` is set.
+            ValueError: ``parallel.tensor`` or ``parallel.context`` is set.
         """
         if self.parallel.divides:
             raise ValueError(
@@ -236,6 +249,19 @@ class Trainer(Spec):
         side = 512
         inner, outer = (self.optimizer.state_bytes((side, side), inner=inner) / side**2 for inner in (True, False))
         return inner * (1 - tables) + outer * tables + (4 if self.average else 0)
+
+
+def check_context(parallel: Parallel, *, compiles: bool) -> None:
+    """See that what else is set works on shared rows.
+
+    Raises:
+        ValueError: Blocks are compiled.
+    """
+    if parallel.context > 1 and compiles:
+        raise ValueError(
+            "parallel.context is set and compile is true: attention over shared rows sends messages, which compiled "
+            "blocks are not tried with; set one of them off"
+        )
 
 
 def check_spread(optimizer: str, *, compiles: bool, async_save: bool) -> None:

@@ -18,6 +18,7 @@ from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.norm import clip
+from plait.training.parallel.context import Rows
 from plait.training.parallel.expert import EXPERT, ExpertGroups, of_expert
 from plait.training.parallel.order import Span
 
@@ -33,12 +34,14 @@ class Whole:
         in_pieces: Whether processes hold different weights, so that a checkpoint is written by all of them.
         elsewhere: Names of weights that train, or not, in other processes alone.
         experts: Which processes divide experts between them, where they do.
+        rows: How processes share rows, where they do.
     """
 
     in_step = False
     in_pieces = False
     elsewhere: frozenset[str] = frozenset()
     experts: ExpertGroups | None = None
+    rows: Rows | None = None
 
     def __init__(self, model: nn.Module, objective: Objective, *, grid: Grid | None = None) -> None:
         self.model, self.objective = model, objective
@@ -46,8 +49,18 @@ class Whole:
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
+    def share(self, rows: Rows) -> None:
+        """Let processes share rows from now on."""
+        self.rows, self.in_step = rows, True
+
+    def part(self, batch: Batch) -> Batch:
+        """What of a batch this process trains on, if it shares rows with others."""
+        return batch if self.rows is None else self.rows.part(batch)
+
     def begin(self, batch: Batch, *, last: bool) -> None:
         """Tell which micro-batch is computed now, and whether it is the step's last."""
+        if self.rows is not None:
+            self.rows.begin(batch)
 
     def touched(self, loss: Tensor) -> Tensor:
         """The loss, as a function of all that a backward pass must reach in every process."""
@@ -78,6 +91,8 @@ class Whole:
 
     def settle(self) -> None:
         """After a step's gradients are there."""
+        if self.rows is not None:
+            self.rows.end()
 
     def take_timeline(self) -> list[Span]:
         """What the stages of a pipeline did in a step that they measured, once, in process 0; mostly nothing."""
@@ -100,6 +115,8 @@ class Whole:
 
     def finish(self) -> None:
         """Leave the caller's model with its weights."""
+        if self.rows is not None:
+            self.rows.finish()
 
 
 def _summed_on_the_way(weight: Tensor) -> bool:

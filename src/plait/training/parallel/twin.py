@@ -32,6 +32,7 @@ from plait.core.tensors import Batch
 from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
 from plait.training.average import MovingAverage
+from plait.training.parallel.context import Rows, check_rows
 from plait.training.parallel.expert import ExpertGroups
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.pipeline import Staged
@@ -126,6 +127,7 @@ class Sharded(Whole):
 
         Stage 1 keeps weights and gradients whole until then; the others send each micro-batch's gradient on.
         """
+        super().begin(batch, last=last)
         self._reach = self._routed or not bool((batch.segment_ids != 0).any())
         if self._accumulates and self._root is not None:
             self._root.set_requires_gradient_sync(last)
@@ -158,6 +160,7 @@ class Sharded(Whole):
 
     def settle(self) -> None:
         """After a step: what no process used has no gradient, as in one process, and not one of zeros."""
+        super().settle()
         names = list(self._optional)
         used = collectives.all_reduce_sum(
             torch.tensor([name in self._ran for name in names], dtype=torch.int64)
@@ -199,6 +202,7 @@ class Sharded(Whole):
     def finish(self) -> None:
         """Give the caller's model its weights back, in every process."""
         self._fill({}, everywhere=True)
+        super().finish()
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor], *, everywhere: bool) -> None:
@@ -223,15 +227,24 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
 
     Raises:
         ConfigError: CPU offload, where weights are on the CPU anyway; the processes cannot be divided so; or see
-            :class:`Sharded`.
+            :class:`Sharded` and :func:`plait.training.parallel.context.check_rows`.
     """
     if not mesh.active():
         return Whole(model, objective)
     grid = parallel.grid(mesh.rank(), mesh.world())
-    if not parallel.zero and not parallel.divides:
-        return Whole(model, objective, grid=grid)
+    if parallel.context > 1:
+        check_rows(model, objective, parallel)
+    layout = _held_as(model, objective, parallel, grid=grid, device=device)
+    if parallel.context > 1:
+        layout.share(Rows(layout.model, layout.objective, parallel, grid=grid))
+    return layout
+
+
+def _held_as(model: nn.Module, objective: Objective, parallel: Parallel, *, grid: Grid, device: str) -> Whole:
     if parallel.pipeline > 1:
         return Staged(model, objective, parallel, grid=grid, device=device)
+    if not parallel.spreads:
+        return Whole(model, objective, grid=grid)
     if parallel.offload and device == "cpu":
         raise ConfigError(
             "parallel.offload is true, but the weights are in this processor's memory anyway",

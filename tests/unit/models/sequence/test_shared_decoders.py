@@ -1,0 +1,58 @@
+"""Decoders of Hugging Face over shared rows: hidden states and gradients of whole rows; what is refused, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+IN_FLOAT32 = ("gemma3_text",)
+"""Families whose norms compute in float32, whatever the weights' format."""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[dict[str, Any]]]:
+    """What each of 2 and of 3 processes found."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("shared_decoders.py"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert all(isinstance(one, dict) for ranks in found.values() for one in ranks), (found, result.stderr)
+    return found
+
+
+@pytest.mark.row("S4-65")
+@pytest.mark.parametrize("world", [2, 3])
+def test_decoders_read_shared_rows_as_whole_ones(said: dict[str, list[dict[str, Any]]], world: int) -> None:
+    for one in said[str(world)]:
+        assert len(one["read"]) == 26
+        for name, apart in one["read"].items():
+            assert apart <= (1e-6 if name.startswith(IN_FLOAT32) else 1e-12), name
+
+
+def test_what_goes_across_positions_otherwise_is_refused(said: dict[str, list[dict[str, Any]]]) -> None:
+    why = {
+        "gemma2": "caps the scores",
+        "doge": "makes a mask of its own",
+        "lfm2": r"has layers (conv) that hand on a state",
+        "mamba": "has no attention that can be replaced",
+        "bloom": "has no attention that can be replaced",
+        "gpt_oss": "wants 's_aux' of its attention",
+        "llama": "has attention_dropout 0.1",
+    }
+    for one in said["2"]:
+        assert one["refused"].keys() == why.keys()
+        for family, text in one["refused"].items():
+            assert text.startswith("rows cannot be shared among processes: "), family
+            assert why[family] in text
