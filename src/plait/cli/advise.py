@@ -1,4 +1,7 @@
-"""``plait advise encoder``: which encoder, from what is counted, measured on this machine, and published."""
+"""``plait advise encoder``: which encoder, from what is counted, measured on this machine, and published.
+
+And ``plait advise parallel`` (:mod:`plait.cli.advise_parallel`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from plait.cli import advise_parallel
 from plait.cli.output import Out
 
 if TYPE_CHECKING:
@@ -21,7 +25,12 @@ TASKS = ("classify", "retrieve", "generate", "dense")
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("part", choices=("encoder",), help="what to choose")
+    parts = parser.add_subparsers(dest="part", metavar="WHAT", required=True)
+    _add_encoder(parts.add_parser("encoder", help="which encoder: counted, measured on this machine, published"))
+    advise_parallel.add(parts.add_parser("parallel", help="how several processes divide a model that trains"))
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", choices=("image",), default="image", help="what it reads (default: image)")
     parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="pixels a side (default: 224)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at once (default: 1)")
@@ -38,6 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, out: Out) -> int:
     """Rank candidates and print why."""
+    if args.part == "parallel":
+        return advise_parallel.main(args, out)
     _check(args)
     if not out.json and sys.stdin.isatty() and sys.stdout.isatty():
         _ask(args)

@@ -29,7 +29,7 @@ VERBS: dict[str, str] = {
     "data": "fetch data packages, show the data card or samples",
     "runs": "list runs, or show one",
     "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
-    "advise": "say which encoder: from costs counted, speed measured on this machine, and published evidence",
+    "advise": "say which encoder, or which layout of several processes: from costs counted or measured, with reasons",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",
     "study": "try claims of the field on small models: positions, fusion, attention, connectors, encoders",
     "rows": "show which rows of the requirements checklist have tests (in a source checkout)",

@@ -1,0 +1,110 @@
+"""The planner's closed forms against published and measured figures, and what it may propose."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.cli.main import main
+from plait.training.cost import SMOLLM2_135M, DecoderShape, Lora
+from plait.training.parallel.advise import Cluster, Judged, Work, layouts
+from plait.training.trainer import Parallel
+
+LLAMA_7B = DecoderShape(layers=32, d_model=4096, d_ff=11008, heads=32, kv_heads=32, vocab=32_000, tied=False)
+MEASURED = DecoderShape(layers=6, d_model=512, d_ff=1536, heads=8, kv_heads=8, vocab=8192)
+"""Of ``benchmarks/scaling.py``, 25 M."""
+
+
+def cluster(processes: int, *, gib: float = 80, per_host: int = 8) -> Cluster:
+    return Cluster(
+        processes=processes, per_host=per_host, memory_bytes=round(gib * 2**30), flops=1e14, near=1e11, far=1e10
+    )
+
+
+def chosen(found: list[Judged], **settings: int) -> Judged:
+    return next(one for one in found if one.parallel == Parallel.model_validate(settings))
+
+
+@pytest.mark.row("S4-67")
+def test_states_follow_zero_and_shrink_with_each_dimension() -> None:
+    work = Work(shape=LLAMA_7B, rows=64, length=2048)
+    found = layouts(work, cluster(8))
+    states = ("weights", "gradients", "optimizer")
+    whole = sum(chosen(found).memory[name] for name in states)
+    assert whole == 16 * LLAMA_7B.params
+    for settings, share in (({"zero": 3}, 1 / 8), ({"tensor": 8}, 1 / 8), ({"tensor": 2, "zero": 3}, 1 / 8)):
+        held = sum(chosen(found, **settings).memory[name] for name in states)
+        assert held == pytest.approx(whole * share, rel=1e-6), settings
+    assert found[0].fits
+    assert not chosen(found).fits  # 100 GiB of states
+
+
+@pytest.mark.row("S4-67")
+def test_bytes_of_tensor_parallelism_are_those_measured() -> None:
+    work = Work(shape=MEASURED, rows=4, length=128, dtype="float32")
+    sent = chosen(layouts(work, cluster(2)), tensor=2).sent
+    assert sent == {"tensor": 26 * 4 * 128 * 512 * 4}  # the sockets of the benchmark took 26.1 MiB
+
+
+@pytest.mark.row("S4-67")
+def test_slow_wires_between_machines_keep_tensor_parallelism_within_one() -> None:
+    work = Work(shape=LLAMA_7B, rows=64, length=2048, recompute=True)
+    best = layouts(work, cluster(16, gib=40))[0]
+    assert best.fits
+    assert best.parallel.tensor <= 8
+
+
+@given(
+    st.sampled_from([1, 2, 3, 4, 6, 8, 12]),
+    st.integers(1, 32),
+    st.sampled_from([64, 1000]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_proposal_is_a_setting_that_can_be_used(
+    processes: int, rows: int, length: int, adapters: bool, recompute: bool
+) -> None:
+    lora = Lora(rank=8) if adapters else None
+    work = Work(shape=SMOLLM2_135M, rows=rows, length=length, lora=lora, recompute=recompute)
+    found = layouts(work, cluster(processes))
+    for one in found:
+        assert one.parallel.grid(0, processes).data == one.data <= rows
+        assert SMOLLM2_135M.heads % one.parallel.tensor == 0
+        assert one.idle < 1
+        assert one.step_s >= one.compute_s > 0
+        assert all(count >= 0 for count in (*one.sent.values(), *one.memory.values()))
+    times = [one.step_s for one in found if one.fits]
+    assert times == sorted(times)
+    small = layouts(work, replace(cluster(processes), memory_bytes=1))
+    assert not any(one.fits for one in small)
+    assert {str(one.parallel) for one in small} == {str(one.parallel) for one in found}
+
+
+def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = {**sizes, "num_key_value_heads": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["advise", "parallel", "--decoder", str(tmp_path), "--processes", "4", "--memory-gib", "1"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "layouts fit 1 GiB" in said
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layouts"][0]["fits"]
+    assert {"tensor": 2} in [one["parallel"] for one in found["layouts"]]
+    assert main([*words[:-1], "0.0000001"]) == 0
+    assert "those that come nearest" in capsys.readouterr().out
+
+
+def test_numbers_and_folders_that_mean_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "parallel", "--processes", "0", "--memory-gib", "1"]) == 2
+    assert "--processes is 0, expected more than 0" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    words = ["advise", "parallel", "--decoder", str(tmp_path), "--processes", "4", "--memory-gib", "1"]
+    assert main(words) == 3
+    assert "no decoder of LLaMA's kin" in capsys.readouterr().err
