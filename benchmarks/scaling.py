@@ -195,16 +195,19 @@ def divided_traffic(way: Way, rank: Mapping[str, Any]) -> int:
     """Bytes that the process which sends most sends in a step, where one dimension divides the model or its rows.
 
     Tensor: hidden states are summed twice in a block, forward and backward, and once for the embeddings and once for
-    the head. Pipeline: a stage hands hidden states on and their gradients back, and the tables of words, which the
-    first and the last share, are summed. Context: see :mod:`plait.models.shared_rows`; gradients are summed as in data
-    parallel.
+    the head. Pipeline: the first stage hands hidden states on, and its copy of the table of words, of which the last
+    has another, sends its gradient. Context: keys and values go round the ring, as many heads of them as of queries;
+    gradients are summed as in data parallel.
     """
     n, passes = way.processes, rank["micro_batches"]
     hidden = 4 * rank["positions"] * rank["width"]
     ring = 2 * (n - 1) / n
     if "tensor" in way.grid:
         return round(passes * hidden * ring * (4 * rank["layers"] + 2))
-    return 0
+    if "pipeline" in way.grid:
+        return round(passes * hidden + 4 * (rank["weights"] - rank["weights_in_blocks"]))
+    travels = (3 * n - 2) * 2 * passes * hidden / n * rank["layers"]
+    return round(travels + 4 * ring * rank["weights"])
 
 
 def summary(name: str, way: Way, *, runs: Sequence[Sequence[Any]], live: Sequence[Any], cores: int) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def _sent(parallel: Parallel, work: Work, *, data: int, micro: int, learn: int) 
         heads = shape.d_kv // tensor * 2
         found["context"] = (3 * context - 2) * positions * heads * width * (shape.layers // stages)
     if stages > 1:
-        found["pipeline"] = 2 * hidden
+        table = 4 * shape.vocab * shape.d_model // tensor if shape.tied and work.lora is None else 0
+        found["pipeline"] = max(2 * hidden if stages > 2 else 0, hidden + table)
     if data * context > 1:
         words = min(learn, shape.vocab * shape.d_model // tensor) if work.lora is None else 0
         traffic = zero_traffic(learn - words, words, world=data * context, stage=parallel.zero, passes=micro)
