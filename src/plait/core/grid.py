@@ -103,6 +103,9 @@ class Grid:
         """
         from torch.distributed.device_mesh import init_device_mesh
 
+        from plait.core import mesh
+
+        mesh.barrier()  # as where a group is made
         return init_device_mesh(device, tuple(map(self.size, DIMENSIONS)), mesh_dim_names=DIMENSIONS)
 
     def _parts(self, *dimensions: Dimension) -> tuple[tuple[int, ...], ...]:

@@ -141,6 +141,7 @@ def group_among(parts: tuple[tuple[int, ...], ...], *, again: bool = False) -> d
     session = _session.get()
     assert session is not None, "only several processes have groups"
     if (parts, again) not in session.groups:
+        barrier()  # who makes a group waits for the others in torch's store, where nobody sees that one has failed
         with explained():
             own, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
         assert isinstance(own, dist.ProcessGroup)

@@ -46,7 +46,8 @@ class MovingAverage:
         """Take in the weights as they are now."""
         means = [dtensors.local(mean) for mean in self._means.values()]
         weights = [dtensors.local(weight.detach()) for weight in self._weights.values()]
-        torch._foreach_lerp_(means, weights, 1 - self.decay)
+        if means:  # a stage of a pipeline may have nothing that learns
+            torch._foreach_lerp_(means, weights, 1 - self.decay)
         self.updates += 1
 
     @contextlib.contextmanager

@@ -155,8 +155,10 @@ class _Pass:
             if not loss.isfinite() and not broken:
                 broken = tuple(batch.sample_ids)
             reached = reached or loss.requires_grad
-            with mesh.explained():
-                layout.touched(loss if at < len(micro) else loss * 0).backward()
+            loss = layout.touched(loss if at < len(micro) else loss * 0)
+            if loss.requires_grad:  # not where rows are shared, a connector alone learns, and there is no picture
+                with mesh.explained():
+                    loss.backward()
         return Share(sums=self.totals, reached=reached, complete=not broken, broken=broken)
 
     def staged(self, micro: Sequence[Batch], layout: Staged) -> Share:

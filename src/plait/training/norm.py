@@ -26,7 +26,8 @@ def clip(
     """
     norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
     if stages is not None:
-        norm = collectives.all_reduce_sum(norm.double() ** 2, stages).sqrt()  # as wide in a stage that counts nothing
+        # As wide, and on the CPU, in all: that of a stage that counts nothing is a float32 zero there.
+        norm = collectives.all_reduce_sum(norm.cpu().double() ** 2, stages).sqrt()
     pieces: dict[int, list[Tensor]] = {}  # by the number of processes that hold the same one
     for grad in grads:
         if isinstance(grad, DTensor):  # of a weight with fewer rows than processes some have an empty piece

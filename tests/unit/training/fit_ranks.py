@@ -125,6 +125,27 @@ class Failing:
         return self.source.step_batches(step)
 
 
+class Empty(Failing):
+    """The conversations, of which one process gets none in the first step, before it has met the others."""
+
+    def __init__(self) -> None:
+        super().__init__(refuse)
+
+    def step_batches(self, step: int) -> Any:
+        return [] if mesh.rank() == self.rank else self.source.step_batches(step)
+
+
+def begun(root: Path) -> dict[str, Any]:
+    """What each of two says when one fails before they have made their groups; and how long that took."""
+
+    def work() -> str:
+        trained(WHOLE.model(), root / "begun", batches=Empty())
+        return "done"
+
+    began = time.monotonic()
+    return {"said": together(2, work), "s": time.monotonic() - began}
+
+
 def refuse() -> None:
     raise DataError("the picture is cut off", place="sample c3", remedy="take it out")
 
@@ -337,6 +358,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "equal": equal,
     "resumed": resumed,
     "faults": faults,
+    "begun": begun,
     "skipped": skipped,
     "shown": shown,
     "unlike": unlike,

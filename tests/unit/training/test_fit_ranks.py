@@ -81,6 +81,13 @@ def test_a_fault_of_one_process_ends_all_with_its_words_and_leaves_the_last_chec
         assert one["s"] < 60, name
 
 
+def test_a_fault_before_the_processes_have_made_their_groups_ends_all(case: Case) -> None:
+    found = case("begun")
+    own = "no batch | at step 0 | fix: check that the data set is not empty and the batch not larger than it"
+    assert found["said"] == [f"DataError: process 1 of 2: {own}", f"DataError: {own}"], found["log"]
+    assert found["s"] < 60
+
+
 def test_a_loss_that_is_not_finite_in_one_process_is_left_out_in_all_which_name_its_samples(case: Case) -> None:
     found = case("skipped")
     del found["log"]

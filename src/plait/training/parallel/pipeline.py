@@ -94,6 +94,7 @@ class Staged(Whole):
         self._own = {name for name, stages in self._holders.items() if self.link.stage in stages}
         self.elsewhere = frozenset(self._holders.keys() - self._own)
         keep_only(twin, part, {id(self._plain[name]) for name in self._own})
+        self.elsewhere |= self._buffers.keys() - _buffers(twin).keys()  # gone with modules of other stages
         self._empty()
 
     # --- a step ----------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class Staged(Whole):
                 dist.send(tensor, group=group, group_dst=0)
 
     def _empty(self) -> None:
-        for name in self.elsewhere:
+        for name in self._plain.keys() - self._own:
             self._plain[name].data = self._plain[name].data.new_empty(0)
 
 

@@ -17,18 +17,17 @@ values are asked three times instead of once.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn import functional
 
-from plait.core import collectives, dtensors, mesh
+from plait.core import dtensors, mesh
 from plait.core.errors import ConfigError
 from plait.models.fused_head import fuses
 
@@ -143,9 +142,7 @@ class _Pairs:
     def cut(self, module: nn.Module, how: str) -> None:
         """Cut the weights of one module, and let it compute on this process's part of them."""
         if how == _OF_HEADS:
-            for weight in module.parameters():
-                if weight.requires_grad:
-                    weight.register_hook(partial(_summed, group=self.ranks.get_group()))
+            module.__dict__["forward"] = partial(self.of_heads, module, module.forward)
             return
         assert isinstance(module, nn.Linear)
         columns = how == "colwise"
@@ -167,16 +164,27 @@ class _Pairs:
             found = part.redistribute(placements=[Replicate()]).to_local()
         return found if linear.bias is None else found + dtensors.local(linear.bias)
 
+    def of_heads(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A module on this process's heads; backward, the gradient of its weights is the sum over all heads.
+
+        Not a hook of the weights: FSDP puts others in their place.
+        """
+        weights = dict(module.named_parameters(recurse=False))
+        known = {n: DTensor.from_local(w, self.ranks, [Replicate()]) for n, w in weights.items()}
+        try:
+            for name, weight in known.items():
+                module._parameters[name] = weight.to_local(grad_placements=[Partial()])  # pyright: ignore[reportArgumentType]
+            return forward(x)
+        finally:
+            for name, weight in weights.items():
+                module._parameters[name] = weight
+
     def _shared(self, x: Tensor) -> Tensor:
         """The same numbers; backward, the sum over the processes, once for all matrices that are asked the same."""
         if self._asked is None or self._asked[0] is not x:
             known = DTensor.from_local(x, self.ranks, [Replicate()]).to_local(grad_placements=[Partial()])
             self._asked = x, known
         return self._asked[1]
-
-
-def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
-    return collectives.all_reduce_sum(gradient.contiguous(), group)
 
 
 def _vocabulary(model: nn.Module, base: Any, ranks: DeviceMesh) -> None:

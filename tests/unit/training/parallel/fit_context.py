@@ -115,6 +115,27 @@ def leans(root: Path, setting: dict[str, Any]) -> Any:
     )
 
 
+def connector(root: Path) -> dict[str, Any]:
+    """How far two processes end from one where the connector alone learns, and most rows have no picture."""
+
+    def work(setting: dict[str, Any]) -> Any:
+        def built() -> nn.Module:
+            model = Way(name="").model()
+            assert isinstance(model, MultimodalLM)
+            model.decoder.requires_grad_(requires_grad=False)
+            return model
+
+        parallel = Parallel.model_validate(setting)
+        model = trained(built(), root / f"connector {mesh.world()}", batches=Lopsided(parallel), parallel=parallel)
+        if not mesh.active():
+            torch.save(weights(model), root / "connector.pt")
+            return "kept"
+        return apart(weights(model), torch.load(root / "connector.pt", weights_only=True), weights(built()))
+
+    assert together(1, partial(work, {})) == ["kept"]
+    return {"apart": together(2, partial(work, {"context": 2}))}
+
+
 def shown(root: Path) -> dict[str, Any]:
     """What hooks compute in the first process alone while rows are shared; what is left on the model."""
     settings: list[dict[str, Any]] = [{}, {"context": 2}, {"context": 2, "context_attention": "ulysses", "zero": 3}]
@@ -202,7 +223,14 @@ def three_heads() -> nn.Module:
     return model
 
 
-CASES = {"equal": equal, "lopsided": lopsided, "shown": shown, "memory": memory, "refused": refused}
+CASES = {
+    "equal": equal,
+    "lopsided": lopsided,
+    "connector": connector,
+    "shown": shown,
+    "memory": memory,
+    "refused": refused,
+}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from plait.core import mesh
 from plait.core.errors import DataError
 from plait.core.events import Event
 from plait.core.files import read_json
-from plait.core.tensors import Batch
+from plait.core.tensors import Batch, Patches
 from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
@@ -94,6 +95,7 @@ CUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] 
     "a head of its own": (untied, {}, {}),
     "GPT-2": (gpt2, {}, {}),
     "the connector learns": (partial(only, "connectors"), {}, {}),
+    "the connector learns, averaged": (partial(only, "connectors"), {}, {"average": Average(decay=0.5)}),
     "the last block learns": (partial(only, "decoder.model.layers.2"), {}, {}),
     "the table learns, clipped": (partial(only, "decoder.model.embed_tokens"), {}, {"clip_norm": 1e-2}),
     "rates of parts, blocks as given": (
@@ -113,6 +115,45 @@ def cuts(root: Path) -> dict[str, Any]:
         said = together(2, partial(ends, folder, model, **settings, **staged(2, **parallel)))
         found[name] = said if kept == ["kept"] else kept
     return found
+
+
+class Scaled(Mlp):
+    """Has a buffer beside weights of its own, as a connector to words."""
+
+    def __init__(self) -> None:
+        super().__init__(exactness.WIDTH, 16, 32)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("words", torch.ones(3))
+
+    def forward(self, media: Patches) -> Patches:
+        out = super().forward(media)
+        return replace(out, values=out.values * self.scale)
+
+
+def buffered() -> MultimodalLM:
+    model = WHOLE.model()
+    assert isinstance(model, MultimodalLM)
+    torch.manual_seed(0)
+    model.connectors["image"] = Scaled().double()
+    return model
+
+
+def buffers(root: Path) -> dict[str, Any]:
+    """A run with a buffer on one stage goes on: its steps."""
+
+    def work(steps: int) -> str:
+        how = staged(2)
+        trained(
+            buffered(),
+            root / "buffers",
+            batches=source(pieces=2, parallel=how["parallel"]),
+            steps=steps,
+            save_every=1,
+            **how,
+        )
+        return "done"
+
+    return {"said": [together(2, partial(work, steps)) for steps in (1, 2)]}
 
 
 def ends(folder: Path, model: Callable[[], nn.Module], **settings: Any) -> Any:
@@ -307,6 +348,7 @@ def timeline(root: Path) -> dict[str, Any]:
 CASES: dict[str, Callable[[Path], Any]] = {
     "equal": equal,
     "cuts": cuts,
+    "buffers": buffers,
     "resumed": resumed,
     "skipped": skipped,
     "shown": shown,

@@ -12,6 +12,7 @@ import torch
 from benchmarks.sides.several import together
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,6 +107,23 @@ def families() -> dict[str, Any]:
     }
 
 
+def in_pieces() -> dict[str, Any]:
+    """Norms of heads, whose weights FSDP puts others in the place of."""
+
+    def work() -> float:
+        one = built("Qwen3, norms of heads")
+        loss_of(one).backward()
+        model: Any = built("Qwen3, norms of heads")
+        ranks = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        divide(model, ranks["tensor"])
+        fully_shard(model.base_model, mesh=ranks["data"])
+        loss_of(model).backward()  # the same in both shares: the mean of both is the gradient
+        pairs = [(dict(model.named_parameters())[name].grad, weight.grad) for name, weight in one.named_parameters()]
+        return max(float((dtensors.whole(found) - grad).norm() / grad.norm()) for found, grad in pairs)
+
+    return {"apart": together(4, work)}
+
+
 class Sums(TorchDispatchMode):
     """How many numbers each sum over processes was of."""
 
@@ -175,7 +193,7 @@ def words() -> dict[str, Any]:
     }
 
 
-CASES: dict[str, Callable[[], Any]] = {"families": families, "count": count, "words": words}
+CASES: dict[str, Callable[[], Any]] = {"families": families, "count": count, "words": words, "in_pieces": in_pieces}
 
 if __name__ == "__main__":
     print(json.dumps({name: CASES[name]() for name in sys.argv[1:]}))

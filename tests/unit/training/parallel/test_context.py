@@ -56,6 +56,12 @@ def test_a_process_with_nothing_to_learn_from_in_its_part_holds_nobody_up(said: 
         assert all(isinstance(one, float) and one <= BOUNDS["float64"] for one in apart), (name, apart)
 
 
+@pytest.mark.row("S4-65")
+def test_rows_without_a_picture_teach_a_connector_alone_nothing(said: Said) -> None:
+    apart = said["connector"]["apart"]
+    assert all(isinstance(one, float) and one <= BOUNDS["float64"] for one in apart), apart
+
+
 def test_hooks_compute_whole_rows_in_the_first_process_alone_and_nothing_is_left_on_the_model(said: Said) -> None:
     found = said["shown"]
     (alone,) = found["{}"]

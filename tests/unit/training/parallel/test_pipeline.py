@@ -60,7 +60,13 @@ def test_whatever_learns_and_however_it_is_cut(case: Case) -> None:
     for name, apart in found.items():
         assert all(isinstance(one, float) and one <= 1e-12 for one in apart), (name, apart, log)
         assert len(set(apart)) == 1, f"{name}: copies of a table are no copies: {apart}"
-    assert len(found) == 6
+    assert len(found) == 7
+
+
+@pytest.mark.row("S2-31")
+def test_a_run_goes_on_with_a_buffer_that_one_stage_has(case: Case) -> None:
+    found = case("buffers")
+    assert found["said"] == [["done", "done"]] * 2, found["log"]
 
 
 @pytest.mark.row("S2-31")

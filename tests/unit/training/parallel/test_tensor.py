@@ -49,6 +49,13 @@ def test_a_divided_vocabulary_gives_the_same_logprobs_and_gradients() -> None:
     assert len(found) == 9
 
 
+@pytest.mark.row("S2-29")
+def test_norms_of_heads_have_the_gradient_of_all_heads_also_in_pieces() -> None:
+    apart = cases_of(SCRIPT, "in_pieces")["in_pieces"]["apart"]
+    assert all(one <= 1e-12 for one in apart), apart
+    assert len(apart) == 4
+
+
 class Ranks(DeviceMesh):
     """So many processes, of which none is there."""
 
