@@ -239,9 +239,9 @@ def _check_shares(recipe: Recipe) -> None:
         ConfigError: A batch is smaller than the number of processes; the place names the setting.
     """
     for name, stage in recipe.stages.items():
-        with named_setting(f"stages.{name}"):
-            shares = stage.shares(processes())
         for setting, count in stage.dealt().items():
+            with named_setting(f"stages.{name}.trainer.parallel"):
+                shares = stage.shares(processes(), setting=setting)
             if count < shares:
                 raise ConfigError(
                     f"a batch of {count} samples for {shares} {'shares' if shares < processes() else 'processes'}",

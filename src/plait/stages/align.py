@@ -159,7 +159,7 @@ class Align(Stage):
         """Pairs a step; see :meth:`plait.stages.stage.Stage.dealt`."""
         return {"batch_size": self.batch_size}
 
-    def shares(self, processes: int) -> int:
+    def shares(self, processes: int, *, setting: str = "") -> int:
         """See :meth:`plait.stages.stage.Stage.shares`."""
         return self.trainer.parallel.grid(0, processes).data
 

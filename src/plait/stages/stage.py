@@ -49,8 +49,12 @@ class Stage(Spec, ABC):
         """How many samples a step has, by setting: what several processes deal out among themselves."""
         return {}
 
-    def shares(self, processes: int) -> int:
+    def shares(self, processes: int, *, setting: str = "") -> int:
         """Into how many shares a batch is dealt among so many processes.
+
+        Args:
+            processes: How many.
+            setting: Of :meth:`dealt`; what has no language model is dealt to all of them.
 
         Raises:
             ConfigError: They cannot be divided as the stage's settings say.

@@ -319,9 +319,10 @@ class Tune(Stage):
         first = {"words.batch_size": self.words.batch_size} if isinstance(self.connector, specs.Words) else {}
         return first | {"batch_size": self.batch_size}
 
-    def shares(self, processes: int) -> int:
+    def shares(self, processes: int, *, setting: str = "") -> int:
         """See :meth:`plait.stages.stage.Stage.shares`."""
-        return self.trainer.parallel.grid(0, processes).data
+        shares = self.trainer.parallel.grid(0, processes).data
+        return processes if setting.startswith("words.") else shares
 
     def check(self, machine: Machine) -> None:
         """See that tower, decoder and device are here; see :meth:`plait.stages.stage.Stage.check`."""

@@ -89,7 +89,7 @@ def seed_step(seed: int, step: int, grid: Grid) -> None:
     same.
     """
     if mesh.active():
-        own = grid.place("data") * grid.context + grid.place("context")
+        own = (grid.place("pipeline") * grid.data + grid.place("data")) * grid.context + grid.place("context")
         keys = torch.Generator().manual_seed(seed * 1_000_003 + step * 4_096 + own)
         seed_everything(int(torch.randint(2**31 - 1, (), generator=keys)))
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from plait.core import collectives, dtensors, mesh
 from plait.core.errors import ConfigError
 from plait.core.grid import Grid
-from plait.core.protocols import Objective
+from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.models.crossattend import GatedCrossAttention, ReadingLayer
 from plait.models.recompute import blocks_of
@@ -232,6 +232,12 @@ def lay_out(model: nn.Module, objective: Objective, parallel: Parallel, *, devic
     if not mesh.active():
         return Whole(model, objective)
     grid = parallel.grid(mesh.rank(), mesh.world())
+    if parallel.divides and isinstance(objective, Pairwise):
+        raise ConfigError(
+            f"{type(objective).__name__} compares all rows of a batch, and trainer.parallel divides a language model",
+            place="trainer.parallel",
+            remedy="leave zero alone of its settings",
+        )
     if parallel.context > 1:
         check_rows(model, objective, parallel)
     layout = _held_as(model, objective, parallel, grid=grid, device=device)
