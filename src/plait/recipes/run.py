@@ -239,7 +239,7 @@ def _check_shares(recipe: Recipe) -> None:
         ConfigError: A batch is smaller than the number of processes; the place names the setting.
     """
     for name, stage in recipe.stages.items():
-        with named_setting(f"stages.{name}"):
+        with named_setting(f"stages.{name}.trainer.parallel"):
             shares = stage.shares(processes())
         for setting, count in stage.dealt().items():
             if count < shares:
