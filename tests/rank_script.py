@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Case = Callable[[str], dict[str, Any]]
+"""What the processes of one case say, with ``log`` for what all cases said on the way."""
 
 
 def cases_of(script: Path, *arguments: str) -> dict[str, Any]:
@@ -22,4 +26,11 @@ def cases_of(script: Path, *arguments: str) -> dict[str, Any]:
         timeout=500,
     )
     assert result.returncode == 0, result.stderr
+    sys.stderr.write(result.stderr)  # shown where a test fails
     return json.loads(result.stdout.splitlines()[-1]) | {"log": result.stderr}
+
+
+def case_of(script: Path, *arguments: str) -> Case:
+    """All cases of a script, started once: each costs no import of torch."""
+    found = cases_of(script, *arguments)
+    return lambda name: found[name] | {"log": found["log"]}

@@ -79,13 +79,15 @@ class Parallel(Spec):
         return bool(self.zero) or self.tensor > 1 or self.expert > 1
 
     def grid(self, rank: int, world: int) -> Grid:
-        """Where a process is among the others.
+        """Where a process is among the others; one alone divides nothing, whatever is set.
 
         Raises:
             ConfigError: These cannot be divided so.
         """
+        if world == 1:
+            return Grid.of(rank, world)
         grid = Grid.of(rank, world, pipeline=self.pipeline, context=self.context, tensor=self.tensor)
-        if world > 1 and grid.data % self.expert:
+        if grid.data % self.expert:
             raise ConfigError(
                 f"{self.expert} processes are to divide the experts, and there are {grid.data} data shares",
                 place="trainer.parallel.expert",

@@ -1,14 +1,11 @@
 """Experts held by several processes are those of one: values, gradients, tokens, and what is sent."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from tests.rank_script import cases_of
 
 from plait.core.errors import ConfigError
 from plait.models.moe_parallel import Dispatch
@@ -17,17 +14,9 @@ from plait.models.moe_parallel import Dispatch
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What the processes say."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("moe_ranks.py"))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    found = cases_of(Path(__file__).with_name("moe_ranks.py"))
+    del found["log"]
+    return found
 
 
 @pytest.mark.row("S4-68")

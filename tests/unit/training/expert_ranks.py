@@ -97,7 +97,6 @@ def resumed(root: Path) -> dict[str, Any]:
     layouts: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]] = {
         "expert 2 on 4, then one": ((4, {"expert": 2}), (1, {})),
         "one, then expert 4 on 4": ((1, {}), (4, {"expert": 4})),
-        "ZeRO-3 on 2, then expert 2 on 4": ((2, {"zero": 3}), (4, {"expert": 2})),
     }
     common: dict[str, Any] = {"average": Average(decay=0.5), "save_every": 1, "schedule": Constant(), **TERMS}
 
@@ -226,7 +225,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
 
 
 def main(root: Path, names: list[str]) -> dict[str, Any]:
-    return {name: CASES[name](root / name) for name in names}
+    return {name: CASES[name](root / name) for name in names or CASES}
 
 
 if __name__ == "__main__":

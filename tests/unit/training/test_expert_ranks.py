@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.layouts import BOUNDS
+from tests.rank_script import Case, case_of
 
+from plait.core.grid import Grid
 from plait.training.trainer import Parallel, Trainer
-
-Case = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """What the processes of a case say, as JSON."""
-    root = tmp_path_factory.mktemp("experts")
-
-    def run(name: str) -> dict[str, Any]:
-        result = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("expert_ranks.py")), str(root), name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-            timeout=500,
-        )
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout.splitlines()[-1])[name] | {"log": result.stderr}
-
-    return run
+    """What the processes of a case say."""
+    return case_of(Path(__file__).with_name("expert_ranks.py"), str(tmp_path_factory.mktemp("experts")))
 
 
 @pytest.mark.row("S4-68")
@@ -66,7 +46,7 @@ def test_a_run_goes_on_in_another_layout_with_its_average(case: Case) -> None:
         for resumed, apart in then:
             assert resumed == ["resumed at step 3 of 5"], name
             assert apart <= BOUNDS["float64"], name
-    assert len(found) == 3
+    assert len(found) == 2
 
 
 def test_each_process_holds_its_experts_alone(case: Case) -> None:
@@ -119,6 +99,10 @@ def test_what_needs_whole_weights_is_refused(setting: dict[str, Any], said: str)
         Trainer.model_validate({"parallel": {"expert": 2}} | setting)
 
 
-def test_one_process_ignores_it() -> None:
-    assert Parallel(expert=4).grid(0, 1).data == 1
+@pytest.mark.parametrize("dimension", ["tensor", "pipeline", "context", "expert"])
+def test_one_process_goes_on_alone_with_what_several_divided(dimension: str) -> None:
+    assert Parallel.model_validate({dimension: 4}).grid(0, 1) == Grid.of(0, 1)
+
+
+def test_what_divides_data_alone_divides_no_experts() -> None:
     assert Parallel(expert=4).data_only() == Parallel()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.rank_script import cases_of
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +17,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(root: Path) -> dict[str, Any]:
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ranks.py")), str(root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1]) | {"log": result.stderr}
+    return cases_of(Path(__file__).with_name("ranks.py"), str(root))
 
 
 def test_every_rank_writes_its_own_file_and_nothing_is_pickled(outcome: dict[str, Any], root: Path) -> None:

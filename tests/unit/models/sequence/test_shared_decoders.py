@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.rank_script import cases_of
 
 IN_FLOAT32 = ("gemma3_text",)
 """Families whose norms compute in float32, whatever the weights' format."""
@@ -18,17 +15,9 @@ IN_FLOAT32 = ("gemma3_text",)
 @pytest.fixture(scope="module")
 def said() -> dict[str, list[dict[str, Any]]]:
     """What each of 2 and of 3 processes found."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("shared_decoders.py"))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert all(isinstance(one, dict) for ranks in found.values() for one in ranks), (found, result.stderr)
+    found = cases_of(Path(__file__).with_name("shared_decoders.py"))
+    log = found.pop("log")
+    assert all(isinstance(one, dict) for ranks in found.values() for one in ranks), (found, log)
     return found
 
 

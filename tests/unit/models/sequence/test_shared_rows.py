@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.rank_script import cases_of
 from torch.autograd import gradcheck
 
 from plait.core.errors import ConfigError
@@ -28,17 +25,9 @@ BOUND = 1e-10
 @pytest.fixture(scope="module")
 def said() -> dict[str, list[dict[str, Any]]]:
     """What each of 2 and of 4 processes found."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("shared_rows.py"))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert all(isinstance(one, dict) for ranks in found.values() for one in ranks), (found, result.stderr)
+    found = cases_of(Path(__file__).with_name("shared_rows.py"))
+    log = found.pop("log")
+    assert all(isinstance(one, dict) for ranks in found.values() for one in ranks), (found, log)
     return found
 
 

@@ -86,10 +86,10 @@ def fails(name: str, *, at: int) -> Any:
 def cases() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for name in SCHEDULES:
-        for stages, micro in ((2, 1), (2, 8), (4, 2), (4, 8)):
+        for stages, micro in ((2, 1), (2, 8), (4, 2)):
             found[f"equal {name} {stages} {micro}"] = partial(together, stages, partial(equal, name, micro=micro))
         found[f"frozen {name} 4 5"] = partial(together, 4, partial(equal, name, micro=5, frozen=2))
-        for stages, micro in ((2, 1), (2, 4), (4, 4), (4, 8)):
+        for stages, micro in ((2, 4), (4, 8)):
             found[f"asleep {name} {stages} {micro}"] = partial(asleep, name, stages, micro)
         found[f"fails {name}"] = partial(together, 4, partial(fails, name, at=2))
     return found
@@ -97,5 +97,5 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 if __name__ == "__main__":
     known = cases()
-    chosen = [name for name in known if name.startswith(tuple(sys.argv[1:]))]
+    chosen = [name for name in known if name.startswith(tuple(sys.argv[1:]) or "")]
     print(json.dumps({name: known[name]() for name in chosen}))

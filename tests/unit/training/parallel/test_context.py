@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 from benchmarks.context import formula
 from benchmarks.layouts import BOUNDS
 from pydantic import ValidationError
+from tests.rank_script import cases_of
 
 from plait.stages.align import Align
 from plait.stages.tune import Tune
@@ -24,18 +21,7 @@ Said = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """What the processes of each case say, as JSON."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fit_context.py")), str(tmp_path_factory.mktemp("context"))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stderr
-    sys.stderr.write(result.stderr)  # shown where a test fails
-    return json.loads(result.stdout.splitlines()[-1])
+    return cases_of(Path(__file__).with_name("fit_context.py"), str(tmp_path_factory.mktemp("context")))
 
 
 @pytest.mark.row("S4-65")
