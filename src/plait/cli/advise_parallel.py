@@ -94,20 +94,16 @@ def main(args: argparse.Namespace, out: Out) -> int:
 
 
 def _shape(folder: Path) -> DecoderShape:
-    from types import SimpleNamespace
-
     from plait.core.errors import ConfigError
-    from plait.core.files import read_json
     from plait.training.cost import DecoderShape
 
-    config = read_json(folder / "config.json")
-    config = config.get("text_config", config)
-    try:
-        return DecoderShape.from_config(SimpleNamespace(**{"tie_word_embeddings": False, **config}))
-    except AttributeError as error:
+    if (shape := DecoderShape.of_folder(folder)) is None:
         raise ConfigError(
-            f"no decoder of LLaMA's kin: {error}", place=str(folder / "config.json"), remedy="give another folder"
-        ) from error
+            "no decoder of LLaMA's kin: sizes have other names",
+            place=str(folder / "config.json"),
+            remedy="give another folder",
+        )
+    return shape
 
 
 def describe(found: list[Judged], weights: int, memory_gib: float) -> list[str]:

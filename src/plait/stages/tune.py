@@ -335,12 +335,26 @@ class Tune(Stage):
             with named_setting(f"stages.{self.kind}.audio_tower"):
                 find_audio_tower(self.audio_tower)
         with named_setting(f"stages.{self.kind}.decoder"):
-            find_decoder(self.decoder if isinstance(self.decoder, str) else self.decoder.tokenizer)
+            decoder = find_decoder(self.decoder if isinstance(self.decoder, str) else self.decoder.tokenizer)
+        if self.trainer.parallel.divides:
+            self._check_divided(decoder)
         if self.device not in ("auto", "cpu", machine.device):
             from plait.core.device import choose_device  # imports torch
 
             with named_setting(f"stages.{self.kind}.device"):
                 choose_device(self.device)
+
+    def _check_divided(self, decoder: Path) -> None:
+        """See that processes can divide this decoder as the settings say; what only its weights tell comes later."""
+        from plait.stages.tuning.needs import decoder_shape
+        from plait.training.cost import DecoderShape
+
+        own = isinstance(self.decoder, str) and self.decoder != "smollm2"
+        shape = DecoderShape.of_folder(decoder) if own else decoder_shape(self)
+        if shape is not None:
+            sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers, "experts": shape.experts}
+            with named_setting(f"stages.{self.kind}.trainer.parallel"):
+                self.trainer.parallel.check_decoder(**sizes)
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""

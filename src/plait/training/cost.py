@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from plait.core.estimate import Machine
+from plait.core.files import read_json
 from plait.models.head_room import scores_held
 
 Gradients = Literal["none", "through", "full"]
@@ -111,6 +114,16 @@ class DecoderShape:
             experts=getattr(config, "num_local_experts", None) or 0,
             top_k=getattr(config, "num_experts_per_tok", None) or 1,
         )
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> DecoderShape | None:
+        """From a model folder's ``config.json``; None where it has other names than Llama's."""
+        config = read_json(folder / "config.json")
+        config = config.get("text_config", config)
+        try:
+            return cls.from_config(SimpleNamespace(**{"tie_word_embeddings": False, **config}))
+        except AttributeError:
+            return None
 
     @property
     def d_attention(self) -> int:

@@ -95,6 +95,38 @@ class Parallel(Spec):
             )
         return grid
 
+    def check_decoder(self, *, heads: int, kv_heads: int, layers: int, experts: int) -> None:
+        """See that a decoder of these sizes can be divided so, long before it is loaded.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        for name, count in (("heads", heads), ("heads of keys", kv_heads)):
+            if count % self.tensor:
+                raise ConfigError(
+                    f"tensor is {self.tensor}, and the decoder has {count} {name}, which cannot be dealt out evenly",
+                    place="trainer.parallel.tensor",
+                    remedy="set a divisor",
+                )
+        if self.context_attention == "ulysses" and self.context > 1 and heads % (self.context * self.tensor):
+            raise ConfigError(
+                f"context is {self.context} with ulysses, and the decoder has {heads} heads",
+                place="trainer.parallel.context",
+                remedy="set a divisor (of heads over tensor), or context_attention: ring",
+            )
+        if self.pipeline > layers:
+            raise ConfigError(
+                f"pipeline is {self.pipeline}, and the decoder has {layers} blocks",
+                place="trainer.parallel.pipeline",
+                remedy="set it to that or less",
+            )
+        if self.expert > 1 and (not experts or experts % self.expert):
+            raise ConfigError(
+                f"expert is {self.expert}, and the decoder has {experts or 'no'} experts",
+                place="trainer.parallel.expert",
+                remedy="set a divisor" if experts else "set 1, or take a decoder with experts (mixtral)",
+            )
+
     @model_validator(mode="after")
     def _experts(self) -> Parallel:
         why = {

@@ -64,7 +64,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     train = known.get("train", 0)
     kept = train * (1 + spec.views) + round(train * _CANVASES) * 2
     pictures = kept if spec.cache else _encoded_anew(spec)
-    picture, shape = _picture(spec, before), _shape(spec)
+    picture, shape = _picture(spec, before), decoder_shape(spec)
     with named_setting(f"stages.{spec.kind}.connector"):
         of = connector_account(
             spec.connector,
@@ -224,7 +224,8 @@ def _sounds(spec: Tune, shape: DecoderShape) -> _Sounds:
     )
 
 
-def _shape(spec: Tune) -> DecoderShape:
+def decoder_shape(spec: Tune) -> DecoderShape:
+    """Sizes of the decoder; of a folder, those of SmolLM2 are taken."""
     if isinstance(spec.decoder, str):
         return SMOLLM2_135M
     new = spec.decoder

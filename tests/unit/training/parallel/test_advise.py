@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.cli.main import main
+from plait.core.errors import ConfigError
 from plait.training.cost import SMOLLM2_135M, DecoderShape, Lora
 from plait.training.parallel.advise import Cluster, Judged, Work, layouts
 from plait.training.trainer import Parallel
@@ -109,3 +110,22 @@ def test_numbers_and_folders_that_mean_nothing_are_refused(tmp_path: Path, capsy
     words = ["advise", "parallel", "--decoder", str(tmp_path), "--processes", "4", "--memory-gib", "1"]
     assert main(words) == 3
     assert "no decoder of LLaMA's kin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tensor": 2}, "tensor is 2, and the decoder has 9 heads"),
+        ({"tensor": 9}, "tensor is 9, and the decoder has 3 heads of keys"),
+        ({"context": 2, "context_attention": "ulysses"}, "context is 2 with ulysses, and the decoder has 9 heads"),
+        ({"pipeline": 31}, "pipeline is 31, and the decoder has 30 blocks"),
+        ({"expert": 2}, "expert is 2, and the decoder has no experts"),
+    ],
+)
+def test_sizes_that_cannot_be_divided_are_refused_before_anything_is_loaded(
+    settings: dict[str, object], said: str
+) -> None:
+    shape = SMOLLM2_135M
+    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers, "experts": shape.experts}
+    with pytest.raises(ConfigError, match=said):
+        Parallel.model_validate(settings).check_decoder(**sizes)
