@@ -60,6 +60,11 @@ def main(args: argparse.Namespace, out: Out) -> int:
     sums = plan.total(plan.estimate_all(stages, machine), machine)
     for line in describe(sums, machine):
         out.line(line)
+    for name, stage in stages:
+        if (trainer := getattr(stage, "trainer", None)) is not None and (
+            trainer.parallel.spreads or trainer.parallel.divides
+        ):
+            out.line(f"note     {name}: trainer.parallel is for several processes, and all of this is for one")
     try:
         if refused is not None:
             raise refused

@@ -16,6 +16,7 @@ from plait.cli.output import Out
 from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError
 from plait.core.estimate import Estimate, Machine
+from plait.training.trainer import Trainer
 
 pytestmark = pytest.mark.light
 
@@ -148,6 +149,17 @@ def test_a_wrong_setting_is_refused_before_the_table_and_what_is_missing_after_i
     assert ("total" in capsys.readouterr().out) == (fault is ResourceError)
     assert plan.main(arguments(), Out(json=True)) == fault.exit_code
     assert json.loads(capsys.readouterr().out)["refused"]["place"] == "stages.tune.image_tower"
+
+
+def test_settings_of_several_processes_are_said_to_be_left_out(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan.main(arguments(), Out())
+    assert "trainer.parallel" not in capsys.readouterr().out
+    monkeypatch.setattr(Step, "trainer", Trainer.model_validate({"parallel": {"pipeline": 2}}), raising=False)
+    plan.main(arguments(), Out())
+    said = "note     tune: trainer.parallel is for several processes, and all of this is for one"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
