@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +87,6 @@ def test_the_job_script_is_one() -> None:
     result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False, timeout=30)
     assert (result.returncode, result.stderr) == (0, "")
     options = re.findall(r"--[a-z-]+", script[script.index("srun torchrun") : script.index("-m plait")])
-    known = subprocess.run(["torchrun", "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--help"]  # of this environment, wherever it is
+    known = subprocess.run(torchrun, capture_output=True, text=True, check=True, timeout=60).stdout
     assert [option for option in options if option not in known] == []
