@@ -89,7 +89,7 @@ class Way:
     processes: int = 1
     threads: int = 1
     zero: int = 0
-    grid: Mapping[str, int] = field(default_factory=dict[str, int])
+    grid: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
 
     def __str__(self) -> str:
         if self.processes == 1:
@@ -225,8 +225,9 @@ def summary(name: str, way: Way, *, runs: Sequence[Sequence[Any]], live: Sequenc
     waits = [1 - sum(rank["busy_s"] for rank in ranks) / (side * step) for ranks, step in zip(runs, steps, strict=True)]
     first = runs[0][0]
     each = [[ranks[rank] for ranks in runs] for rank in range(way.processes)]
-    # Divided models are not cut evenly (a stage has the head, norms stay whole): what each has is counted.
-    held = max(ranks[0]["held"] for ranks in each)
+    held = first["weights"]
+    if way.grid:  # not cut evenly (a stage has the head, norms stay whole): what each has is counted
+        held = max(one["held"] for ranks in runs for one in ranks)
     states = zero_bytes(held, world=1 if way.grid else way.processes, stage=way.zero)
     return {
         "size": name,

@@ -40,6 +40,23 @@ def test_two_processes_send_what_the_closed_form_says(scaling: Any, zero: int) -
     assert ranks[0]["loopback"] > sum(rank["written"] for rank in ranks) * 0.99
 
 
+@pytest.mark.parametrize(
+    "dimension",
+    [
+        pytest.param("tensor", marks=pytest.mark.row("S2-29")),
+        pytest.param("pipeline", marks=pytest.mark.row("S2-30")),
+        pytest.param("context", marks=pytest.mark.row("S4-65")),
+    ],
+)
+def test_two_processes_that_divide_send_what_the_closed_form_says(scaling: Any, dimension: str) -> None:
+    way = scaling.Way(processes=2, grid={dimension: 2})
+    ranks = scaling.run(scaling.SIZES["5 M"], way, steps=1, warm=1)
+    sent = max(rank["written"] for rank in ranks)
+    assert sent == pytest.approx(scaling.sent_by_formula(ranks[0], way)["gloo"], rel=0.02)
+    whole = ranks[0]["weights"]
+    assert all(rank["held"] <= (whole if dimension == "context" else 0.9 * whole) for rank in ranks)
+
+
 def test_a_process_that_fails_is_told(scaling: Any) -> None:
     wrong = scaling.Size(width=256, inner=688, layers=4, heads=3, steps=1)  # 256 is no multiple of 3
     with pytest.raises(SystemExit, match=r"1 of 1 processes failed.*\n"):
@@ -80,5 +97,5 @@ def test_utilization_by_hand(scaling: Any) -> None:
 
 def test_every_layout_is_measured(scaling: Any) -> None:
     assert [str(way) for way in scaling.ways(2)][:4] == ["alone", "alone", "data parallel", "ZeRO-1"]
-    assert len(set(scaling.ways(1))) == 9
+    assert len(set(scaling.ways(1))) == 1 + 2 * (4 + 3)
     assert all(scaling.ROWS % way.processes == 0 for way in scaling.ways(2))
