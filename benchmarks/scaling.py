@@ -306,7 +306,9 @@ def utilization_table(rows: Iterable[Mapping[str, Any]]) -> str:
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
-def measure(names: Sequence[str], *, rounds: int, cores: int, steps: int = 0) -> list[dict[str, Any]]:
+def measure(
+    names: Sequence[str], *, rounds: int, cores: int, steps: int = 0, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """A record for each size and way.
 
     Args:
@@ -314,8 +316,9 @@ def measure(names: Sequence[str], *, rounds: int, cores: int, steps: int = 0) ->
         rounds: Over all of them.
         cores: Of the machine.
         steps: That are measured; 0: the size's.
+        only: Layouts; none: all.
     """
-    chosen = [(name, way) for name in names for way in ways(cores)]
+    chosen = [(name, way) for name in names for way in ways(cores) if not only or str(way) in only]
     live: dict[tuple[str, Way], list[Any]] = {}
     runs: dict[tuple[str, Way], list[list[Any]]] = {one: [] for one in chosen}
     for name, way in chosen:
@@ -342,16 +345,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="over all configurations (default 3)")
     parser.add_argument("--sizes", nargs="+", default=[*SIZES], choices=[*SIZES], help="of the models (default all)")
     parser.add_argument("--quick", action="store_true", help="the smallest model, one round, to try; keeps no result")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="LAYOUT", help="such as 'tensor 2'; keeps scaling_some.json"
+    )
     args = parser.parse_args()
     load, others, cores = os.getloadavg()[0], idle(), usable_cores()
     names = [*SIZES][:1] if args.quick else args.sizes
-    rows = measure(names, rounds=1 if args.quick else args.rounds, cores=cores, steps=3 if args.quick else 0)
+    rows = measure(
+        names, rounds=1 if args.quick else args.rounds, cores=cores, steps=3 if args.quick else 0, only=args.only
+    )
     print(f"{table(rows)}\n\n{utilization_table(rows)}")
     print(f"\nload average before: {load:.2f}; loopback before: {others:,.0f} bytes a second")
     if args.quick:
         return
     write_json(
-        RESULTS,
+        RESULTS.with_name("scaling_some.json") if args.only else RESULTS,
         {
             "benchmark": "scaling",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
