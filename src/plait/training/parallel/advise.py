@@ -92,7 +92,7 @@ class Judged:
 
 
 def layouts(work: Work, cluster: Cluster) -> list[Judged]:
-    """Every layout that can be set, those that fit first, by time; a simpler one first where times are equal."""
+    """Every layout that can be set, but ``expert``: what fits first, by time, and of equals the simpler."""
     found = [_judge(parallel, work, cluster) for parallel in _settable(work, cluster)]
     return sorted(found, key=lambda one: (not one.fits, one.step_s if one.fits else one.peak, _parts(one.parallel)))
 

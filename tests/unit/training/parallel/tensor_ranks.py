@@ -169,7 +169,7 @@ def words() -> dict[str, Any]:
             own = hidden.clone().requires_grad_()
             said = how(head, own)
             (said * shares).sum().backward()
-            return [said.detach(), own.grad, *(whole(w.grad) for w in head.parameters())]  # type: ignore[list-item]
+            return [said.detach(), own.grad, *(whole(w.grad) for w in head.parameters())]
 
         def scored(head: nn.Linear, own: Tensor) -> Tensor:
             return functional.log_softmax(float32_scores(head, own), -1).gather(1, targets[:, None])[:, 0]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from plait.cli.main import main
 from plait.core.errors import ConfigError
+from plait.stages.tune import Tune
 from plait.training.cost import SMOLLM2_135M, DecoderShape, Lora
 from plait.training.parallel.advise import Cluster, Judged, Work, layouts
 from plait.training.trainer import Parallel
@@ -129,3 +130,9 @@ def test_sizes_that_cannot_be_divided_are_refused_before_anything_is_loaded(
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers, "experts": shape.experts}
     with pytest.raises(ConfigError, match=said):
         Parallel.model_validate(settings).check_decoder(**sizes)
+
+
+def test_words_which_have_no_language_model_are_dealt_to_all_processes() -> None:
+    stage = Tune.model_validate({"trainer": {"parallel": {"tensor": 3}}})
+    assert stage.shares(6, setting="batch_size") == 2
+    assert stage.shares(6, setting="words.batch_size") == 6
