@@ -36,6 +36,7 @@ from plait.training.parallel.order import timeline_record
 from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
+from plait.training.rehearsal import Asked, rehearsal, rehearsing
 from plait.training.settings import FitResult, Hooks, Settings
 from plait.training.state import Origin, Progress, TrainState
 
@@ -78,7 +79,20 @@ def fit(
         ResourceError: The disk is full; the last checkpoint stays.
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
-    run = _Run(model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks or Hooks())
+    hooks = hooks or Hooks()
+    if (instead := rehearsal()) is not None:
+        asked_for = Asked(
+            model=model,
+            objective=objective,
+            batches=batches,
+            settings=settings,
+            folder=folder,
+            events=events,
+            hooks=hooks,
+        )
+        with rehearsing(None):
+            return instead(asked_for)
+    run = _Run(model, objective, batches, settings=settings, folder=folder, events=events, hooks=hooks)
     with computed(run.layout.model, settings, events=events), stop_requests() as stop:
         result = run.all(stop)
     run.layout.finish()
