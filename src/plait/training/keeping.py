@@ -206,6 +206,31 @@ class Keeper:
         self._say_resumed(found)
         return trained.progress
 
+    def rewind(self) -> Progress | None:
+        """Put weights, optimizer, average and scale back to the newest whole checkpoint; every process calls this.
+
+        Steps and generators stay as they are.
+
+        Returns:
+            How far the run was then; None where there is no checkpoint.
+        """
+        trained = self.trained
+        self.wait()
+        path = mesh.first(lambda: str(self.checkpoints.newest() or ""))
+        if not path:
+            return None
+        stored = self._stored(Path(path))
+        with rng_kept():
+            then = restore_state(
+                Path(path), trained.tensors, trained.optimizer, stored=stored, elsewhere=self._layout.elsewhere
+            )
+        trained.progress.averaged, trained.progress.scale = then.averaged, then.scale
+        if trained.average is not None:
+            self._resume_average(trained.average, stored.average, Path(path))
+        if trained.scaler is not None and then.scale:
+            trained.scaler.scale, trained.scaler.good = then.scale
+        return then
+
     def _stored(self, checkpoint: Path) -> Stored:
         """Tensors of a checkpoint, however it holds them."""
         elsewhere = self._layout.elsewhere

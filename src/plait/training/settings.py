@@ -17,6 +17,7 @@ from plait.core.protocols import Batches, StatefulBatches
 from plait.core.spec import defaults
 from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
+from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
 from plait.training.trainer import Average, Parallel, Trainer, check_context, check_spread, check_staged
@@ -91,7 +92,8 @@ class Settings:
         keep_last: Checkpoints kept.
         async_save: Write checkpoints beside training, from a copy of the state in host memory; a step waits only while
             it is copied, or where the checkpoint before is still being written.
-        max_skipped_in_row: So many steps in a row without a finite number end the run.
+        max_skipped_in_row: So many steps in a row whose updates are left out end the run.
+        guard: What happens where a step goes wrong. A run may go on with another one.
         head: How losses over a vocabulary are computed, where the model leaves a choice: ``fused`` or ``full``.
         recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
         compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
@@ -117,6 +119,7 @@ class Settings:
     keep_last: int = 2
     async_save: bool = False
     max_skipped_in_row: int = 10
+    guard: Guard = field(default_factory=Guard)
     head: Literal["fused", "full"] = "fused"
     recompute: Literal["none", "full", "selective"] = "none"
     compile: bool = False
@@ -176,16 +179,17 @@ class Settings:
             recompute=trainer.recompute,
             compile=trainer.compile,
             parallel=trainer.parallel,
+            guard=trainer.guard,
             average=trainer.average,
         )
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint. Device and threads are in the fingerprint instead.
 
-        How the same step is computed (head, recompute, compile, parallel) is no part of it: a run may go on in
-        another way.
+        How the same step is computed (head, recompute, compile, parallel), and what happens where one goes wrong
+        (guard), is no part of it: a run may go on in another way.
         """
-        how = {"head", "recompute", "compile", "parallel"}
+        how = {"head", "recompute", "compile", "parallel", "guard"}
         skip = how | {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
         skip |= {"context_defaults"}
         return {
@@ -261,8 +265,10 @@ class FitResult:
         checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated and that one is
             whole, else the last.
         step: Finished steps.
-        skipped: Steps whose update was left out because a number was not finite.
+        skipped: Steps whose update was left out because a number was not finite, or a spike.
         overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        spikes: Steps with a loss or gradient norm far above those before, whatever was done then.
+        rewound: Steps whose updates were lost by going back to a checkpoint's weights.
         best: Step and value of the best evaluation, where there was one.
         resumed_from: Step it went on from; 0 for a new run.
         values: Values of the last step done now; empty if there was nothing left to do.
@@ -272,6 +278,8 @@ class FitResult:
     step: int
     skipped: int
     overflowed: int = 0
+    spikes: int = 0
+    rewound: int = 0
     best: tuple[int, float] | None = None
     resumed_from: int
     values: Mapping[str, Any]

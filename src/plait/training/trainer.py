@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from plait.core.errors import ConfigError
 from plait.core.grid import Grid
 from plait.core.spec import Spec
+from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer
 from plait.training.schedule import Cosine, Schedule
 
@@ -202,6 +203,8 @@ class Trainer(Spec):
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
     the whole batch."""
+    guard: Guard = Guard()
+    """What happens where a step goes wrong: spikes, numbers that are not finite, memory that runs out."""
     parallel: Parallel = Parallel()
     """How several processes share the work."""
     async_save: bool = False
