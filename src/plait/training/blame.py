@@ -134,11 +134,10 @@ def gradients(
         for batch in micro:
             for part in rows_apart(batch):
                 with torch.enable_grad(), around():
-                    losses = [value.float() for value in objective(model, part).values() if value.requires_grad]
-                if losses:
-                    total = torch.stack(losses).sum()
-                    if not _all_finite(torch.autograd.grad(total, broken, allow_unused=True)):
-                        samples += part.sample_ids
+                    sums = [value.float() for value in objective(model, part).values() if value.requires_grad]
+                    grads = torch.autograd.grad(torch.stack(sums).sum(), broken, allow_unused=True) if sums else ()
+                if not _all_finite(grads):
+                    samples += part.sample_ids
     return names, samples
 
 
@@ -177,6 +176,8 @@ def _sums(objective: Objective, model: nn.Module, batch: Batch) -> Mapping[str, 
 def _documents(batch: Batch) -> Iterable[tuple[str, Batch]]:
     """A row once for each sample in it, with the labels of that sample alone; preference pairs stay together."""
     owners = samples_of_rows(batch)
+    if not batch.sample_ids:
+        return []  # padding
     packed = owners is not None and len(owners) == 1 and len(owners[0]) > 1
     if not packed or any(name.endswith(("#chosen", "#rejected")) for name in batch.sample_ids):
         return [(", ".join(batch.sample_ids), batch)]

@@ -108,14 +108,12 @@ def rows_apart(batch: Batch) -> list[Batch]:
 def samples_of_rows(batch: Batch) -> list[tuple[str, ...]] | None:
     """The samples that each row holds; None where nobody knows.
 
-    Samples are numbered row by row, as segments are; or there is one a row, whatever its segments are.
+    Samples are numbered row by row, as segments are; or else there is one a row.
     """
     ids, rows = batch.sample_ids, len(batch.token_ids)
-    if len(ids) == rows:
-        return [(one,) for one in ids]
     counts: list[int] = batch.segment_ids.amax(1).tolist() if batch.segment_ids.numel() else []
     if sum(counts) != len(ids):
-        return None
+        return [(one,) for one in ids] if len(ids) == rows else None
     starts = [sum(counts[:row]) for row in range(rows)]
     return [tuple(ids[start : start + count]) for start, count in zip(starts, counts, strict=True)]
 
