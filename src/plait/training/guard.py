@@ -45,6 +45,11 @@ class Guard(Spec):
     """Where a step does not fit the memory: `split` does it again in micro-batches of half the rows, as all later ones,
     with the same gradient; `stop` ends the run."""
 
+    @property
+    def actions(self) -> tuple[str, str]:
+        """What is done about spikes, and about numbers that are not finite."""
+        return self.spike, self.not_finite
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spike:

@@ -430,7 +430,7 @@ class _Run:
     def _stop(self, stop: StopRequest) -> None:
         step = self.progress.step
         if step and self.keeper.saver.asked != step:
-            self.keeper.save(before=self.monitor.sync)
+            self.keeper.save(before=self.monitor.sync, planned=False)
         self.keeper.wait()
         text = (
             f"stopped after step {step} of {self.settings.steps}, which is saved" if step else "stopped before step 1"

@@ -63,6 +63,7 @@ class Progress:
         watched: Losses and norms that the next ones are compared with (:class:`plait.training.guard.Watch`).
         rewinds: How often training went back to a checkpoint's weights.
         rewound: Steps whose updates were lost by that.
+        anchor: Step of the last checkpoint that a run that nobody stopped has, too; 0 for none.
         pieces: In how many parts micro-batches are done since memory ran out.
     """
 
@@ -83,6 +84,7 @@ class Progress:
     watched: dict[str, list[float]] = field(default_factory=dict)
     rewinds: int = 0
     rewound: int = 0
+    anchor: int = 0
     pieces: int = 1
 
     def plain(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Judge:
         self._watch = Watch(settings.guard, self._progress.watched)
         self._ends = ""
         self._goes_back = False
-        _check_batches(keeper.trained.batches, goes_back="rewind" in (self._guard.spike, self._guard.not_finite))
+        _check_batches(keeper.trained.batches, goes_back="rewind" in self._guard.actions)
 
     @property
     def _progress(self) -> Progress:
