@@ -54,7 +54,7 @@ def not_finite(model: nn.Module, objective: Objective, micro: Sequence[Batch], *
     """
     first: tuple[str, bool] | None = None
     samples: list[str] = []
-    with _aside(model):
+    with _aside(model, objective):
         for batch in micro:
             for part in _apart(objective, batch):
                 seen: list[tuple[str, bool]] = []
@@ -91,7 +91,7 @@ def losses(
         return sum(weights.get(n, 1.0) * float(v) / counts[n] for n, v in sums.items() if counts.get(n))
 
     found: list[tuple[str, float]] = []
-    with _aside(model), around():
+    with _aside(model, objective), around():
         if isinstance(objective, Pairwise):
             whole = join([objective.embed(model, batch) for batch in micro])
             ids = [name for batch in micro for name in batch.sample_ids]
@@ -130,7 +130,7 @@ def gradients(
     if not names or objective.needs_global_batch:
         return names, samples
     broken = [weights[name] for name in names]
-    with _aside(model):
+    with _aside(model, objective):
         for batch in micro:
             for part in rows_apart(batch):
                 with torch.enable_grad(), around():
@@ -149,16 +149,16 @@ def _all_finite(grads: Iterable[Tensor | None]) -> bool:
 
 
 @contextlib.contextmanager
-def _aside(model: nn.Module) -> Generator[None]:
-    """Without gradients; buffers and generators are put back."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _aside(model: nn.Module, objective: Objective) -> Generator[None]:
+    """Without gradients; buffers, also of an objective, and generators are put back."""
+    roots = [model, *([objective] if isinstance(objective, nn.Module) else [])]
+    kept = [(buffer, buffer.clone()) for root in roots for buffer in root.buffers()]
     with rng_kept(), torch.no_grad():
         try:
             yield
         finally:
-            for name, buffer in model.named_buffers():
-                if name in kept:
-                    buffer.copy_(kept[name])
+            for buffer, before in kept:
+                buffer.copy_(before)
 
 
 def _apart(objective: Objective, batch: Batch) -> list[Batch]:
