@@ -239,9 +239,20 @@ ON_TRAINING = "evaluation_training"
 
 
 def judged(evaluate: Callable[[], float | Mapping[str, float]]) -> dict[str, float]:
-    """What a hook finds, by name."""
+    """What a hook finds, by name.
+
+    Raises:
+        ConfigError: It gives several values, and none is called ``evaluation``.
+    """
     found = evaluate()
-    return {name: float(value) for name, value in found.items()} if isinstance(found, Mapping) else {EVALUATION: found}
+    values = {n: float(value) for n, value in (found if isinstance(found, Mapping) else {EVALUATION: found}).items()}
+    if EVALUATION not in values:
+        raise ConfigError(
+            f"the hook evaluate gives {', '.join(values) or 'nothing'}",
+            place="Hooks.evaluate",
+            remedy=f"call the value that says how good the model is {EVALUATION!r}",
+        )
+    return values
 
 
 def _nothing(_: Path) -> None: ...
