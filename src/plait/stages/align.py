@@ -20,7 +20,7 @@ from plait.data.choice import HELD_OUT
 from plait.data.sources import VALIDATION
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, Task, named_setting
-from plait.stages.validating import check_judged, judged_splits, outcome, said
+from plait.stages.validating import check_judged, judged_samples, judged_splits, outcome, said
 from plait.training.schedule import Cosine
 from plait.training.trainer import Trainer
 
@@ -205,7 +205,7 @@ class Align(Stage):
         length = max(self.row or 64, answer)
         rows = math.ceil(2 * self.batch_size * answer / (_FILLED * length))
         trained = 2 * self.batch_size * _TRAINED_TOKENS
-        passes = math.ceil(self._pairs() / self.batch_size)
+        passes = math.ceil((self._pairs() + judged_samples(self.trainer, self.steps)) / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
         sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
         flops = self.steps * cost.decoder_flops(shape, gradients="through", recompute=self.trainer.recompute, **sizes)

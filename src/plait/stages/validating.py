@@ -5,6 +5,7 @@ Imports no torch: recipes are checked without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 def judged_splits(trainer: Trainer) -> tuple[str, ...]:
     """The split that a stage has to read beside the others; none where nothing is judged."""
     return (VALIDATION,) if trainer.validation else ()
+
+
+def judged_samples(trainer: Trainer, *phases: int) -> int:
+    """Samples that go forward through the model, and not back, to judge phases of so many steps each."""
+    asked = trainer.validation
+    if asked is None:
+        return 0
+    return (1 + asked.gap) * asked.samples * sum(math.ceil(steps / asked.every) for steps in phases)
 
 
 def check_judged(there: Collection[str], trainer: Trainer, *, place: Path) -> None:

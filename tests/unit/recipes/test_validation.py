@@ -161,6 +161,32 @@ def test_values_do_not_depend_on_the_batches_of_training(
 
 
 @pytest.mark.row("S4-63")
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [
+        ("image_tower={kind: resnet, size: 32, width: 8}", {"contrastive"}),  # whose norms would see the batch
+        ("qformer={queries: 3, d: 16, depth: 2, heads: 2, every: 1}", {"contrast", "match", "generate"}),
+    ],
+)
+def test_every_form_of_pretrain_is_judged(tmp_path: Path, tiny_folders: Folders, kind: str, terms: set[str]) -> None:
+    words = [*HELD, judged("pretrain"), f"stages.pretrain.{kind}", "stages.tune=null", "stages.align=null"]
+    words += ["stages.pretrain.dropout=null", "stages.pretrain.lr=0.003"]
+    at_once = ["stages.pretrain.trainer.micro_batch=3"] if "resnet" in kind else ["stages.pretrain.batch_size=6"]
+    one, other = (run(tmp_path / name, tiny_folders, *words, *more) for name, more in (("one", []), ("other", at_once)))
+    last = read_jsonl(one / "02-pretrain" / "metrics.jsonl")[-1]
+    assert {name.partition("/")[2] for name in last if name.startswith("evaluation/")} == terms
+    found = evaluations(one, "02-pretrain")
+    done = read_done(one / "02-pretrain")
+    assert done is not None
+    best = min(found, key=found.__getitem__)
+    assert done["summary"]["checkpoint"] == f"checkpoints/{best:06d}"
+    assert done["summary"]["validation"]["evaluation"] == found[best]
+    assert done["summary"]["pairs"]["validation"] == 6
+    if "resnet" not in kind:  # the first rate is 0, but norms have moved by the batches of training
+        assert found[1] == pytest.approx(evaluations(other, "02-pretrain")[1], rel=1e-6)
+
+
+@pytest.mark.row("S4-63")
 def test_patience_ends_a_stage_early_and_it_stays_ended(tmp_path: Path, tiny_folders: Folders) -> None:
     """Where no gain is large enough the first evaluation is the best."""
     early = [*HELD, judged("tune", patience=2, least_gain=100.0, gap="false"), "stages.pretrain=null"]
