@@ -424,7 +424,7 @@ class Align(Stage):
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()
         built.model.training = True
-        return fit_ahead(
+        fitted = fit_ahead(
             built.model,
             objective,
             batches,
@@ -434,6 +434,9 @@ class Align(Stage):
             events=events,
             hooks=hooks,
         )
+        if fitted.step < settings.steps:  # stopped early
+            mesh.first(lambda: show(fitted.step))
+        return fitted
 
     def _scores(
         self,

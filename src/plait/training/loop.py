@@ -386,7 +386,8 @@ class _Run:
         said = f"now the best, after {best[1]:.6g}" if best and not self.progress.stale else "the first"
         if self.progress.stale and self.progress.best is not None:
             at, most = self.progress.best
-            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluations ago"
+            several = "s" if self.progress.stale > 1 else ""
+            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluation{several} ago"
         beside = f" (on training samples {found[ON_TRAINING]:.6g})" if ON_TRAINING in found else ""
         self.events.note(f"step {step}: evaluation {value:.6g}{beside}; {said}", step=step, evaluation=str(value))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,9 @@ def test_every_form_of_pretrain_is_judged(tmp_path: Path, tiny_folders: Folders,
 def test_patience_ends_a_stage_early_and_it_stays_ended(tmp_path: Path, tiny_folders: Folders) -> None:
     """Where no gain is large enough the first evaluation is the best."""
     early = [*HELD, judged("tune", patience=2, least_gain=100.0, gap="false"), "stages.pretrain=null"]
+    early += [judged("align", patience=1, least_gain=100.0)]
     seen: list[Event] = []
-    folder = run(tmp_path, tiny_folders, *early, "stages.align=null", steps=40, seen=seen)
+    folder = run(tmp_path, tiny_folders, *early, steps=40, seen=seen)
     assert list(evaluations(folder, "02-tune/decoder")) == [1, 2, 3]
     texts = [event.text for event in seen]
     assert any("stopped early, after step 3 of 40: the model is that of step 1" in text for text in texts)
@@ -201,6 +203,11 @@ def test_patience_ends_a_stage_early_and_it_stays_ended(tmp_path: Path, tiny_fol
     assert done is not None
     assert done["summary"]["model"] == "decoder/checkpoints/000001"
     assert "gap" not in done["summary"]["validation"]["decoder"]
+    aligned = read_done(folder / "03-align")
+    assert aligned is not None
+    assert (aligned["summary"]["steps"], aligned["summary"]["model"]) == (2, "checkpoints/000001")
+    assert (folder / "03-align" / "samples" / "000002.json").is_file(), "answers of the model that is left"
+    shutil.rmtree(folder / "03-align")
     (tune / "done.json").unlink()  # as if it had been killed right before
     resume(folder)
     again = read_done(tune)

@@ -364,7 +364,9 @@ def test_without_the_packages_the_estimate_is_of_the_pinned_ones(
 
 @pytest.mark.usefixtures("emoji_home")
 def test_questions_can_be_spoken(tmp_path: Path) -> None:
-    settings = SMALL | {"questions": {**SMALL["questions"], "spoken": {"voices": ["en-us"], "test_voices": ["en"]}}}
+    spoken: dict[str, Any] = {"voices": ["en-us"], "test_voices": ["en"]}
+    source = {**SMALL["source"], "validation": 2}
+    settings = SMALL | {"source": source, "questions": {**SMALL["questions"], "spoken": spoken}}
     folder = run(tmp_path / "01-data", settings)
     done = read_done(folder)
     assert done is not None
@@ -377,6 +379,7 @@ def test_questions_can_be_spoken(tmp_path: Path) -> None:
     assert sum(kind == ["image"] for kind in kinds) == spoken["train"]["written"]["script"] > 0  # the Chinese ones
     assert voices == {"en-us"}
     assert set(spoken["test-concept"]["voices"]) == {"en"}
+    assert set(spoken["validation"]["voices"]) == {"en-us"}, "no voice of the tests before them"
     card = (folder / "card.md").read_text()
     assert "## Spoken questions" in card
     assert "GPL-3.0-or-later" in card
