@@ -38,7 +38,7 @@ from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.rehearsal import Asked, rehearsal, rehearsing
-from plait.training.settings import FitResult, Hooks, Settings
+from plait.training.settings import EVALUATION, ON_TRAINING, FitResult, Hooks, Settings, judged
 from plait.training.smaller import Exhausted, divided, first_line, out_of_memory, release, smaller
 from plait.training.state import Origin, Progress, TrainState
 from plait.training.verdict import Judge
@@ -372,13 +372,13 @@ class _Run:
             return {}
         try:
             with rng_kept(), self.keeper.shown(), patience(stop):
-                value = mesh.first(lambda: float(evaluate()))
+                found = mesh.first(lambda: judged(evaluate))
         except Woken:
             self.progress.unjudged = True
             return {}
         finally:
             self.modes.reset_modes()
-        best = self.progress.best
+        best, value = self.progress.best, found[EVALUATION]
         if settings.gains(value, best[1] if best else None):
             self.progress.best, self.progress.stale = (step, value), 0
         else:
@@ -386,9 +386,11 @@ class _Run:
         said = f"now the best, after {best[1]:.6g}" if best and not self.progress.stale else "the first"
         if self.progress.stale and self.progress.best is not None:
             at, most = self.progress.best
-            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluations ago"
-        self.events.note(f"step {step}: evaluation {value:.6g}; {said}", step=step, evaluation=str(value))
-        return {"evaluation": value}
+            several = "s" if self.progress.stale > 1 else ""
+            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluation{several} ago"
+        beside = f" (on training samples {found[ON_TRAINING]:.6g})" if ON_TRAINING in found else ""
+        self.events.note(f"step {step}: evaluation {value:.6g}{beside}; {said}", step=step, evaluation=str(value))
+        return found
 
     def _gave_up(self) -> bool:
         """Whether the last evaluations brought no gain; told by the checkpoint, so that a resumed run stays stopped."""

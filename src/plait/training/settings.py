@@ -20,7 +20,7 @@ from plait.training.checkpoint import DEFAULTS
 from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Average, Parallel, Trainer, check_context, check_spread, check_staged
+from plait.training.trainer import Average, Parallel, Trainer, Validate, check_context, check_spread, check_staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,13 @@ class Stopping:
         for name, bound in {"every": 1, "patience": 0, "least_gain": 0}.items():
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}", place=name, remedy=f"set it to {bound} or more")
+
+    @classmethod
+    def of(cls, validation: Validate | None) -> Stopping | None:
+        """As a recipe says."""
+        if validation is None:
+            return None
+        return cls(every=validation.every, patience=validation.patience, least_gain=validation.least_gain)
 
     def gains(self, value: float, best: float | None) -> bool:
         """Whether a value beats the best one so far; NaN never does."""
@@ -168,8 +175,11 @@ class Settings:
         optimizer = trainer.optimizer
         if weight_decay is not None:
             optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
+        judged = {"validation": {"samples": trainer.validation.samples}} if trainer.validation else {}
         return replace(
             self,
+            context={**self.context, **judged},  # a value over other samples is not to be compared
+            stopping=Stopping.of(trainer.validation),
             rates=Rates(lr=lr, parts=parts or {}, layer_decay=trainer.layer_decay),
             optimizer=optimizer,
             schedule=trainer.schedule,
@@ -221,6 +231,30 @@ def _defaults_of(settings: Settings | Rates | Stopping) -> dict[str, Any]:
     return {item.name: item.default for item in fields(settings) if item.default is not MISSING}
 
 
+EVALUATION = "evaluation"
+"""Name of the value that says how good the model is, in what :attr:`Hooks.evaluate` gives and in the metrics."""
+
+ON_TRAINING = "evaluation_training"
+"""Name of the same value over samples that are trained on."""
+
+
+def judged(evaluate: Callable[[], float | Mapping[str, float]]) -> dict[str, float]:
+    """What a hook finds, by name.
+
+    Raises:
+        ConfigError: It gives several values, and none is called ``evaluation``.
+    """
+    found = evaluate()
+    values = {n: float(value) for n, value in (found if isinstance(found, Mapping) else {EVALUATION: found}).items()}
+    if EVALUATION not in values:
+        raise ConfigError(
+            f"the hook evaluate gives {', '.join(values) or 'nothing'}",
+            place="Hooks.evaluate",
+            remedy=f"call the value that says how good the model is {EVALUATION!r}",
+        )
+    return values
+
+
 def _nothing(_: Path) -> None: ...
 
 
@@ -236,7 +270,8 @@ class Hooks:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
             them. With ``async_save``, what it does not put off (:mod:`plait.core.snapshot`) is done within the step.
         evaluate: How good the model is now on data it does not learn from; in the modes that it had before training
-            unless the hook sets them. Modes and generators are put back afterwards.
+            unless the hook sets them. Modes and generators are put back afterwards. A value, or that under the name
+            ``evaluation`` with others beside it, which are recorded, too.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
             tells it again rather than never. One that takes too long after a signal is given up, and the step is told
             again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
@@ -249,7 +284,7 @@ class Hooks:
     """
 
     save_model: Callable[[Path], None] = _nothing
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], float | Mapping[str, float]] | None = None
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     tells: Callable[[int], bool] = _always
     task: str = "train"
