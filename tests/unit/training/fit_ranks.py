@@ -238,12 +238,8 @@ def guarded(root: Path) -> dict[str, Any]:
 
     def exhausted(folder: Path, *, zero: int) -> Any:
         said: list[Event] = []
-        try:
-            model = trained(
-                WHOLE.model(), folder, batches=source(packed=False), objective=Tight(), said=said, **spread(zero)
-            )
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+        batches = source(packed=False)
+        model = trained(WHOLE.model(), folder, batches=batches, objective=Tight(), said=said, **spread(zero))
         alone = torch.load(root / "alone.pt", weights_only=True)
         told = [event.text for event in said if event.kind == "warning"]
         return [digest(weights(model)), told, apart(weights(model), alone, weights(WHOLE.model()))]
