@@ -73,7 +73,7 @@ def test_two_processes_are_judged_as_one_is(outcome: Outcome, stage: str) -> Non
         found.append([one for one in values if one])
     assert len(found[0]) == len(found[1]) > 0
     for one, two in zip(*found, strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)  # a margin of rewards is a difference near 0
     kept = [summary(outcome.run(case))["stages"] for case in ("judged by one", "judged by two")]
     models = [[stage["summary"].get("model", "") for stage in stages] for stages in kept]
     assert models[0] == models[1], "the same steps are the best ones"

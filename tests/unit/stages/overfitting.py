@@ -26,7 +26,6 @@ EVERY, PATIENCE, STEPS, SAMPLES = 4, 3, 80, 100
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "average": {"trainer": {"average": {"decay": 0.9}}},
-    "dropout": {"dropout": 0.5},
 }
 
 

@@ -69,18 +69,16 @@ def test_it_stops_at_the_optimum_of_validation(
 @pytest.mark.slow
 @pytest.mark.row("S4-63")
 @pytest.mark.row("S3-29")
-def test_over_three_seeds_with_an_average_and_with_dropout(
+def test_over_three_seeds_with_and_without_an_average(
     packages: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packages("twemoji")
-    found = runs(tmp_path, monkeypatch, seeds=[0, 1, 2], forms=["plain", "average", "dropout"])
+    found = runs(tmp_path, monkeypatch, seeds=[0, 1, 2], forms=["plain", "average"])
     for seed in ("0", "1", "2"):
         for form in ("plain", "average"):
             check(found[seed][form])
-        plain, dropped = (found[seed][form]["to the end"] for form in ("plain", "dropout"))
+        plain = found[seed]["plain"]["to the end"]
         best = plain["summary"]["validation"]
-        # What is learned by heart grows: stopping leaves less of it, and so does dropout after as many steps.
-        assert best["gap"] < gap(plain, STEPS)
-        assert gap(dropped, STEPS) < gap(plain, STEPS)
+        assert best["gap"] < gap(plain, STEPS), "what is learned by heart grows, and stopping leaves less of it"
         # An average of weights is behind them: its optimum comes later, and it is smoother around it.
         assert optimum(found[seed]["average"]["to the end"]["curve"]) >= best["step"]
