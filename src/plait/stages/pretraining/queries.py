@@ -16,6 +16,7 @@ from plait.core import mesh
 from plait.core.device import seed_everything, setup
 from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
+from plait.core.held_out import opened
 from plait.core.packages import home
 from plait.core.types import Score
 from plait.data.caption_batches import CaptionBatches
@@ -53,6 +54,8 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     wanted = ("train", *judged_splits(spec.trainer), *TESTS)
     samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
     check_judged(samples, spec.trainer, place=data)
+    wanted = ("train", *opened(TESTS))
+    samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
     splits = {name: Texts.of(found, keywords=spec.keywords and name == "train") for name, found in samples.items()}
     for found in splits.values():
         found.check_lengths([len(ids) for ids in words.ids(found.texts)], most=spec.max_tokens)
