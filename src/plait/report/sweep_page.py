@@ -17,6 +17,7 @@ from plait.report.scores import Score, draw_scores, read_scores
 
 NAME = "sweep.html"
 
+_TICKS = 30  # trials up to which each has its number on the axis
 _POINTS = 200  # of a trial's curve
 _SYMBOLS = {"complete": "circle", "pruned": "x", "failed": "line-ew-open"}
 _STATES = {"complete": "done", "pruned": "stopped early", "failed": "failed"}
@@ -139,7 +140,10 @@ def _values(facts: SweepFacts, charts: Charts) -> Html | None:
         return None
     line: Figure = {"color": "var(--soft)", "width": 1, "shape": "hv"}
     data.append({"type": "scatter", "mode": "lines", "x": numbers, "y": best, "name": "best so far", "line": line})
-    figure = {"data": data, "layout": _axes("trial", facts.sweep["metric"], legend=True)}
+    axes = _axes("trial", facts.sweep["metric"], legend=True)
+    if len(facts.trials) <= _TICKS:
+        axes["xaxis"] |= {"dtick": 1}
+    figure = {"data": data, "layout": axes}
     said = f"{facts.sweep['metric']} of {len(facts.trials)} trials"
     return el("section", el("h2", "Trials"), charts.place(figure, title="Value by trial", said=said, level=3))
 
