@@ -25,7 +25,9 @@ WORDS = (
     "method=grid",
     "stages.pretrain.lr=[1e-3, 1e-2]",
     "stages.pretrain.steps=400",
-    "stages.pretrain.save_every=5",
+    "stages.pretrain.save_every=100",
+    "stages.pretrain.d_hidden=8",
+    "stages.pretrain.d_shared=8",
     "stages.tune=null",
     "stages.align=null",
 )
