@@ -55,7 +55,7 @@ class Fake:
                 if name == "pretrain" and (ended := self.pretrain(stage.model_dump()["lr"], folder, watch)):
                     return ended
                 if name == "tune":
-                    (folder / "decoder").mkdir()
+                    (folder / "decoder").mkdir(exist_ok=True)
                     (folder / "decoder" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
                 splits = {"train": 8, "validation": 2, "test-concept": 4}
                 mark_done(
