@@ -18,6 +18,7 @@ from plait.report.scores import Score, draw_scores, read_scores
 NAME = "sweep.html"
 
 _TICKS = 30  # trials up to which each has its number on the axis
+_FEW = 3  # points of a curve that would hardly be seen as a line
 _POINTS = 200  # of a trial's curve
 _SYMBOLS = {"complete": "circle", "pruned": "x", "failed": "line-ew-open"}
 _STATES = {"complete": "done", "pruned": "stopped early", "failed": "failed"}
@@ -225,7 +226,7 @@ def _curves(run: RunFolder, facts: SweepFacts, charts: Charts) -> Html | None:
         ]
         if not found:
             continue
-        found = found[:: max(1, len(found) // _POINTS)] + found[-1:]
+        found = found[:: max(1, len(found) // _POINTS)] + ([] if len(found) == 1 else found[-1:])
         best = trial["number"] == facts.best
         line = {
             "color": COLORS[0] if best else "var(--soft)",
@@ -235,7 +236,7 @@ def _curves(run: RunFolder, facts: SweepFacts, charts: Charts) -> Html | None:
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines",
+                "mode": "lines+markers" if len(found) <= _FEW else "lines",
                 "x": [step for step, _ in found],
                 "y": [value for _, value in found],
                 "name": f"trial {trial['number']}",

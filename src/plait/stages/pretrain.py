@@ -309,8 +309,7 @@ class Pretrain(Stage):
         dual = self._build(compute, events)
         pairs = read_pairs(
             data / "shards",
-            ("train", *judged_splits(self.trainer), *TESTS),
-            ("train", *opened(TESTS)),
+            ("train", *judged_splits(self.trainer), *opened(TESTS)),
             dual,
             cache=home() / "features",
             keywords=self.keywords,

@@ -51,11 +51,9 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     assert isinstance(spec.image_tower, str)
     image = load_image_tower(spec.image_tower, size=spec.resolution, dtype=spec.tower_dtype, events=events)
     words = load_tokens(spec.text_tower)
-    wanted = ("train", *judged_splits(spec.trainer), *TESTS)
+    wanted = ("train", *judged_splits(spec.trainer), *opened(TESTS))
     samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
     check_judged(samples, spec.trainer, place=data)
-    wanted = ("train", *opened(TESTS))
-    samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
     splits = {name: Texts.of(found, keywords=spec.keywords and name == "train") for name, found in samples.items()}
     for found in splits.values():
         found.check_lengths([len(ids) for ids in words.ids(found.texts)], most=spec.max_tokens)
