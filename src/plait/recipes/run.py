@@ -299,6 +299,8 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
             dtype=compute.dtype,
             processes=processes(),
         )
+        if held_out.shut_in(run):
+            events.note("test splits stay shut: this is a trial of a sweep, nothing is scored or shown of them")
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
             if not first(functools.partial(_finished, name, stage, previous, folder=folder, events=events)):
