@@ -28,12 +28,16 @@ def main(args: argparse.Namespace, out: Out) -> int:
     """Resume and print the closing lines."""
     from plait.cli.panel import watch
     from plait.cli.run import closing
+    from plait.core.errors import UsageError
     from plait.core.files import find_run
     from plait.recipes.run import summary
+    from plait.recipes.search.folder import SWEEP
 
     finished: list[bool] = []
 
     def find() -> str:
+        if (Path(args.run) / SWEEP).is_file():
+            raise UsageError(f"{args.run} is a sweep", remedy=f"use `plait sweep --resume {args.run}`")
         found = find_run(args.run, args.runs)
         finished.append(all(stage["state"] == "done" for stage in summary(found)["stages"]))
         return str(found)

@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
+from plait.core import held_out
 from plait.core.errors import DataError
 from plait.core.files import write_atomic
 from plait.core.types import MediaRef, Sample, Text, Turn
@@ -263,6 +264,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
+        held_out.check(name, folder)
         self.folder = folder
         self.name = name
         self._shards: dict[str, _Mapped] = {}

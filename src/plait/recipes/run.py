@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from plait import __version__
-from plait.core import device
+from plait.core import device, held_out
 from plait.core.errors import ConfigError, PlaitError, ResourceError, Stopped
 from plait.core.events import Event, Events
 from plait.core.files import (
@@ -116,6 +116,24 @@ def stages(recipe: Recipe, run: Path) -> list[tuple[str, Stage, Path]]:
     """Name, spec and folder of every stage, in order."""
     named: list[tuple[str, Stage]] = [("data", recipe.data), *recipe.stages.items()]
     return [(name, stage, stage_folder(run, number, name)) for number, (name, stage) in enumerate(named, 1)]
+
+
+def check_first(recipe: Recipe, root: Path) -> str:
+    """Refuse, before anything is created, a run that can be seen to fail; returns what it will need, in a line.
+
+    Args:
+        recipe: Of the run.
+        root: Where it is to be.
+
+    Raises:
+        PlaitError: A setting cannot work, or disk, memory, a package or a device is missing.
+    """
+    return _preflight(recipe, root)
+
+
+def usual_threads() -> int:
+    """Threads that a run begun now works with."""
+    return _setup().threads
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -281,6 +299,8 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
             dtype=compute.dtype,
             processes=processes(),
         )
+        if held_out.shut_in(run):
+            events.note("test splits stay shut: this is a trial of a sweep, nothing is scored or shown of them")
         previous: Path | None = None
         for name, stage, folder in stages(recipe, run):
             if not first(functools.partial(_finished, name, stage, previous, folder=folder, events=events)):
@@ -347,7 +367,8 @@ def _execute_stage(name: str, stage: Stage, previous: Path | None, *, folder: Pa
     alone = " by process 0 alone, the others wait" if launched() and not stage.together else ""
     events.emit("stage", f"{folder.name}: {'continuing' if again else 'started'}{alone}", stage=name, state="started")
     try:
-        stage.run(previous, folder, events=events)
+        with held_out.shut(when=previous is not None and held_out.shut_in(run)):
+            stage.run(previous, folder, events=events)
     except KeyboardInterrupt as stop:
         if (fault := _cause(stop)) is not None:
             _failed(fault, folder, events)

@@ -52,7 +52,7 @@ def render(run: RunFolder) -> str:
     # Sections come first, because reading them finds the faults that are told above them.
     sections = [draw_stage(run, stage, charts) for stage in run.stages]
     body = join(_head(run), _alerts(run, drawn=charts.drawn), _timeline(run), el("main", sections), _recipe(run))
-    return _document(
+    return document(
         f"{run.path.name} – Plait", join(body, _foot(run)), plotly if charts.figures else None, charts=charts
     )
 
@@ -161,7 +161,15 @@ def _foot(run: RunFolder) -> Html:
     return el("footer", el("p", f"Made by Plait from {asof}. Files named in small type lie beside this page."))
 
 
-def _document(title: str, body: Html, plotly: str | None, *, charts: Charts) -> str:
+def document(title: str, body: Html, plotly: str | None, *, charts: Charts) -> str:
+    """A whole page around its body: style, figures and scripts in it, and nothing from elsewhere.
+
+    Args:
+        title: Of the window.
+        body: Of the page.
+        plotly: The text of plotly.js; None where the page has no figure.
+        charts: Of the page.
+    """
     style = _part("page.css")
     scripts = [plotly, _part("page.js")] if plotly else []
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]

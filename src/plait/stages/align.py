@@ -267,11 +267,13 @@ class Align(Stage):
         """Questions that have both answers, of the training split and the scored one; how many have no wrong one."""
         from plait.assembly.questions import read_questions
         from plait.assembly.splits import PREFIX, splits_of
+        from plait.core.held_out import opened
         from plait.data.choice import held_out, spread
         from plait.data.preference_batches import questions_with_both
 
-        test = held_out(splits_of(shards, prefix=PREFIX), self.test_split)
-        if test != self.test_split:
+        there = splits_of(shards, prefix=PREFIX)
+        test = held_out(opened(there), self.test_split)
+        if test != self.test_split and opened(there) == tuple(there):
             instead = f"those of {test} are scored" if test else "nothing is scored"
             events.note(f"there are no questions of {self.test_split}: {instead}")
         missing: dict[str, int] = {}

@@ -301,6 +301,7 @@ class Pretrain(Stage):
         from plait.core import mesh
         from plait.core.device import setup
         from plait.core.files import sha256_file, write_json, write_jsonl
+        from plait.core.held_out import opened
         from plait.evaluation.picture_names import RetrievalTask, beside, compare
         from plait.stages.pretraining.outcome import shapes, show, summarize
 
@@ -308,7 +309,7 @@ class Pretrain(Stage):
         dual = self._build(compute, events)
         pairs = read_pairs(
             data / "shards",
-            ("train", *judged_splits(self.trainer), *TESTS),
+            ("train", *judged_splits(self.trainer), *opened(TESTS)),
             dual,
             cache=home() / "features",
             keywords=self.keywords,

@@ -16,6 +16,7 @@ from plait.core import mesh
 from plait.core.device import seed_everything, setup
 from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
+from plait.core.held_out import opened
 from plait.core.packages import home
 from plait.core.types import Score
 from plait.data.caption_batches import CaptionBatches
@@ -50,7 +51,7 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     assert isinstance(spec.image_tower, str)
     image = load_image_tower(spec.image_tower, size=spec.resolution, dtype=spec.tower_dtype, events=events)
     words = load_tokens(spec.text_tower)
-    wanted = ("train", *judged_splits(spec.trainer), *TESTS)
+    wanted = ("train", *judged_splits(spec.trainer), *opened(TESTS))
     samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
     check_judged(samples, spec.trainer, place=data)
     splits = {name: Texts.of(found, keywords=spec.keywords and name == "train") for name, found in samples.items()}

@@ -24,6 +24,7 @@ from plait.core.device import Compute, seed_everything, setup
 from plait.core.errors import ConfigError
 from plait.core.events import Events
 from plait.core.files import read_jsonl, sha256_file
+from plait.core.held_out import opened
 from plait.core.packages import home
 from plait.core.protocols import Batches, Objective
 from plait.core.spec import defaults
@@ -120,7 +121,7 @@ class _Tuning:
                 check_targets(language.model, self.lora)  # now, and not after two phases
         self.shards = data / "shards"
         there = splits_of(self.shards, prefix=PREFIX)
-        self.shown = [split for split in HELD_OUT if split in there][:_SHOWN_SPLITS]
+        self.shown = [split for split in opened(HELD_OUT) if split in there][:_SHOWN_SPLITS]
         self.questions = self._read(image)
         self.vocabulary = None
         if isinstance(spec.connector, specs.Words):

@@ -1,0 +1,1 @@
+"""Search over a recipe's settings: ``plait sweep``."""

@@ -1,0 +1,189 @@
+"""What the next trial is, and which trials end early: Optuna's samplers and its asynchronous successive halving.
+
+Nothing is kept here: what is drawn follows from the seed, the number of the trial and the trials before it, so that a
+sweep that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from plait.core.errors import ResourceError, pip_install
+from plait.recipes.search.sweep import Halving, Range, Sweep
+
+if TYPE_CHECKING:
+    import optuna
+
+State = Literal["complete", "pruned", "failed"]
+
+_LEAST_FOR_IMPORTANCE = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class Trial:
+    """One finished trial.
+
+    Attributes:
+        number: From 0.
+        values: Searched settings.
+        state: Ran to its end; was stopped early; ended by a fault or without a value.
+        value: The metric; None of a failed one.
+        step: Of that value.
+        rungs: Values at which it was compared, by Optuna's name of the rung.
+        error: Why it failed.
+    """
+
+    number: int
+    values: dict[str, Any]
+    state: State
+    value: float | None = None
+    step: int = 0
+    rungs: dict[str, float] = field(default_factory=dict[str, float])
+    error: str = ""
+
+
+class Running:
+    """A trial at work: what it is, and whether it goes on.
+
+    Args:
+        sweep: The search.
+        before: All trials before it, in order.
+        values: Its settings if they were drawn before; else they are drawn now.
+
+    Raises:
+        ResourceError: Optuna is not installed.
+    """
+
+    def __init__(self, sweep: Sweep, before: Sequence[Trial], *, values: Mapping[str, Any] | None = None) -> None:
+        self.sweep = sweep
+        self._study = _study(sweep, before)
+        number = len(before)
+        if values is None and sweep.method == "grid":
+            values = sweep.grid()[number]
+        if values is not None:
+            self._study.enqueue_trial({key: _inner(sweep, key, value) for key, value in values.items()})
+        self._trial = self._study.ask()
+        for key, distribution in _space(sweep).items():
+            self._trial._suggest(key, distribution)
+        self.values = {key: _outer(sweep, key, self._trial.params[key]) for key in sweep.search}
+        self.best: float | None = None
+
+    def goes_on(self, step: int, value: float) -> bool:
+        """Tell a value; False if the trial is to end. A value that is not finite ends it."""
+        self.best = value if self.best is None else self._better(self.best, value)
+        if self.sweep.halving is None:
+            return True
+        judged = self.best if self.sweep.take == "best" else value
+        self._trial.report(judged, step)
+        return not self._trial.should_prune()
+
+    @property
+    def rungs(self) -> dict[str, float]:
+        """Values at which it was compared."""
+        found = self._study.get_trials(deepcopy=False)[-1].system_attrs
+        return {key: value for key, value in found.items() if key.startswith("completed_rung_")}
+
+    def _better(self, one: float, other: float) -> float:
+        if math.isnan(other):
+            return one
+        return min(one, other) if self.sweep.direction == "minimize" else max(one, other)
+
+
+def best_of(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    """The trial that ran to its end with the best value; the first one of equals."""
+    sign = 1.0 if sweep.direction == "minimize" else -1.0
+    done = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
+    return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number)) if done else None
+
+
+def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
+    """Share of each setting in what separates good trials from others (PED-ANOVA); empty where that says nothing."""
+    done = [trial for trial in trials if trial.state == "complete"]
+    if len(done) < _LEAST_FOR_IMPORTANCE or len(sweep.search) < 2 or len({trial.value for trial in done}) < 3:
+        return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls it experimental
+        try:
+            found = get_param_importances(_study(sweep, trials), evaluator=PedAnovaImportanceEvaluator())
+        except (ValueError, RuntimeError, ZeroDivisionError):
+            return {}
+    return {key: round(share, 4) for key, share in found.items() if math.isfinite(share)}
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ResourceError(
+            "optuna is not installed: it draws what a sweep tries",
+            place="plait sweep",
+            remedy=pip_install("plait[sweep]"),
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
+    """A study that knows these trials and draws the next one."""
+    library = _optuna()
+    seed = (sweep.seed * 1_000_003 + len(trials)) % 2**32
+    samplers = library.samplers
+    sampler = samplers.TPESampler(seed=seed) if sweep.method == "tpe" else samplers.RandomSampler(seed=seed)
+    study = library.create_study(direction=sweep.direction, sampler=sampler, pruner=_pruner(library, sweep.halving))
+    states = library.trial.TrialState
+    space = _space(sweep)
+    for trial in trials:
+        told = trial.value is not None and trial.state != "failed"
+        study.add_trial(
+            library.trial.create_trial(
+                state={"complete": states.COMPLETE, "pruned": states.PRUNED}.get(trial.state, states.FAIL),
+                value=trial.value if trial.state == "complete" else None,
+                params={key: _inner(sweep, key, trial.values[key]) for key in space},
+                distributions=space,
+                intermediate_values={trial.step: trial.value} if told and trial.state == "pruned" else {},
+                system_attrs=dict(trial.rungs),
+            )
+        )
+    return study
+
+
+def _pruner(library: Any, halving: Halving | None) -> Any:
+    if halving is None:
+        return library.pruners.NopPruner()
+    return library.pruners.SuccessiveHalvingPruner(
+        min_resource=halving.least, reduction_factor=halving.reduction, min_early_stopping_rate=0
+    )
+
+
+def _space(sweep: Sweep) -> dict[str, Any]:
+    library = _optuna()
+    kinds = library.distributions
+    found: dict[str, Any] = {}
+    for key, given in sweep.search.items():
+        if not isinstance(given, Range):
+            found[key] = kinds.CategoricalDistribution([_text(value) for value in given])
+        elif given.whole:
+            found[key] = kinds.IntDistribution(given.low, given.high, log=given.log, step=given.step or 1)
+        else:
+            found[key] = kinds.FloatDistribution(given.low, given.high, log=given.log, step=given.step)
+    return found
+
+
+def _text(value: Any) -> str:
+    """A listed value as Optuna keeps it, which takes no lists and no mappings."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _inner(sweep: Sweep, key: str, value: Any) -> Any:
+    return value if isinstance(sweep.search[key], Range) else _text(value)
+
+
+def _outer(sweep: Sweep, key: str, value: Any) -> Any:
+    return value if isinstance(sweep.search[key], Range) else json.loads(value)

@@ -1,0 +1,319 @@
+"""A sweep from begin to end: shared stages, trials that fail or end early, kills, the last run, test splits shut."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_recipe import write_recipe
+
+from plait.cli.main import main
+from plait.core import held_out
+from plait.core.errors import ConfigError, DataError, UsageError
+from plait.core.files import mark_done, read_json
+from plait.data.shards import ShardReader
+from plait.recipes import run as runner
+from plait.recipes.recipe import load_recipe
+from plait.recipes.search import run as sweeping
+from plait.recipes.search.sweep import load_sweep
+from plait.recipes.search.work import Ended, Watcher
+
+LR = "stages.pretrain.lr"
+STEPS = 8
+
+
+class Killed(BaseException):
+    """As a process that is gone."""
+
+
+class Fake:
+    """Does what a run would leave, in no time: a loss that follows from the rate, step by step.
+
+    Args:
+        kill: Die in the trial of this number, after so many steps.
+        fail: Rates at which a trial fails.
+        field: What is reported.
+    """
+
+    def __init__(
+        self, *, kill: tuple[int, int] | None = None, fail: tuple[float, ...] = (), field: str = "loss"
+    ) -> None:
+        self.kill, self.fail, self.field = kill, fail, field
+        self.worked: list[str] = []
+
+    def __call__(self, run: Path, watch: Watcher | None) -> Ended:
+        self.worked.append(run.name)
+        previous: Path | None = None
+        recipe = load_recipe(str(run / "recipe.yaml")).spec
+        for name, stage, folder in runner.stages(recipe, run):
+            folder.mkdir(exist_ok=True)
+            if not (folder / "done.json").is_file():
+                if name == "pretrain" and (ended := self.pretrain(stage.model_dump()["lr"], folder, watch)):
+                    return ended
+                if name == "tune":
+                    (folder / "decoder").mkdir(exist_ok=True)
+                    (folder / "decoder" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+                splits = {"train": 8, "validation": 2, "test-concept": 4}
+                mark_done(
+                    folder, kind=stage.kind, previous=previous, summary={"splits": splits} if name == "data" else {}
+                )
+            previous = folder
+        return Ended(code=0, stopped=watch is not None and not watch(True))
+
+    def pretrain(self, lr: float, folder: Path, watch: Watcher | None) -> Ended | None:
+        path = folder / "metrics.jsonl"
+        begun = len(path.read_text().splitlines()) if path.is_file() else 0
+        for step in range(begun + 1, STEPS + 1):
+            with path.open("a") as file:
+                value = abs(math.log10(lr) + 2.5) + 1 / step
+                file.write(json.dumps({"step": step, self.field: value, "lr": lr}) + "\n")
+            if self.kill and (folder.parent.name, step) == (f"trial-{self.kill[0]:04d}", self.kill[1]):
+                raise Killed
+            if watch is not None and not watch(False):
+                return Ended(code=143, stopped=True)
+        return Ended(code=5, error="out of memory") if lr in self.fail else None
+
+
+@pytest.fixture
+def target(tmp_path: Path, tiny_folders: dict[str, Path]) -> Callable[..., Any]:
+    (tmp_path / "data").mkdir()
+    recipe = write_recipe(tmp_path / "data", tiny_folders, steps=2)
+
+    def read(*words: str) -> Any:
+        rates = f"{LR}=[1e-4, 1e-3, 3e-3, 1e-2, 3e-2]"
+        return load_sweep(str(recipe), [*(() if any(w.startswith(LR) for w in words) else (rates,)), *words])
+
+    return read
+
+
+def table(folder: Path) -> str:
+    return (folder / "sweep.csv").read_text()
+
+
+GRID = ("method=grid", "metric=pretrain.loss")
+HALVED = (*GRID, "halving={least: 2, reduction: 2}")
+
+
+def test_a_grid_is_tried_and_the_best_goes_on(target: Any, tmp_path: Path) -> None:
+    worker = Fake()
+    found = sweeping.start(target(*GRID), root=tmp_path / "sweeps", worker=worker)
+    assert found.best is not None
+    assert found.best.values == {LR: 3e-3}
+    assert worker.worked == ["shared", *(f"trial-{n:04d}" for n in range(5)), "final-0001"]
+    rows = table(found.folder).splitlines()
+    assert rows[0] == f"trial,state,value,step,{LR},error"
+    assert [row.split(",")[1] for row in rows[1:]] == ["complete"] * 5
+    best = load_recipe(str(found.folder / "best.yaml"))
+    assert best.spec.stages["pretrain"].model_dump()["lr"] == 3e-3
+    assert found.final is not None
+    whole = load_recipe(str(found.final / "recipe.yaml")).spec
+    assert list(whole.stages) == ["pretrain", "tune", "align"]
+    assert whole.model_copy(update={"name": "x"}) == best.spec.model_copy(update={"name": "x"})
+    page = (found.folder / "sweep.html").read_text()
+    assert "optimistic" in page
+    assert "Trial 2" in page
+
+
+@pytest.mark.row("S3-28")
+def test_poor_trials_end_early_and_are_no_failures(target: Any, tmp_path: Path) -> None:
+    worker = Fake()
+    rates = f"{LR}=[3e-3, 1e-4, 1e-3, 3e-2, 2e-3]"
+    found = sweeping.start(target(*HALVED, rates), root=tmp_path / "sweeps", worker=worker)
+    assert [(t.state, t.step) for t in found.trials] == [
+        ("complete", 8),
+        ("pruned", 2),
+        ("pruned", 2),
+        ("pruned", 2),
+        ("pruned", 4),  # second of 5, two go on; at 4 steps second of 2
+    ]
+    assert found.best is not None
+    assert found.best.number == 0
+
+
+def test_a_trial_at_its_last_step_is_done_however_soon_anybody_looks(target: Any, tmp_path: Path) -> None:
+    found = sweeping.start(
+        target(*GRID, f"{LR}=[3e-3, 1e-4]", "halving={least: 8, reduction: 2}"), root=tmp_path / "s", worker=Fake()
+    )
+    assert [(t.state, t.step) for t in found.trials] == [("complete", 8), ("complete", 8)]
+
+
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize("at", [(0, 1), (3, 2)])
+@pytest.mark.parametrize("words", [HALVED, (*HALVED[1:], "method=tpe", "trials=5")])
+def test_killed_in_a_trial_the_table_is_the_same(
+    target: Any, tmp_path: Path, at: tuple[int, int], words: tuple[str, ...]
+) -> None:
+    if "method=tpe" in words:
+        words = (*words, f"{LR}={{low: 1e-4, high: 1e-1, log: true}}")
+    whole = sweeping.start(target(*words), root=tmp_path / "whole", worker=Fake())
+    killed = Fake(kill=at)
+    try:
+        sweeping.start(target(*words), root=tmp_path / "killed", worker=killed)
+    except Killed:
+        folder = sweeping.find_sweep("latest", tmp_path / "killed")
+        again = Fake()
+        found = sweeping.resume(folder, worker=again)
+        assert again.worked[0] == f"trial-{at[0]:04d}", "a finished trial, or what is shared, ran again"
+    else:  # that trial ended before
+        folder, found = sweeping.find_sweep("latest", tmp_path / "killed"), whole
+    assert table(folder) == table(whole.folder)
+    assert found.best == whole.best
+    assert read_json(folder / "test_access.json") == read_json(whole.folder / "test_access.json")
+
+
+@pytest.mark.row("S3-28")
+def test_the_test_splits_are_read_once_and_that_is_written_down(target: Any, tmp_path: Path) -> None:
+    found = sweeping.start(target(*GRID), root=tmp_path / "sweeps", worker=Fake())
+    access = read_json(found.folder / "test_access.json")
+    assert access == [{"run": "final/final-0001", "trial": 2, "settings": {LR: 3e-3}, "splits": ["test-concept"]}]
+    assert all(held_out.shut_in(found.folder / "trials" / f"trial-{n:04d}") for n in range(5))
+    assert held_out.shut_in(found.folder / "shared")
+    assert found.final is not None
+    assert not held_out.shut_in(found.final)
+    again = Fake()
+    same = sweeping.resume(found.folder, worker=again)
+    assert again.worked == []
+    assert same.final == found.final
+    assert read_json(found.folder / "test_access.json") == access
+    asked = sweeping.resume(found.folder, worker=again, again=True)
+    assert again.worked == ["final-0002"]
+    assert [look["run"] for look in read_json(found.folder / "test_access.json")] == [
+        "final/final-0001",
+        "final/final-0002",
+    ]
+    assert asked.final is not None
+    assert asked.final.name == "final-0002"
+
+
+def test_a_last_run_that_was_killed_goes_on_and_is_one_look(target: Any, tmp_path: Path) -> None:
+    class Dies(Fake):
+        def __call__(self, run: Path, watch: Watcher | None) -> Ended:
+            if run.name.startswith("final"):
+                raise Killed
+            return super().__call__(run, watch)
+
+    with pytest.raises(Killed):
+        sweeping.start(target(*GRID), root=tmp_path / "s", worker=Dies())
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    assert len(read_json(folder / "test_access.json")) == 1
+    worker = Fake()
+    sweeping.resume(folder, worker=worker)
+    assert worker.worked == ["final-0001"]
+    assert len(read_json(folder / "test_access.json")) == 1
+
+
+def test_more_trials_may_follow_but_the_test_is_not_read_again(target: Any, tmp_path: Path) -> None:
+    words = (*GRID, f"{LR}=[1e-4, 1e-3, 3e-3]", "trials=2")
+    found = sweeping.start(target(*words), root=tmp_path / "s", worker=Fake())
+    said: list[str] = []
+    more = sweeping.resume(found.folder, trials=3, worker=Fake(), listeners=(lambda event: said.append(event.text),))
+    assert len(more.trials) == 3
+    assert more.best is not None
+    assert more.best.number == 2
+    assert any("a second look chooses by the test" in text for text in said)
+    assert len(read_json(found.folder / "test_access.json")) == 1
+
+
+def test_a_trial_that_fails_is_told_and_the_sweep_goes_on(target: Any, tmp_path: Path) -> None:
+    found = sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(fail=(1e-4, 3e-3)))
+    assert [t.state for t in found.trials] == ["failed", "complete", "failed", "complete", "complete"]
+    assert found.trials[0].error == "out of memory"
+    assert found.best is not None
+    assert found.best.number == 1
+
+
+def test_settings_that_do_not_go_together_are_a_failed_trial(target: Any, tmp_path: Path) -> None:
+    drop = "stages.tune.adapt.drop"
+    words = ("method=grid", "metric=tune.loss", f"{drop}.least=[0.2, 0.5]", f"{drop}.most=[0.4, 0.9]", f"{LR}=1e-3")
+    found = sweeping.start(target(*words), root=tmp_path / "s", worker=Fake())
+    assert [t.state for t in found.trials] == ["complete", "complete", "failed", "complete"]
+    assert "least 0.5 is above most 0.4" in found.trials[2].error
+
+
+def test_all_failed_is_an_error_that_says_why(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 2 trials ran to its end; trial 0: out of memory"):
+        sweeping.start(target(*GRID, f"{LR}=[1e-4, 3e-3]"), root=tmp_path / "s", worker=Fake(fail=(1e-4, 3e-3)))
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    assert not (folder / "test_access.json").exists()
+    assert "failed" in table(folder)
+
+
+def test_a_metric_that_nobody_reports_is_said_after_the_first_trial(target: Any, tmp_path: Path) -> None:
+    worker = Fake()
+    with pytest.raises(
+        ConfigError, match=r"reported no pretrain.evaluation: it reports: pretrain.loss, pretrain.lr"
+    ) as caught:
+        sweeping.start(target("method=grid", "metric=pretrain.evaluation"), root=tmp_path / "s", worker=worker)
+    assert "trainer.validation" in caught.value.remedy
+    assert worker.worked == ["shared", "trial-0000"]
+
+
+def test_a_recipe_that_changed_since_is_refused(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(kill=(1, 2)))
+    recipe = tmp_path / "data" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 3", "seed: 4"))
+    with pytest.raises(ConfigError, match="not what it was when the sweep began"):
+        sweeping.resume(sweeping.find_sweep("latest", tmp_path / "s"), worker=Fake())
+
+
+def test_a_sweep_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="no sweep called 'x'"):
+        sweeping.find_sweep("x", tmp_path)
+    assert main(["sweep", "--sweeps", str(tmp_path)]) == 2
+    assert main(["sweep", "x", "--resume", "--sweeps", str(tmp_path)]) == 2
+    assert main(["sweep", "x", "--again"]) == 2
+
+
+# --- with real stages, in this process -------------------------------------------------------------------------------
+
+
+def in_process(run: Path, watch: Watcher | None) -> Ended:
+    """As :func:`plait.recipes.search.work.work`, without the process."""
+    runner.resume(run)
+    return Ended(code=0, stopped=watch is not None and not watch(True))
+
+
+@pytest.mark.row("S3-28")
+def test_the_last_run_is_that_of_the_best_recipe_and_trials_saw_no_test(target: Any, tmp_path: Path) -> None:
+    words = ("method=grid", "metric=tune.loss", "stages.align=null", f"{LR}=1e-3", "stages.tune.adapt.lr=[1e-3, 3e-3]")
+    found = sweeping.start(target(*words, "stages.tune.frozen.steps=1"), root=tmp_path / "s", worker=in_process)
+    shared = found.folder / "shared" / "02-pretrain"
+    assert read_json(shared / "scores.json") == []
+    assert (shared / "predictions.jsonl").read_text() == ""
+    first = found.folder / "trials" / "trial-0000"
+    same = [(at / "02-pretrain" / "done.json").stat().st_ino for at in (found.folder / "shared", first)]
+    assert same[0] == same[1], "made once, and linked"
+    shown = [read_json(path)["samples"] for path in sorted((first / "03-tune" / "samples").glob("*.json"))]
+    assert all(samples == [] for samples in shown)
+    assert found.final is not None
+    scores = read_json(found.final / "02-pretrain" / "scores.json")
+    assert any(score["name"].startswith("retrieval/test-concept") for score in scores)
+    alone = runner.start(str(found.folder / "best.yaml"), root=tmp_path / "runs")
+    assert read_json(alone / "02-pretrain" / "scores.json") == scores
+    for name in ("decoder", "connector", "words"):
+        both = [max((at / "03-tune" / name / "checkpoints").glob("[0-9]*")) for at in (alone, found.final)]
+        assert _weights(both[0]) == _weights(both[1])
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.safetensors") if "rng" not in p.name
+    }
+
+
+@pytest.mark.row("S3-28")
+def test_a_shut_split_cannot_be_opened(tmp_path: Path) -> None:
+    for split in ("test-concept", "instruct-test-style", "test"):
+        with held_out.shut(), pytest.raises(DataError, match=f"the split '{split}' is shut"):
+            ShardReader(tmp_path, split)
+    with held_out.shut(), pytest.raises(DataError, match="no split called"):
+        ShardReader(tmp_path, "validation")
+    with pytest.raises(DataError, match="no split called"):
+        ShardReader(tmp_path, "test-concept")
+    with held_out.shut(), held_out.shut(when=False):
+        assert held_out.opened(("train", "test-style")) == ("train",)

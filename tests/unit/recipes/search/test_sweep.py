@@ -1,0 +1,105 @@
+"""Reading a sweep, and refusing what cannot work, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plait.core.errors import ConfigError
+from plait.recipes.search.sweep import Range, check, load_sweep
+
+pytestmark = pytest.mark.light
+
+GOOD = """
+recipe: quickstart
+search:
+  stages.tune.frozen.lr: {low: 1e-4, high: 1e-2, log: true}
+  stages.tune.adapt.rank: [4, 8, 16]
+metric: tune.evaluation
+"""
+
+
+def write(tmp_path: Path, text: str = GOOD) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_says_all_and_words_change_it(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path), ["trials=7", "halving={least: 20}", "stages.tune.adapt.steps=30"])
+    assert (sweep.name, sweep.number, sweep.take, sweep.method) == ("mine", 7, "best", "tpe")
+    assert sweep.search["stages.tune.frozen.lr"] == Range(low=1e-4, high=1e-2, log=True)
+    assert sweep.search["stages.tune.adapt.rank"] == (4, 8, 16)
+    assert sweep.set == {"stages.tune.adapt.steps": 30}
+    assert sweep.halving is not None
+    assert sweep.halving.reduction == 3
+    again = load_sweep(write(tmp_path), ["stages.tune.adapt.rank=8"])
+    assert list(again.search) == ["stages.tune.frozen.lr"]
+    assert again.set == {"stages.tune.adapt.rank": 8}
+
+
+def test_a_recipe_and_words_are_a_sweep_too() -> None:
+    words = ["stages.pretrain.lr=[1e-3, 3e-3]", "stages.pretrain.steps=40", "metric=pretrain.evaluation", "method=grid"]
+    plan = check(load_sweep("quickstart", words))
+    assert plan.sweep.number == 2
+    assert plan.sweep.name == "quickstart"
+    assert (plan.shared, plan.middle) == (("data",), ("pretrain",))
+    assert plan.later[:2] == ("tune", "align")
+    assert plan.trial({"stages.pretrain.lr": 3e-3}).spec.stages["pretrain"].model_dump()["lr"] == 3e-3
+    assert list(plan.trial({"stages.pretrain.lr": 3e-3}).spec.stages) == ["pretrain"]
+    assert list(plan.begin().spec.stages) == []
+
+
+def test_what_is_before_the_first_searched_setting_is_shared(tmp_path: Path) -> None:
+    plan = check(load_sweep(write(tmp_path)))
+    assert (plan.shared, plan.middle, plan.phase, plan.field) == (
+        ("data", "pretrain"),
+        ("tune",),
+        "decoder",
+        "evaluation",
+    )
+    whole = check(load_sweep(write(tmp_path), ["seed=3", "search={seed: [1, 2]}", "metric=tune.connector.loss"]))
+    assert (whole.shared, whole.phase) == ((), "connector")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stages.tune.adapt.rnk=[4, 8]"], "did you mean 'stages.tune.adapt.rank'"),
+        (["stages.tune.adapt.rank=[]"], "has no values"),
+        (["stages.tune.adapt.rank=[4, 4]"], "has 4 twice"),
+        (["stages.tune.adapt.rank=[null, 4]"], "has null"),
+        (["stages.tune.adapt.rank=[4, many]"], "expected integer"),
+        (["stages.tune.frozen.lr={low: 1e-2, high: 1e-4}"], "low 0.01 is not below high 0.0001"),
+        (["stages.tune.frozen.lr={low: 0, high: 1e-4, log: true}"], "no logarithm"),
+        (["stages.tune.frozen.lr={low: -1.0, high: 1e-4}"], "expected number"),
+        (["method=grid"], "a grid has no end of values"),
+        (["metric=tune.test-concept"], "a score of a test split cannot judge"),
+        (["metric=pretrain.recall_at_1"], "a score of a test split cannot judge"),
+        (["metric=evaluate.f1"], "a score of a test split cannot judge"),
+        (["metric=tnue.loss"], "did you mean 'tune.loss'"),
+        (["metric=data.loss"], "no stage of the recipe that trains is called 'data'"),
+        (["metric=pretrain.evaluation"], "is known before that stage"),
+        (["trials=0"], "trials"),
+        (["trails=20"], "did you mean 'trials'"),
+        (["methd=grid"], "did you mean 'method'"),
+        (["halving={least: 10, reducton: 3}"], "reduction"),
+        (["name.x=1"], "name"),
+        (["search.name=[a, b]"], "search"),
+        (["recipe=quickstrat"], "did you mean 'quickstart'"),
+    ],
+)
+def test_bad_input_is_refused_with_what_would_do(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(load_sweep(write(tmp_path), words))
+    assert said in str(caught.value)
+
+
+def test_no_search_and_no_metric(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="search"):
+        load_sweep("quickstart", ["metric=pretrain.loss"])
+    with pytest.raises(ConfigError, match="metric is missing"):
+        load_sweep(write(tmp_path, GOOD.replace("metric: tune.evaluation", "")))
+    with pytest.raises(ConfigError, match="no recipe called"):
+        load_sweep("nothing", ["metric=pretrain.loss"])
