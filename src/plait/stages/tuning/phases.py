@@ -468,7 +468,11 @@ class _Tuning:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
         hooks = Hooks(
-            save_model=partial(save_multimodal, self.built), on_step=on_step, tells=tells, task=f"tune: {phase}"
+            save_model=partial(save_multimodal, self.built),
+            on_step=on_step,
+            tells=tells,
+            task=f"tune: {phase}",
+            tokenizer=self.built.language.tokenizer,
         )
         workers = self.spec.trainer.workers
         return fit_ahead(
