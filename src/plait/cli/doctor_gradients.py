@@ -1,4 +1,4 @@
-"""``plait doctor gradients RECIPE``: whether the user's own model learns what it should, before hours are spent on it."""
+"""``plait doctor gradients RECIPE``: whether the user's own model learns what it should, before it takes hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", default="", metavar="NAME", help="gradients: look at this stage alone")
     parser.add_argument(
-        "--samples", type=int, default=6, metavar="N", help="gradients: samples of a batch that are compared (default: 6)"
+        "--samples", type=int, default=4, metavar="N", help="gradients: samples of a batch to compare (default: 4)"
     )
     parser.add_argument(
         "--processes",
@@ -143,7 +143,7 @@ def _several(found: dict[str, list[dict[str, Any]]]) -> Iterable[Finding]:
 
 _RANKS = (
     "the sum over processes is not the whole batch: an objective that averages for itself, a sample dealt twice or to "
-    "nobody, a part that synchronizes by itself (SyncBatchNorm, DistributedDataParallel), or a fault of trainer.parallel"
+    "nobody, a part that synchronizes by itself (SyncBatchNorm, DistributedDataParallel), a fault of trainer.parallel"
 )
 
 
@@ -176,9 +176,9 @@ class _Page:
 
         for one in findings:
             self.ticker.clear()
-            record = {"name": one.name, "status": one.status, "value": one.value, "fix": one.fix}
-            self.found.append({"group": self.at, **record, "facts": dict(one.facts or {})})
-            show(Check(**record), self.out, width=_WIDTH)
+            check = Check(name=one.name, status=one.status, value=one.value, fix=one.fix)
+            self.found.append({"group": self.at, **asdict(check), "facts": dict(one.facts or {})})
+            show(check, self.out, width=_WIDTH)
             self.ticker.task(f"{self.at} ...")
 
     def text(self, lines: Sequence[str]) -> None:
@@ -188,9 +188,7 @@ class _Page:
 
     def close(self, seconds: float) -> int:
         counts = {status: sum(one["status"] == status for one in self.found) for status in ("ok", "warn", "fail")}
-        self.out.line(
-            f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed, in {seconds:.0f} s"
-        )
+        self.out.line(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed, in {seconds:.0f} s")
         if counts["fail"]:
             self.out.line("A failed check means that training would not do what the recipe says.")
         result = {"ok": not counts["fail"], "counts": counts, "seconds": round(seconds, 1), "checks": self.found}

@@ -23,7 +23,7 @@ from plait.core.spec import to_yaml
 from plait.recipes.recipe import Recipe
 from plait.recipes.run import stages
 from plait.stages.align import Align
-from plait.stages.data import Data, EmojiSource
+from plait.stages.data import Data
 from plait.stages.pretrain import Pretrain
 from plait.stages.stage import Stage
 from plait.stages.tune import Tune
@@ -89,8 +89,6 @@ def _small_data(data: Data) -> Data:
             "test_canvases": min(data.questions.test_canvases, _CANVASES),
         }
     )
-    if isinstance(source, EmojiSource):
-        return data.model_copy(update={"source": source.model_copy(update=most), "questions": questions})
     return data.model_copy(update={"source": source.model_copy(update=most), "questions": questions})
 
 
@@ -102,11 +100,9 @@ def _small_stage(stage: Stage, samples: int) -> Stage:
         )
     if isinstance(stage, Tune):
         words = stage.words.model_copy(update={"batch_size": min(stage.words.batch_size, _PAIRS)})
-        return stage.model_copy(
-            update={"batch_size": min(stage.batch_size, samples), "words": words, "save_every": 0}
-        )
+        return stage.model_copy(update={"batch_size": min(stage.batch_size, samples), "words": words, "save_every": 0})
     assert isinstance(stage, Align)
-    pairs = min(stage.batch_size, max(2, samples // 2))
+    pairs = min(stage.batch_size, max(3, samples // 2))
     return stage.model_copy(
         update={"batch_size": pairs, "steps": min(stage.steps, 4), "test_pairs": 2, "save_every": 0}
     )
@@ -143,7 +139,8 @@ def rehearse(
         folder.mkdir()
         data = folder if previous is None else data
         if isinstance(stage, TRAINS):
-            _train(name, stage, previous, folder=folder, data=data, visit=visit if name in names else None, events=events)
+            looked_at = visit if name in names else None
+            _train(name, stage, previous, folder=folder, data=data, visit=looked_at, events=events)
             if name in names:
                 after(name)
         else:

@@ -11,6 +11,7 @@ from plait.assembly.splits import PREFIX
 from plait.core.protocols import Batches
 from plait.core.tensors import IGNORE, Batch
 from plait.core.types import Sample, Text
+from plait.data.collate import join_rows
 from plait.data.conversations import ConversationBatches
 from plait.data.preference_batches import PreferenceBatches
 from plait.data.shards import ShardReader
@@ -44,19 +45,13 @@ def labels_of(phase: Phase, *, say: Callable[[Sequence[str]], None]) -> Iterator
         )
         yield from decoded.findings
         yield _left_out(source, samples)
-        say([f"«trained» {line}" if not at else f"          {line}" for at, line in enumerate(decoded.shown)])
+        say(["what is trained stands between « and »:", *(f"  {line}" for line in decoded.shown)])
     elif isinstance(source, WordBatches):
         yield _words(source)
     elif isinstance(phase.asked.objective, QueryTasks):
         yield _queries(source, phase.asked.objective)
     else:
-        yield from check_pairs(source.step_batches(0)[0] if len(source.step_batches(0)) == 1 else _joined(source))
-
-
-def _joined(source: Batches) -> Batch:
-    from plait.data.collate import join_rows
-
-    return join_rows(source.step_batches(0))
+        yield from check_pairs(join_rows(source.step_batches(0)))
 
 
 def _truth(sample: Sample, *, pairs: bool) -> Iterator[tuple[str, Truth]]:
@@ -98,8 +93,8 @@ def _left_out(source: ConversationBatches | PreferenceBatches, samples: Sequence
     long = [c for c in there.values() if len(c.rendered) > source.row]
     empty = [c.id for c in there.values() if not any(c.rendered.trained)]
     value = f"{len(mixed):,} of {len(samples):,} in the data are in the mixture, {len(samples) - len(mixed):,} are not "
-    value += f"(tasks without a share); the longest has {max(len(c.rendered) for c in there.values()):,} tokens of a row "
-    value += f"of {source.row:,}; none is cut"
+    longest = max(len(c.rendered) for c in there.values())
+    value += f"(tasks without a share); the longest has {longest:,} tokens of a row of {source.row:,}; none is cut"
     facts = {"mixed": len(mixed), "data": len(samples), "row": source.row}
     if long or empty:
         value = f"{len(long)} are longer than a row, {len(empty)} train nothing"
@@ -122,7 +117,7 @@ def _words(source: WordBatches) -> Finding:
 
 
 def _queries(source: Batches, objective: QueryTasks) -> Finding:
-    batch = _joined(source)
+    batch = join_rows(source.step_batches(0))
     classes = [objective.classes.get(name, -1 - at) for at, name in enumerate(batch.sample_ids)]
     same = same_text(batch.token_ids, batch.segment_ids)
     for one, first in enumerate(classes):

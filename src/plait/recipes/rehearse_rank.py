@@ -1,7 +1,7 @@
-"""One of several processes that compute the steps of a rehearsed stage together: ``python -m plait.recipes.rehearse_rank
-RUN STAGE OUT``, started by :func:`plait.recipes.rehearse.in_processes`.
+"""One of several processes that compute the steps of a rehearsed stage together.
 
-It runs the stage as training would, with its share of each batch and the recipe's `trainer.parallel`; where a phase is
+``python -m plait.recipes.rehearse_rank RUN STAGE OUT``, started by :func:`plait.recipes.rehearse.in_processes`. It
+runs the stage as training would, with its share of each batch and the recipe's `trainer.parallel`. Where a phase is
 about to train, it takes the weights that one process had there, and compares the summed gradient with that one's.
 """
 

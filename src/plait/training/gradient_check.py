@@ -3,8 +3,10 @@
 A step is computed as a whole, and again in micro-batches of several sizes, with its rows in another order, unpacked,
 with activations recomputed, with the other head. All of these are one number in mathematics. What rounding alone makes
 of it is measured, not guessed: every weight and every media value is moved by up to one unit of rounding (Monte Carlo
-arithmetic: Parker, UCLA CSD-970002, 1997), and a gradient may be :data:`TIMES` as far off as that moves it. Where
-training is in half precision, the same is done in its own number format, and the residuals must scatter about zero.
+arithmetic: Parker, UCLA CSD-970002, 1997), and a gradient may be :data:`TIMES` as far off as that moves it; or as far
+as the longest sum in the model may be off by its own rounding, whose bound is its length in units (Higham, Accuracy and
+Stability of Numerical Algorithms, section 4.2). In float64 that is some 1e-11. Where training is in half precision, the
+same is done in its own number format, and the residuals must scatter about zero.
 
 From Python::
 
@@ -42,10 +44,8 @@ TIMES = 20.0
 """Rounding errors of a pass over those of moving each weight once: a weight's product, its sum, its norm and its
 activation round, each once or more, and the largest of some tensors is looked at."""
 
-SMALL = 20_000_000
-"""Weights up to which a model is compared in float64: that takes some 8 bytes each, and twice the time."""
-
 _ALONE = 32  # at most so many rows go through the model one by one
+_ROOM = 0.4  # of the free memory, for a copy of the weights
 _SYSTEMATIC_Z = 6.0
 
 Number = Literal["auto", "float64", "float32", "recipe"]
@@ -88,17 +88,20 @@ class Reference:
     Attributes:
         gradient: Of the whole batch.
         bounds: How far off each part may be.
+        noise: How far rounding once moves it.
         dtype: In which it was computed; None: in that of the recipe.
     """
 
     gradient: Gradient
     bounds: Mapping[str, float]
+    noise: float
     dtype: torch.dtype | None
 
     def judge(self, name: str, other: Gradient, *, fix: str) -> Finding:
         """Say how far another way of computing the step is off, and where."""
         gap = compare(self.gradient.of, other.of)
-        return judged(name, gap, self.bounds, fix=fix, counts=units_differ(self.gradient.sums.counts, other.sums.counts))
+        counts = units_differ(self.gradient.sums.counts, other.sums.counts)
+        return judged(name, gap, self.bounds, fix=fix, counts=counts)
 
 
 def judged(name: str, gap: Gap, bounds: Mapping[str, float], *, fix: str, counts: str = "") -> Finding:
@@ -124,7 +127,8 @@ def judged(name: str, gap: Gap, bounds: Mapping[str, float], *, fix: str, counts
         )
     said = [counts] if counts else []
     if over:
-        listed = ", ".join(f"{part} by {_percent(off)} (bound {bounds.get(part, 0.0):.0e})" for part, off in over.items())
+        each = [f"{part} by {_percent(off)} (bound {bounds.get(part, 0.0):.0e})" for part, off in over.items()]
+        listed = named(each)
         said.append(f"the gradient differs: {listed}; most in {gap.tensor}, by {_percent(gap.own)}")
         if gap.along > 0.5 or gap.along < -0.25:
             said.append(f"along the gradient itself it is {1 + gap.along:.3g} times as long")
@@ -148,8 +152,8 @@ def check_gradients(
         objective: What it minimizes.
         batches: The first step's are taken; keep it small.
         settings: How it trains.
-        dtype: Number format of the comparison; ``auto`` is float64 for up to :data:`SMALL` weights, else float32 while
-            memory allows, else the recipe's own.
+        dtype: Number format of the comparison; ``auto`` is float64 while memory allows, else float32, else the
+            recipe's own.
         rate: The peak rate that each weight is meant to have, by its name; None does not compare rates.
         keep: Given the gradient of the whole batch, for comparisons elsewhere (several processes).
 
@@ -181,12 +185,10 @@ _DTYPES: Mapping[str, torch.dtype | None] = {"float64": torch.float64, "float32"
 def choose_dtype(model: nn.Module, settings: Settings) -> torch.dtype | None:
     """The number format of a comparison: the exactest one that fits; None is that of the recipe."""
     numbers = sum(weight.numel() for weight in model.parameters())
-    if numbers <= SMALL and settings.compute.device != "mps":
-        return torch.float64
-    free = device.memory().free
-    if settings.compute.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    return torch.float32 if 4 * numbers < 0.4 * free else None
+    where = settings.compute.device
+    free = torch.cuda.mem_get_info()[0] if where == "cuda" else device.memory().free
+    kinds = [torch.float64, torch.float32] if where != "mps" else [torch.float32]
+    return next((kind for kind in kinds if kind.itemsize * numbers < _ROOM * free), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +286,7 @@ class _Passes:
             )
             return None
         reference = self._bounded(base)
-        yield self._about(reference)
+        yield from self._about(reference)
         yield from self._parts(base)
         steady = yield from self._again(reference)
         if steady and self.ways.backward is not None:
@@ -315,26 +317,36 @@ class _Passes:
         finally:
             self.still.move()
         gap = compare(base.of, shaken.of)
-        most = math.sqrt(eps)  # beyond it, half of the digits are gone: then rounding is no excuse
-        bounds = {part: min(max(TIMES * off, TIMES * eps), most) for part, off in gap.parts.items()}
-        return Reference(gradient=base, bounds=bounds, dtype=dtype)
+        longest = max((max(w.shape, default=1) for w in self.still.model.parameters()), default=1)
+        most = max(math.sqrt(eps), longest * eps)  # beyond it, half of the digits are gone: rounding is no excuse
+        bounds = {part: min(max(TIMES * off, longest * eps), most) for part, off in gap.parts.items()}
+        return Reference(gradient=base, bounds=bounds, dtype=dtype, noise=gap.largest)
 
-    def _about(self, reference: Reference) -> Finding:
-        batch, sums = self.ways.whole, reference.gradient.sums
-        counts = ", ".join(f"{count:,.0f} {name}" for name, count in sums.counts.items())
+    def _about(self, reference: Reference) -> Iterator[Finding]:
+        batch, sums, settings = self.ways.whole, reference.gradient.sums, self.still.settings
+        counts = {name: count for name, count in sums.counts.items() if settings.weights.get(name, 1.0)}
         tokens = int((batch.segment_ids != 0).sum())
-        worst = max(reference.bounds.values(), default=0.0) / TIMES
         said = f"{len(batch.sample_ids)} samples"
-        said += f" of {tokens:,} tokens in {len(batch.token_ids)} rows" if batch.token_ids.shape[1] > 1 else ""
-        name = str(reference.dtype or _recipe_dtype(self.still.settings)).removeprefix("torch.")
-        said += f"; counts: {counts}; loss {sums.loss:.4f}; {name}, whose rounding moves it by {worst:.0e}"
-        notes = [f"dropout off in {self.still.quiet} modules"] if self.still.quiet else []
-        if self.still.woken:
-            notes.append(f"{len(self.still.woken)} tensors that begin at zero made small random numbers")
-        said += f" ({'; '.join(notes)})" if notes else ""
-        facts = {"loss": sums.loss, "counts": dict(sums.counts), "bounds": dict(reference.bounds)}
-        facts |= {"dtype": name, "woken": list(self.still.woken)}
-        return Finding(name="whole batch", status="ok", value=said, facts=facts)
+        said += f", {tokens:,} tokens in {len(batch.token_ids)} rows" if batch.token_ids.shape[1] > 1 else ""
+        said += (
+            f"; counted: {', '.join(f'{count:,.0f} {name}' for name, count in counts.items())}; loss {sums.loss:.4f}"
+        )
+        facts: dict[str, Any] = {"loss": sums.loss, "counts": dict(sums.counts)}
+        yield Finding(name="whole batch", status="ok", value=said, facts=facts)
+        if self.still.quiet or self.still.woken:
+            notes = [f"dropout off in {self.still.quiet} modules"] if self.still.quiet else []
+            if count := len(self.still.woken):
+                notes.append(
+                    f"{count} tensors that begin at zero ({named(self.still.woken, limit=1)}) are made small random, "
+                    "so that what is behind them shows a gradient"
+                )
+            facts = {"woken": list(self.still.woken), "quiet": self.still.quiet}
+            yield Finding(name="held still", status="ok", value="for these checks: " + "; ".join(notes), facts=facts)
+        name = str(reference.dtype or _recipe_dtype(settings)).removeprefix("torch.")
+        value = f"{name}: each weight moved by a unit of rounding moves the gradient by {reference.noise:.0e}"
+        yield Finding(
+            name="rounding", status="ok", value=value, facts={"dtype": name, "bounds": dict(reference.bounds)}
+        )
 
     def _parts(self, base: Gradient) -> Iterator[Finding]:
         """What learns gets a gradient; what is frozen, none."""
@@ -351,9 +363,13 @@ class _Passes:
         facts = {"norms": norms, "without": empty, "not_finite": broken}
         if broken or dead:
             said = f"not finite: {named(broken)}" if broken else f"no gradient reaches {', '.join(dead)}"
-            fix = "look for a division or logarithm of zero" if broken else (
-                "the loss does not depend on it: freeze it, or connect it (a detach, a torch.no_grad, a part that is "
-                "not called)"
+            fix = (
+                "look for a division or logarithm of zero"
+                if broken
+                else (
+                    "the loss does not depend on it: freeze it, or connect it (a detach, a torch.no_grad, a part "
+                    "that is not called)"
+                )
             )
             yield Finding(name="what learns", status="fail", value=f"{said} (norms: {listed})", fix=fix, facts=facts)
         elif empty:
@@ -371,8 +387,8 @@ class _Passes:
                 value=f"{len(base.of)} tensors, each with a finite gradient; norms: {listed}",
                 facts=facts,
             )
-        frozen = {n: w for n, w in self.still.model.named_parameters() if not w.requires_grad}
-        touched = [name for name, weight in frozen.items() if weight.grad is not None]
+        frozen = self.still.frozen
+        touched = [name for name, weight in frozen.items() if weight.requires_grad or weight.grad is not None]
         numbers = sum(weight.numel() for weight in frozen.values())
         value = f"{len(frozen)} tensors, {numbers:,} weights, without a gradient" if frozen else "nothing is frozen"
         if touched:
@@ -434,27 +450,29 @@ class _Passes:
         if isinstance(self.objective, Pairwise) or not self.ways.splits:
             return
         micro = next(iter(self.ways.splits.values()))
+        term = next(name for name in reference.gradient.sums.counts if self.still.settings.weights.get(name, 1.0))
+        counts = [float(self.objective.count(batch)[term]) for batch in micro]
+        if min(counts) == max(counts):  # then it is the same
+            return
         total: dict[str, Tensor | None] = {}
-        pieces: list[Mapping[str, float]] = []
+        done = 0
         with contextlib.suppress(PlaitError):  # a piece without one trained token has no mean
             for batch in micro:
                 found = self.still.gradient([batch])
-                pieces.append(found.sums.counts)
+                done += 1
                 for name, grad in found.of.items():
                     if grad is not None:
                         before = total.get(name)
                         total[name] = grad / len(micro) if before is None else before + grad / len(micro)
-        if len(pieces) < len(micro):
+        if done < len(micro):
             return
         total |= {name: None for name in reference.gradient.of if name not in total}
         gap = compare(reference.gradient.of, total)
-        term = next(iter(pieces[0]))
-        counts = [count[term] for count in pieces]
         yield Finding(
             name="mean of means",
             status="ok",
-            value=f"each micro-batch of one averaged for itself ({min(counts):,.0f} to {max(counts):,.0f} {term} each) "
-            f"would have given a gradient {_percent(gap.largest)} off: here all of them weigh alike",
+            value=f"for information: averaging each of {len(micro)} micro-batches for itself ({min(counts):,.0f} to "
+            f"{max(counts):,.0f} {term} each) would have made the gradient {_percent(gap.largest)} wrong",
             facts={"parts": dict(gap.parts), "counts": counts},
         )
 
@@ -536,8 +554,8 @@ def _own_precision(still: Held, ways: _Ways) -> Iterator[Finding]:
     bounds = {part: max(3 * off, eps) for part, off in noise.parts.items()}  # rounded once, not TIMES as often
     facts = {"parts": dict(gap.parts), "noise": dict(noise.parts), "mean_z": gap.mean_z, "along": gap.along}
     value = (
-        f"{said}: residuals {_percent(gap.largest)} of the gradient, rounding alone {_percent(noise.largest)}; their "
-        f"mean is {gap.mean_z:+.1f} standard errors from zero, along the gradient {_percent(gap.along)}"
+        f"{said}: residuals are {_percent(gap.largest)} of the gradient (a unit of rounding in all weights makes "
+        f"{_percent(noise.largest)}), their mean is {gap.mean_z:+.1f} standard errors from zero"
     )
     over = [part for part, off in gap.parts.items() if not off <= bounds[part]]
     systematic = abs(gap.mean_z) > _SYSTEMATIC_Z and abs(gap.along) > 3 * max(abs(noise.along), eps / 4)

@@ -144,12 +144,18 @@ class Held:
     Attributes:
         woken: Names of trained tensors that were all zeros.
         quiet: How many modules had their dropout taken off.
+        weights: What trains, by name.
+        frozen: What of the model does not.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, settings: Settings, *, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, settings: Settings, *, dtype: torch.dtype | None
+    ) -> None:
         self.model, self.objective, self.settings, self.dtype = model, objective, settings, dtype
         self._roots = [model, *([objective] if isinstance(objective, nn.Module) else [])]
-        self._own = {id(p): (p, p.data) for root in self._roots for p in root.parameters()}
+        self._own: dict[int, tuple[nn.Parameter, Tensor]] = {
+            id(p): (p, p.data) for root in self._roots for p in root.parameters()
+        }
         self._buffers = [
             (module, name, buffer, buffer.clone())
             for root in self._roots
@@ -163,6 +169,7 @@ class Held:
         for module, name, _ in self._dropping:
             setattr(module, name, 0.0)
         self.weights = TrainState(model, objective).weights
+        self.frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
         zero = [name for name, weight in self.weights.items() if weight.numel() and not bool(weight.data.any())]
         keys = torch.Generator().manual_seed(settings.seed + 1)
         self._woken = {
@@ -178,7 +185,7 @@ class Held:
         by_id = {id(weight): self._woken[name] for name, weight in self.weights.items() if name in self._woken}
         keys = torch.Generator().manual_seed(seed)
         for weight, own in self._own.values():
-            data = by_id.get(id(weight), own)
+            data: Tensor = by_id.get(id(weight), own)
             if data.is_floating_point():
                 data = data.to(self.dtype or own.dtype, copy=True)
                 if noise:
@@ -198,7 +205,9 @@ class Held:
 
         def turned(values: Tensor) -> Tensor:
             values = values.to(self.dtype or values.dtype)
-            return values * (1 + noise * (2 * torch.rand(values.shape, generator=keys).to(values) - 1)) if noise else values
+            if noise:
+                values = values * (1 + noise * (2 * torch.rand(values.shape, generator=keys).to(values) - 1))
+            return values
 
         media = {m: Patches(values=turned(p.values), grid=p.grid) for m, p in batch.media.items()}
         return replace(batch, media=media)
@@ -248,6 +257,8 @@ class Held:
             weight.data = own
         for weight, grad in self._grads:
             weight.grad = grad
+        for weight in self.frozen.values():
+            weight.requires_grad_(False)
         for module, name, buffer, kept in self._buffers:
             buffer.copy_(kept)
             module._buffers[name] = buffer

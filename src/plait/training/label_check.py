@@ -100,7 +100,7 @@ _SAID: Mapping[str, tuple[str, str]] = {
         "compare the rendered prompt with tokenizer.apply_chat_template(..., add_generation_prompt=True)",
     ),
     "unknown": ("samples are not in the data", "the batch must name the samples that it is made of"),
-    "lost": ("a trained token has nothing before it", "the first token of a sample is never predicted: do not train it"),
+    "lost": ("a trained token has nothing before it", "a sample's first token is never predicted: do not train it"),
 }
 
 
@@ -135,7 +135,7 @@ def check_labels(
             tally.positions += len(ids)
             tally.trained += sum(trained)
             tally.tokens[known.kind] += sum(trained)
-            _judge(tally, name, ids, labels, known=known, reader=reader)
+            _judge(tally, name, (ids, labels), known=known, reader=reader)
     return Labels(list(_findings(tally)), shown)
 
 
@@ -150,7 +150,8 @@ def _samples(batch: Batch) -> Iterator[tuple[str, list[int], list[int]]]:
                 yield next(names, "?"), [ids[i] for i in at], [labels[i] for i in at]
 
 
-def _judge(tally: _Tally, name: str, ids: list[int], labels: list[int], *, known: Truth, reader: _Reader) -> None:
+def _judge(tally: _Tally, name: str, sample: tuple[list[int], list[int]], *, known: Truth, reader: _Reader) -> None:
+    ids, labels = sample
     trained = [label != IGNORE for label in labels]
     if not any(trained):
         tally.fault("nothing", name)
@@ -254,15 +255,16 @@ def _findings(tally: _Tally) -> Iterator[Finding]:
         yield Finding(
             name="label mask",
             status="ok",
-            value=f"{count} samples read back: {tally.trained:,} of {tally.positions:,} tokens are trained, the answers "
-            "with their end of turn and nothing else",
+            value=f"{count} samples read back: {tally.trained:,} of {tally.positions:,} tokens are trained: the "
+            "answers, each with its end of turn, and nothing else",
             facts={"samples": count, "trained": tally.trained, "tokens": tally.positions},
         )
     kinds = Counter(tally.seen.values())
     parts: list[str] = []
     for kind, samples in kinds.most_common():
         share = tally.tokens[kind] / max(tally.trained, 1)
-        parts.append(f"{kind} {share:.0%} of tokens ({samples / count:.0%} of samples, {tally.tokens[kind] / samples:.1f} each)")
+        mean = tally.tokens[kind] / samples
+        parts.append(f"{kind} {share:.0%} of tokens ({samples / count:.0%} of samples, {mean:.1f} each)")
     yield Finding(
         name="trained tokens",
         status="ok",
