@@ -31,6 +31,7 @@ from plait.core.events import Events
 from plait.core.protocols import Batches, Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.data.collate import join_rows, take_rows
+from plait.data.conversations import ConversationBatches
 from plait.models.multimodal import MultimodalLM
 from plait.models.recompute import blocks_of
 from plait.models.wrapped.vlm import WrappedVLM
@@ -119,10 +120,11 @@ def judged(name: str, gap: Gap, bounds: Mapping[str, float], *, fix: str, counts
     facts |= {"along": gap.along, "mean_z": gap.mean_z}
     if not over and not counts:
         tight = max(gap.parts, key=lambda part: gap.parts[part] / max(bounds.get(part, 0.0), 1e-300))
+        to = f"to {gap.parts[tight]:.1e}" if gap.parts[tight] else "bits"
         return Finding(
             name=name,
             status="ok",
-            value=f"the same to {gap.parts[tight]:.1e} ({tight}; bound {bounds.get(tight, 0.0):.0e})",
+            value=f"the same {to} ({tight}; bound {bounds.get(tight, 0.0):.0e})",
             facts=facts,
         )
     said = [counts] if counts else []
@@ -199,6 +201,7 @@ class _Ways:
         whole: In one piece.
         splits: In micro-batches, by what is said of it.
         unpacked: Each sample in a row of its own; None where nothing is packed.
+        packed: In longer rows, where none of those of ``whole`` holds two samples.
         backward: Rows in reverse order; None where their order means something.
     """
 
@@ -206,6 +209,7 @@ class _Ways:
     splits: Mapping[str, Sequence[Batch]]
     unpacked: Batch | None
     backward: Batch | None
+    packed: Batch | None = None
 
     @classmethod
     def of(cls, batches: Batches, first: Sequence[Batch], objective: Objective) -> _Ways:
@@ -215,24 +219,24 @@ class _Ways:
         if isinstance(source, Divisible):
             count = len(source.parts[0])
             splits = {
-                said: [piece.to(where) for piece in source.in_pieces(0, sizes)]
-                for said, sizes in _sizes(count, "pair").items()
+                said: [piece.to(where) for piece in source.in_pieces(0, sizes)] for said, sizes in _sizes(count).items()
             }
             (unpacked,) = source.in_pieces(0, [count], packed=False)
             return cls(whole=whole, splits=splits, unpacked=unpacked.to(where), backward=_backward(whole))
         if objective.needs_global_batch and not isinstance(objective, Pairwise):
             return cls(whole=whole, splits={}, unpacked=None, backward=None)
-        unpacked = None
-        if getattr(source, "packed", False):
-            alone = replace(source, packed=False, pieces=1)  # pyright: ignore[reportArgumentType]
-            unpacked = join_rows(alone.step_batches(0)).to(where)
+        unpacked = packed = None
+        if isinstance(source, ConversationBatches) and source.packed:
+            unpacked = join_rows(replace(source, packed=False, pieces=1).step_batches(0)).to(where)
+            if int(whole.segment_ids.max()) < 2:
+                longer = replace(source, row=2 * source.row, pieces=1, group_by_length=0)
+                packed = join_rows(longer.step_batches(0)).to(where)
         rows = _filled(unpacked if unpacked is not None else whole)
-        noun = "sample" if len(rows.token_ids) == len(rows.sample_ids) else "row"
         splits = {
             said: [take_rows(rows, sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
-            for said, sizes in _sizes(len(rows.token_ids), noun).items()
+            for said, sizes in _sizes(len(rows.token_ids)).items()
         }
-        return cls(whole=whole, splits=splits, unpacked=unpacked, backward=_backward(whole))
+        return cls(whole=whole, splits=splits, unpacked=unpacked, backward=_backward(whole), packed=packed)
 
 
 def source_of(batches: Batches) -> Batches:
@@ -253,17 +257,17 @@ def _backward(batch: Batch) -> Batch | None:
     return join_rows([take_rows(batch, at, at + 1) for at in reversed(range(count))]) if count > 1 else None
 
 
-def _sizes(count: int, noun: str) -> dict[str, list[int]]:
+def _sizes(count: int) -> dict[str, list[int]]:
     """Sizes of micro-batches: of one each, of equal ones, of uneven ones."""
     found: dict[str, list[int]] = {}
     if 1 < count <= _ALONE:
-        found[f"{count} x 1 {noun}"] = [1] * count
+        found[f"split {count} x 1"] = [1] * count
     if count > 2:
         half = -(-count // 2)
-        found[f"{half} + {count - half} {noun}s"] = [half, count - half]
+        found[f"split {half} + {count - half}"] = [half, count - half]
     if count > 3:
         uneven = [1, (count - 1) // 3, count - 1 - (count - 1) // 3]
-        found[" + ".join(map(str, uneven)) + f" {noun}s"] = uneven
+        found["split " + " + ".join(map(str, uneven))] = uneven
     return found
 
 
@@ -299,7 +303,9 @@ class _Passes:
                 status="ok",
                 value="this objective takes its batch whole, and the trainer refuses to split it: nothing to compare",
             )
-        if self.ways.unpacked is not None:
+        if self.ways.packed is not None:
+            yield self._one("packed in long rows", [self.ways.packed], reference, fix=_PACKING)
+        elif self.ways.unpacked is not None:
             yield self._one("packing off", [self.ways.unpacked], reference, fix=_PACKING)
         yield from self._computed(reference)
         yield from self._means(reference)
@@ -337,8 +343,8 @@ class _Passes:
             notes = [f"dropout off in {self.still.quiet} modules"] if self.still.quiet else []
             if count := len(self.still.woken):
                 notes.append(
-                    f"{count} tensors that begin at zero ({named(self.still.woken, limit=1)}) are made small random, "
-                    "so that what is behind them shows a gradient"
+                    f"{count} tensors that begin at zero ({named(self.still.woken, limit=1)}) made small random, to "
+                    "see what is behind them"
                 )
             facts = {"woken": list(self.still.woken), "quiet": self.still.quiet}
             yield Finding(name="held still", status="ok", value="for these checks: " + "; ".join(notes), facts=facts)

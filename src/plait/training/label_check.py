@@ -315,5 +315,7 @@ def check_pairs(batch: Batch) -> Iterator[Finding]:
                 facts={"false_negatives": false},
             )
         else:
-            value = f"{int((equal.sum() - count) // 2)} pairs of rows have the very same {modality}; none is a negative"
+            alike = int(equal.sum() - count) // 2
+            value = f"{alike} pairs of rows have the very same {modality}; none of them is a negative"
+            value = value if alike else f"no two rows have the very same {modality}"
             yield Finding(name=f"the same {modality}", status="ok", value=value)

@@ -1,4 +1,4 @@
-"""What ``test_gradient_check.py`` starts: processes that sum the gradient of a step, rightly and with planted faults."""
+"""What ``test_gradient_check.py`` starts: processes that sum the gradient of a step, rightly and wrongly."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def findings(model: nn.Module, objective: Any = None, **changes: Any) -> dict[st
     return {finding.name: finding for finding in found}
 
 
-SPLITS = ("6 x 1 sample", "3 + 3 samples", "1 + 1 + 4 samples")
+SPLITS = ("split 6 x 1", "split 3 + 3", "split 1 + 1 + 4")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
