@@ -18,7 +18,7 @@ from plait.core.errors import NumericsError, UsageError
 if TYPE_CHECKING:
     from plait.core.events import Event
     from plait.recipes.rehearse import Phase
-    from plait.training.gradient_check import Finding, Reference
+    from plait.training.finding import Finding, Reference
 
 _WIDTH = 20
 
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
         def visit(phase: Phase) -> None:
             page.group(phase.title)
             page.show(_gradients(phase, args.dtype))
-            from plait.recipes.rehearse_labels import labels_of
+            from plait.recipes.rehearsed.labels import labels_of
 
             page.show(labels_of(phase, say=page.text))
 
@@ -116,7 +116,8 @@ def _gradients(phase: Phase, dtype: Any) -> Iterable[Finding]:
 
 def _several(found: dict[str, list[dict[str, Any]]]) -> Iterable[Finding]:
     """What the processes of a stage found, by phase."""
-    from plait.training.gradient_check import Finding, Gap, judged, units_differ
+    from plait.training.finding import Finding, judged, units_differ
+    from plait.training.held import Gap
 
     for phase, told in found.items():
         name = phase or "summed gradient"

@@ -29,7 +29,7 @@ from plait.stages.stage import Stage
 from plait.stages.tune import Tune
 
 if TYPE_CHECKING:
-    from plait.training.gradient_check import Reference
+    from plait.training.finding import Reference
     from plait.training.rehearsal import Asked
     from plait.training.settings import FitResult
 
@@ -269,7 +269,7 @@ def in_processes(run: Path, stage: str, count: int, *, cores: int, events: Event
         events: Told that they are at work.
 
     Returns:
-        Phase → what :mod:`plait.recipes.rehearse_rank` found.
+        Phase → what :mod:`plait.recipes.rehearsed.rank` found.
 
     Raises:
         ResourceError: A process failed and said nothing that can be passed on, or took too long.
@@ -280,8 +280,9 @@ def in_processes(run: Path, stage: str, count: int, *, cores: int, events: Event
     out = run / f"ranks-{stage}-{count}"
     out.mkdir()
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-m", "plait.recipes.rehearse_rank", str(run), stage, str(out)]
+    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(cores), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, "-m", "plait.recipes.rehearsed.rank", str(run), stage, str(out)]
+    command.append(str(max(1, cores // count)))
     started: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):

@@ -17,7 +17,7 @@ import torch
 
 from plait.core.tensors import IGNORE, Batch
 from plait.report.loss_mask import byte_level_text, cells
-from plait.training.gradient_check import Finding, named
+from plait.training.finding import Finding, named
 
 _SHOWN = 3
 _LONGEST = 400  # characters of a sample that are shown

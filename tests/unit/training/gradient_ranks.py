@@ -14,7 +14,8 @@ from tests.unit.training.test_gradient_check import MeanOfMeans, Model, Rows
 from plait.core import mesh
 from plait.core.tensors import Batch
 from plait.data.collate import take_rows
-from plait.training.gradient_check import check_gradients, judged, units_differ
+from plait.training.finding import judged, units_differ
+from plait.training.gradient_check import check_gradients
 from plait.training.held import compare, held
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.twin import lay_out

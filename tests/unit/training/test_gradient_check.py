@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from plait.core.device import Compute
 from plait.core.tensors import Batch
-from plait.training.gradient_check import Finding, check_gradients
+from plait.training.finding import Finding
+from plait.training.gradient_check import check_gradients
 from plait.training.held import compare, held, part_of
 from plait.training.optim import Rates
 from plait.training.settings import Settings

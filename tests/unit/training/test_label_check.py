@@ -14,7 +14,7 @@ from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.collate import collate
 from plait.data.template import Template
-from plait.training.gradient_check import Finding
+from plait.training.finding import Finding
 from plait.training.label_check import Truth, check_labels, check_pairs
 
 PLACEHOLDER = 900

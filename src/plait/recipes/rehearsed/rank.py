@@ -1,6 +1,6 @@
 """One of several processes that compute the steps of a rehearsed stage together.
 
-``python -m plait.recipes.rehearse_rank RUN STAGE OUT``, started by :func:`plait.recipes.rehearse.in_processes`. It
+``python -m plait.recipes.rehearsed.rank RUN STAGE OUT``, started by :func:`plait.recipes.rehearse.in_processes`. It
 runs the stage as training would, with its share of each batch and the recipe's `trainer.parallel`. Where a phase is
 about to train, it takes the weights that one process had there, and compares the summed gradient with that one's.
 """
@@ -57,8 +57,16 @@ def compared(asked: Asked, reference: Path) -> dict[str, Any]:
     return {**asdict(gap), "bounds": record["bounds"], "counts": [record["counts"], dict(found.sums.counts)]}
 
 
-def main(run: Path, name: str, out: Path) -> None:
-    """Look at every phase of a stage that was kept, and let the first process write what all found."""
+def main(run: Path, name: str, out: Path, *, threads: int) -> None:
+    """Look at every phase of a stage that was kept, and let the first process write what all found.
+
+    Args:
+        run: The rehearsal.
+        name: Of the stage.
+        out: Where processes may write.
+        threads: Of this process while it computes. What a stage prepares is prepared with the threads of the one
+            process, since roundings depend on them.
+    """
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     named = {at: (stage, folder) for at, stage, folder in stages(recipe, run)}
     stage, folder = named[name]
@@ -72,10 +80,14 @@ def main(run: Path, name: str, out: Path) -> None:
         state = TrainState(asked.model, asked.objective).tensors()
         _take(state, load_file(reference / "before.safetensors"))
         if (reference / "reference.json").is_file():
+            before_it = torch.get_num_threads()
+            torch.set_num_threads(threads)
             try:
                 said = compared(asked, reference)
             except PlaitError as error:
                 said = {"refused": error.as_dict()}
+            finally:
+                torch.set_num_threads(before_it)
             found[phase] = mesh.gather(said)
         _take(state, load_file(reference / "after.safetensors"))
         seen.append(phase)
@@ -103,4 +115,4 @@ def _take(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
 
 if __name__ == "__main__":
     with mesh.joined("cuda" if torch.cuda.is_available() else "cpu"):
-        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), threads=int(sys.argv[4]))

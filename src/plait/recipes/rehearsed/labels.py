@@ -18,7 +18,8 @@ from plait.data.shards import ShardReader
 from plait.data.word_batches import WordBatches
 from plait.objectives.matching import QueryTasks, same_text
 from plait.recipes.rehearse import Phase
-from plait.training.gradient_check import Finding, source_of
+from plait.training.finding import Finding
+from plait.training.gradient_ways import source_of
 from plait.training.label_check import Truth, check_labels, check_pairs
 
 SAMPLES = 120
