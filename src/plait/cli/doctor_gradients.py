@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.cli.output import Out
-from plait.core.errors import NumericsError, UsageError
+from plait.core.errors import NumericsError, PlaitError, UsageError
 
 if TYPE_CHECKING:
-    from plait.core.events import Event
+    from plait.core.device import Compute
+    from plait.core.events import Event, Events
     from plait.recipes.rehearse import Phase
     from plait.training.finding import Finding, Reference
 
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.core import device
     from plait.core.events import Events
     from plait.recipes.recipe import load_recipe
-    from plait.recipes.rehearse import check_stage, in_processes, rehearse, small
+    from plait.recipes.rehearse import check_stage, rehearse, small
 
     if not args.recipe:
         raise UsageError("gradients needs a recipe", remedy="for example `plait doctor gradients quickstart-ci`")
@@ -82,9 +83,9 @@ def main(args: argparse.Namespace, out: Out) -> int:
 
         def after(stage: str) -> None:
             for count in counts:
-                found = in_processes(run, stage, count, cores=compute.threads, events=events)
+                found = list(_together(run, stage, count, compute=compute, events=events))
                 page.group(f"{stage}: {count} processes")
-                page.show(_several(found))
+                page.show(found)
 
         rehearse(small(recipe, samples=args.samples), run, only=args.stage, visit=visit, after=after, events=events)
         if args.keep is not None:
@@ -112,6 +113,29 @@ def _gradients(phase: Phase, dtype: Any) -> Iterable[Finding]:
         rate=expected_rate(phase),
         keep=keep,
     )
+
+
+def _together(run: Path, stage: str, count: int, *, compute: Compute, events: Events) -> Iterable[Finding]:
+    """Several processes compute a stage's steps; one finding that says so where they cannot."""
+    import torch
+
+    from plait.core import device
+    from plait.recipes.rehearse import in_processes
+    from plait.training.finding import Finding
+
+    lacking = ""
+    if compute.device == "cuda" and torch.cuda.device_count() < count:
+        lacking = f"{torch.cuda.device_count()} GPUs here"
+    elif (need := count * device.rss()) > (free := device.memory().free):
+        lacking = f"they would take some {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    if lacking:
+        fix = "compare on a machine that has more, or choose other --processes"
+        yield Finding(name="not compared", status="warn", value=lacking, fix=fix)
+        return
+    try:
+        yield from _several(in_processes(run, stage, count, cores=compute.threads, events=events))
+    except PlaitError as error:
+        yield Finding(name="not compared", status="fail", value=error.cause, fix=error.remedy)
 
 
 def _several(found: dict[str, list[dict[str, Any]]]) -> Iterable[Finding]:
