@@ -77,6 +77,7 @@ def train(
     seen: list[Any] | None = None,
     save_model: Callable[[Path], None] | None = None,
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None,
+    evaluate: Callable[[], float | Mapping[str, float]] | None = None,
     **changes: Any,
 ) -> FitResult:
     """Six steps of a model with dropout; a checkpoint each second step, the newest two stay."""
@@ -92,6 +93,7 @@ def train(
         hooks=Hooks(
             save_model=save_model or (lambda temp: save_tensors(model.state_dict(), temp / "model.safetensors")),
             on_step=on_step,
+            evaluate=evaluate,
         ),
     )
 

@@ -18,6 +18,7 @@ from plait.core.events import Events
 from plait.core.types import MediaRef
 from plait.data.features import FeatureStore, cached_features
 from plait.data.sounds import decode_sound
+from plait.data.sources import VALIDATION
 from plait.data.speech import RATE, check_voice, refusal, speak
 from plait.data.spoken import STAYS, Saying
 
@@ -40,7 +41,7 @@ class _Sounds:
 def say_names(
     splits: Mapping[str, Pairs], tower: AudioTower, saying: Saying, *, cache: Path, events: Events
 ) -> dict[str, Pairs]:
-    """The same splits, their names said aloud; the first split in several takes, the others in one.
+    """The same splits, their names said aloud; the first split and that of validation in several takes, tests in one.
 
     Sounds are encoded once, and kept in the cache as features.
 
@@ -61,7 +62,8 @@ def say_names(
     made: dict[str, tuple[MediaRef, tuple[str, str, int]]] = {}  # spoken again for the encoder, not held until then
     sounds: dict[str, _Sounds] = {}
     for number, (split, pairs) in enumerate(splits.items()):
-        sounds[split] = _say_all(sorted(set(pairs.names)), saying, trained=number == 0, made=made)
+        trained = number == 0 or split == VALIDATION  # no voice of the tests is heard before them
+        sounds[split] = _say_all(sorted(set(pairs.names)), saying, trained=trained, made=made)
         events.progress("splits said aloud", number + 1, len(splits))
     first = next(iter(splits))
     if not sounds[first].of_name:

@@ -14,12 +14,13 @@ from typing import Any
 from plait.core.types import Sample
 from plait.data.instructions import TASKS
 from plait.data.ledger import Ledger, explain
-from plait.data.sources import Gathered
+from plait.data.sources import VALIDATION, Gathered
 from plait.data.speech import RATE, version
 from plait.data.spoken import STAYS, Spoken
 
 SPLITS: Mapping[str, str] = {
     "train": "what models are trained on",
+    VALIDATION: "held out too, in the training style: judged by while training, never a test",
     "test-concept": "held-out concepts in the training style: unseen things",
     "test-style": "trained concepts in another style: unseen drawing",
     "test-both": "held-out concepts in another style: unseen in every way",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from plait.core.types import Sample
 from plait.data.sources import rank
@@ -30,6 +31,30 @@ def spread(samples: Sequence[Sample], tasks: Sequence[str], *, limit: int, seed:
             of_task = _in_turn([yes, no])
         queues.append(of_task)
     return _in_turn(queues)[:limit]
+
+
+def in_shares(samples: Sequence[Sample], shares: Mapping[str, float], *, limit: int, seed: int) -> list[Sample]:
+    """Up to ``limit`` questions in an order drawn from the seed, of each task its share; fewer where one has too few.
+
+    Yes and no take turns, as in :func:`spread`. Tasks without questions are left out, and the others have their shares.
+
+    Args:
+        samples: Questions.
+        shares: Of the tasks, as numbers in proportion.
+        limit: Most questions.
+        seed: Of the choice.
+    """
+    queues = {task: spread(samples, [task], limit=len(samples), seed=seed) for task, share in shares.items() if share}
+    queues = {task: queue for task, queue in queues.items() if queue}
+    whole = sum(shares[task] for task in queues)
+    exact = {task: shares[task] / whole for task in queues}
+    total = min([limit, *(math.floor(len(queue) / exact[task] + 1e-9) for task, queue in queues.items())])
+    number = {task: math.floor(total * share) for task, share in exact.items()}
+    # What rounding down has left goes to those that lost most by it.
+    by_loss = sorted(queues, key=lambda task: (number[task] - total * exact[task], task))
+    for task in by_loss[: total - sum(number.values())] if queues else ():
+        number[task] += 1
+    return _in_turn([queue[: number[task]] for task, queue in queues.items()])
 
 
 def held_out(there: Collection[str], wanted: str) -> str | None:

@@ -9,6 +9,7 @@ from plait.core.errors import DataError, ResourceError
 from plait.core.estimate import Estimate
 from plait.data.media import resolve_inside
 from plait.data.shards import MAX_SHARD_BYTES
+from plait.data.sources import VALIDATION
 from plait.data.sources.emoji import EmojiChoice, preview_emoji
 from plait.data.sources.pair_files import read_lines
 from plait.data.sources.pairs import PairsChoice
@@ -112,13 +113,14 @@ def expect_emoji(choice: EmojiChoice) -> Expected:
     try:
         return Expected(splits=preview_emoji(choice), rows=rows, media_bytes=0, notes=("counted from the file names",))
     except ResourceError as error:
-        train = CONCEPTS - choice.held_out
+        train = CONCEPTS - choice.held_out - choice.validation
         limit = choice.max_test or CONCEPTS
         splits = {
             "test-both": min(limit, choice.held_out),
             "test-concept": min(limit, choice.held_out),
             "test-style": min(limit, train),
             "train": min(choice.max_train or train, train),
+            **({VALIDATION: choice.validation} if choice.validation else {}),
         }
         note = (
             f"{error.cause}: counts are those of the pinned packages with one picture a concept; {error.remedy} first"
@@ -145,9 +147,11 @@ def expect_pairs(choice: PairsChoice) -> Expected:
             continue
         usable += 1
     test = max(1, round(choice.test_fraction * usable)) if choice.test_fraction and usable else 0
-    train = usable - test
+    validation = max(1, round(choice.validation * usable)) if choice.validation and usable else 0
+    train = usable - test - validation
     splits = {
         "train": min(choice.max_train or train, train),
+        **({VALIDATION: validation} if validation else {}),
         **({"test-concept": min(choice.max_test or test, test)} if test else {}),
     }
     note = f"{usable:,} of {rows:,} rows name a picture that is there; damaged ones and doubles are found on opening"

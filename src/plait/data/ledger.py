@@ -44,6 +44,7 @@ REASONS: Mapping[str, Reason] = {
     ),
     "over-max-train": Reason(text="left out so that the training split has at most max_train pictures", fault=False),
     "over-max-test": Reason(text="left out so that a test split has at most max_test pictures", fault=False),
+    "validated": Reason(text="its concept is held out for validation, which has it in the training style", fault=False),
     "not-listed": Reason(text="a picture or caption in the folder that the folder's list does not name", fault=False),
     "stopped": Reason(text="nothing was wrong with it when the stage stopped with an error", fault=False),
     # faults

@@ -16,7 +16,7 @@ from typing import Any
 from plait.core.types import MediaRef, Sample, Text, Turn
 from plait.data.shards import Entry
 from plait.data.sounds import decode_sound
-from plait.data.sources import rank
+from plait.data.sources import VALIDATION, rank
 from plait.data.speech import RATE, REFUSED, check_voice, refusal, speak
 
 STAYS: Mapping[str, str] = {
@@ -33,7 +33,7 @@ class Aloud:
 
     Attributes:
         voices: Of training.
-        test_voices: Of all other splits.
+        test_voices: Of the test splits.
         speeds: Words a minute, one of which a take has.
         takes: In how many ways, each with its voice and speed, one text is spoken at most.
         share: Of the questions; two that belong together (``pair``) stay of one kind.
@@ -68,7 +68,7 @@ class Saying:
 
     Attributes:
         voices: Of training.
-        test_voices: Of all other splits.
+        test_voices: Of the test splits.
         speeds: Words a minute, one of which a take has.
         takes: In how many ways, each with its voice and speed, a name of training is said at most.
         max_seconds: Longer ones are not said.
@@ -172,7 +172,7 @@ def _stays(sample: Sample, text: str, aloud: Aloud) -> str:
 
 def _take(sample: Sample, text: str, aloud: Aloud, *, split: str) -> tuple[str, int]:
     """Voice and speed: one of a few takes of this text, chosen by the sample's id."""
-    voices = aloud.voices if split == "train" else aloud.test_voices
+    voices = aloud.voices if split in ("train", VALIDATION) else aloud.test_voices  # which tests alone hear
     take = str(int(_part(aloud.seed, "take", sample.id) * aloud.takes))
     voice = voices[int(_part(aloud.seed, "voice", text, take) * len(voices))]
     return voice, aloud.speeds[int(_part(aloud.seed, "speed", text, take) * len(aloud.speeds))]

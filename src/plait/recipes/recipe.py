@@ -75,6 +75,21 @@ class Recipe(Spec):
                 _check_start(f"stages.{name}", stage, stage.connector, before=before)
         return self
 
+    @model_validator(mode="after")
+    def _judged(self) -> Recipe:
+        """Validation while training needs a split of the data; seen before anything runs."""
+        asks = [
+            f"stages.{name}.trainer.validation"
+            for name, stage in self.stages.items()
+            if isinstance(stage, Pretrain | Tune | Align) and stage.trainer.validation
+        ]
+        if asks and not self.data.source.validation:
+            raise ValueError(
+                f"{', '.join(asks)} is set, and data.source.validation is 0: there is nothing "
+                "to judge by; hold some data out for it, or take trainer.validation out"
+            )
+        return self
+
     @classmethod
     def renew(cls, tree: Node) -> Node:
         """Settings of every stage under their present names; see :meth:`plait.core.spec.Spec.renew`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,8 +16,11 @@ from plait.core.events import Events
 from plait.core.packages import home
 from plait.core.spec import defaults
 from plait.core.yamltext import Keys
+from plait.data.choice import HELD_OUT
+from plait.data.sources import VALIDATION
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, Task, named_setting
+from plait.stages.validating import check_judged, judged_samples, judged_splits, outcome, said
 from plait.training.schedule import Cosine
 from plait.training.trainer import Trainer
 
@@ -25,10 +28,11 @@ if TYPE_CHECKING:
     from plait.assembly.multimodal import Multimodal
     from plait.assembly.questions import Questions
     from plait.core.device import Compute
-    from plait.core.tensors import Batch
     from plait.core.types import Sample, Score
     from plait.data.preference_batches import PreferenceBatches
+    from plait.objectives.preference import DirectPreference
     from plait.training.settings import FitResult, Settings
+    from plait.training.validate import Validation
 
 REFERENCE = "reference.json"
 """Log-probabilities under the model that training starts from, in the stage's folder."""
@@ -118,37 +122,56 @@ class Align(Stage):
         from plait.core import mesh
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, mark_done, seal, write_json
+        from plait.objectives.preference import DirectPreference
+        from plait.stages.aligning.outcome import lines
+        from plait.stages.aligning.validating import judge_pairs, judged_pairs
 
         data, tuned = find_stage(previous, "data"), find_model(previous)
         built = load_multimodal(tuned, events=events)
         # A model that was tuned in float32 is aligned in float32.
         compute = setup(device=self.device, dtype="float32" if built.language.model.dtype == torch.float32 else "auto")
         questions, without = self._questions(built, data / "shards", events)
+        check_judged(questions.samples, self.trainer, place=data)
         self._unfreeze(built, place=tuned)
         built.model.to(compute.device)
         built.model.fused = self.trainer.head == "fused"  # the reference, too
+        rank, world = self.trainer.parallel.grid(mesh.rank(), mesh.world()).share
         batches = {
-            split: self._batches(built, questions, split=split)
+            split: self.batches(built, questions, samples, rank=rank, world=world)
             for split, samples in questions.samples.items()
-            if samples
+            if samples and split != VALIDATION
         }
+        judged = judged_pairs(self, built, questions)
         origin = {"model": fingerprint(tuned), "data": seal(data), "row": batches["train"].row}
         settings = self._settings(compute, origin)
-        reference = self._reference(built, batches, settings, folder=folder, events=events)
+        reference = self._reference(built, batches, settings, held=judged.get(VALIDATION), folder=folder, events=events)
+        objective = DirectPreference(reference, beta=self.beta)
         fitted = self._fit(
-            built, questions, batches["train"], reference=reference, settings=settings, folder=folder, events=events
+            built,
+            questions,
+            batches["train"],
+            objective=objective,
+            evaluate=judge_pairs(built.model, judged, objective, settings=settings),
+            settings=settings,
+            folder=folder,
+            events=events,
         )
         scores = self._scores(built, questions, batches, reference=reference, compute=compute)
         mesh.first(lambda: write_json(folder / "scores.json", [asdict(score) for score in scores]))
         pairs = {split: len(samples) for split, samples in questions.samples.items()}
+        validation = outcome(folder, fitted, steps=self.steps)
         summary = {
-            "lines": _lines(self, fitted, scores, pairs=pairs),
+            "lines": [
+                *lines(self, fitted, scores, pairs=pairs),
+                *([said(validation, what=self.kind)] if validation else []),
+            ],
             "model": str(fitted.checkpoint.relative_to(folder)),
             "steps": fitted.step,
             "skipped_steps": fitted.skipped,
             "pairs": pairs,
             "without_wrong_answer": without,
             "reference": origin["model"],
+            **({"validation": validation} if validation else {}),
         }
         for line in summary["lines"]:
             events.note(line)
@@ -182,7 +205,7 @@ class Align(Stage):
         length = max(self.row or 64, answer)
         rows = math.ceil(2 * self.batch_size * answer / (_FILLED * length))
         trained = 2 * self.batch_size * _TRAINED_TOKENS
-        passes = math.ceil(self._pairs() / self.batch_size)
+        passes = math.ceil((self._pairs() + judged_samples(self.trainer, self.steps)) / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
         sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
         flops = self.steps * cost.decoder_flops(shape, gradients="through", recompute=self.trainer.recompute, **sizes)
@@ -234,6 +257,12 @@ class Align(Stage):
         all_steps = self.steps * self.batch_size
         return min(all_steps, self.max_pairs or all_steps)
 
+    def _limit(self, split: str) -> int:
+        """Most pairs of a split."""
+        if split == VALIDATION and self.trainer.validation:
+            return self.trainer.validation.samples
+        return self._pairs() if split == "train" else self.test_pairs
+
     def _questions(self, built: Multimodal, shards: Path, events: Events) -> tuple[Questions, int]:
         """Questions that have both answers, of the training split and the scored one; how many have no wrong one."""
         from plait.assembly.questions import read_questions
@@ -257,7 +286,7 @@ class Align(Stage):
                     remedy="ask for tasks that have wrong answers, give the pictures texts that differ more, or do "
                     f"without the stage: stages.{self.kind}=null",
                 )
-            limit = self._pairs() if split == "train" else self.test_pairs
+            limit = self._limit(split)
             chosen = spread(found, self.tasks, limit=limit, seed=self.seed)
             events.note(
                 f"{split}: {len(chosen):,} of {len(found):,} questions with a right and a wrong answer; "
@@ -267,7 +296,7 @@ class Align(Stage):
 
         questions = read_questions(
             shards,
-            ("train", test) if test else ("train",),
+            ("train", *([test] if test else []), *judged_splits(self.trainer)),
             built.image,
             choose=choose,
             cache=home() / "features",
@@ -291,20 +320,21 @@ class Align(Stage):
         # The reference is computed in the very numbers that train.
         hold_masters(weight for weight in built.model.parameters() if weight.requires_grad)
 
-    def _batches(self, built: Multimodal, questions: Questions, *, split: str) -> PreferenceBatches:
-        from plait.core import mesh
+    def batches(
+        self, built: Multimodal, questions: Questions, samples: Sequence[Sample], *, rank: int, world: int
+    ) -> PreferenceBatches:
+        """Pairs of right and wrong answers, those of one of several processes."""
         from plait.data.conversations import tabled
         from plait.data.preference_batches import PreferenceBatches, PreferencePair
 
         template = built.template
-        rank, world = self.trainer.parallel.grid(mesh.rank(), mesh.world()).share
         return PreferenceBatches(
-            [PreferencePair.of(sample, template) for sample in questions.samples[split]],
+            [PreferencePair.of(sample, template) for sample in samples],
             features=questions.features,
             grid_out=tabled(
                 built.accounts,
                 [*questions.stores, *questions.others.values()],
-                [ref for sample in questions.samples[split] for ref in sample.media()],
+                [ref for sample in samples for ref in sample.media()],
             ),
             batch_size=self.batch_size,
             row=self.row,
@@ -319,15 +349,18 @@ class Align(Stage):
         batches: Mapping[str, PreferenceBatches],
         settings: Settings,
         *,
+        held: PreferenceBatches | None,
         folder: Path,
         events: Events,
     ) -> dict[str, float]:
         """Log-probability of every answer before the first step: from the folder, or computed and kept there."""
         from plait.core import mesh
         from plait.core.files import read_json, write_json
+        from plait.stages.aligning.logprobs import logprobs_of
 
         path, key = folder / REFERENCE, dict(settings.context) | {"dtype": settings.compute.dtype}
-        own = {name for part in batches.values() for pairs in part.parts for p in pairs for name, _ in p.answers()}
+        parts = [*batches.values(), *([held] if held else [])]
+        own = {name for part in parts for pairs in part.parts for p in pairs for name, _ in p.answers()}
         needed = {name for names in mesh.gather(own) for name in names}
 
         def read() -> dict[str, float]:
@@ -337,8 +370,10 @@ class Align(Stage):
         if found := mesh.first(read):
             return found
         for part in batches.values():
-            found |= _logprobs(built, part, settings.compute)
+            found |= logprobs_of(built, part, settings.compute)
             events.progress("reference", len(found), len(needed))
+        if held:  # judged by the first process alone, so over the same tensors
+            found |= mesh.first(lambda: logprobs_of(built, held, settings.compute))
         mesh.first(lambda: write_json(path, {"key": key, "logprobs": found}))
         return found
 
@@ -348,7 +383,8 @@ class Align(Stage):
         questions: Questions,
         batches: PreferenceBatches,
         *,
-        reference: Mapping[str, float],
+        objective: DirectPreference,
+        evaluate: Validation | None,
         settings: Settings,
         folder: Path,
         events: Events,
@@ -357,10 +393,10 @@ class Align(Stage):
         from plait.core import mesh
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
-        from plait.objectives.preference import DirectPreference
         from plait.training.settings import Hooks
 
-        shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
+        tests = {split: samples for split, samples in questions.samples.items() if split in HELD_OUT}
+        shown = {split: samples[:_SHOWN] for split, samples in tests.items()}
 
         def show(step: int) -> None:
             built.model.eval()
@@ -380,6 +416,7 @@ class Align(Stage):
         mesh.first(lambda: show(0))
         hooks = Hooks(
             save_model=lambda target: save_multimodal(built, target),
+            evaluate=evaluate,
             on_step=on_step,
             tells=lambda step: step == settings.steps,
             task=self.kind,
@@ -388,8 +425,7 @@ class Align(Stage):
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()
         built.model.training = True
-        objective = DirectPreference(reference, beta=self.beta)
-        return fit_ahead(
+        fitted = fit_ahead(
             built.model,
             objective,
             batches,
@@ -399,6 +435,9 @@ class Align(Stage):
             events=events,
             hooks=hooks,
         )
+        if fitted.step < settings.steps:  # stopped early
+            mesh.first(lambda: show(fitted.step))
+        return fitted
 
     def _scores(
         self,
@@ -411,11 +450,12 @@ class Align(Stage):
     ) -> list[Score]:
         """How often the right answer is the likelier one, before and after, over all pairs and by task."""
         from plait.evaluation.preferences import Preferred, score_preferences
+        from plait.stages.aligning.logprobs import logprobs_of
 
         test = next((split for split in batches if split != "train"), None)
         if test is None:
             return []
-        after = _logprobs(built, batches[test], compute)
+        after = logprobs_of(built, batches[test], compute)
 
         def gap(logprobs: Mapping[str, float], sample: Sample) -> float:
             return logprobs[f"{sample.id}#chosen"] - logprobs[f"{sample.id}#rejected"]
@@ -449,37 +489,3 @@ class Align(Stage):
             context={**context, **origin},
             context_defaults=defaults(self),
         ).with_trainer(self.trainer, lr=self.lr)
-
-
-def _logprobs(built: Multimodal, batches: Iterable[Batch], compute: Compute) -> dict[str, float]:
-    """Log-probability of every answer, by its id, in the number format of training; of those of all processes."""
-    import torch
-
-    from plait.core import mesh
-    from plait.objectives.preference import answer_logprobs
-    from plait.training.precision import autocast
-
-    found: dict[str, float] = {}
-    for batch in batches:
-        with torch.no_grad(), autocast(compute.device, compute.dtype):
-            logprobs = answer_logprobs(built.model, batch.to(torch.device(compute.device)))
-            found |= zip(batch.sample_ids, logprobs.tolist(), strict=True)
-    return {name: value for part in mesh.gather(found) for name, value in part.items()}
-
-
-def _lines(stage: Align, fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int]) -> list[str]:
-    lines = [
-        f"{fitted.step:,} steps over {pairs['train']:,} pairs of a right and a wrong answer "
-        f"({', '.join(stage.tasks)}; beta {stage.beta:g})"
-    ]
-    if not scores:
-        return [*lines, "there is no held-out pair: nothing was scored"]
-    after, before, gain, margin = scores[:4]  # over all tasks
-    split = after.name.partition("/")[0]
-    return [
-        *lines,
-        f"{split}: the right answer is likelier in {after.value:.1%} of {after.n:,} pairs "
-        f"(95 % {after.low:.1%} to {after.high:.1%}), before in {before.value:.1%}; "
-        f"difference {gain.low:+.1%} to {gain.high:+.1%}",
-        f"{split}: reward margin {margin.value:+.3f} (95 % {margin.low:+.3f} to {margin.high:+.3f})",
-    ]

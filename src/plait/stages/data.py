@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from plait.data.spoken import Aloud, Spoken
 
 
+_MOST_HELD_OUT = 0.5
+
+
 class EmojiSource(Spec):
     """Twemoji for training and OpenMoji as the unseen style, with English and Chinese names."""
 
     kind: Literal["emoji"] = "emoji"
     """Which source this is."""
     held_out: int = Field(default=300, ge=1, le=1000)
-    """Concepts that are never trained on."""
+    """Concepts that are never trained on, to test with."""
+    validation: int = Field(default=0, ge=0, le=1000)
+    """More such concepts, in the training style, to judge training by while it goes on (`trainer.validation` of the
+    stages); 0 holds none out. The tests stay as they are, but that one in another style never shows these."""
     size: int = Field(default=72, ge=16, le=512)
     """Pixels to which OpenMoji is rendered; Twemoji has 72."""
     variants: Literal["one", "all"] = "one"
@@ -56,7 +62,10 @@ class PairsSource(Spec):
     licence: str = Field(default="unknown", min_length=1)
     """Licence of the pictures and texts, for the card."""
     test_fraction: float = Field(default=0.1, ge=0.0, le=0.5)
-    """Share of the rows that is held out; rows with a common picture or text stay together."""
+    """Share of the rows that is held out to test with; rows with a common picture or text stay together."""
+    validation: float = Field(default=0.0, ge=0.0, le=0.5)
+    """Share of the rows that is held out likewise, to judge training by while it goes on (`trainer.validation` of the
+    stages); 0 holds none out. The test stays as it is."""
     min_rows: int = Field(default=16, ge=1)
     """Fewer usable rows than this are an error."""
     max_megapixels: float = Field(default=50.0, gt=0.0, le=89.0)
@@ -65,6 +74,15 @@ class PairsSource(Spec):
     """Train on at most this many rows; the rest is counted in the ledger."""
     max_test: int | None = Field(default=200, ge=1)
     """Test on at most this many rows; the rest is counted in the ledger."""
+
+    @model_validator(mode="after")
+    def _rest(self) -> PairsSource:
+        if self.test_fraction + self.validation > _MOST_HELD_OUT:
+            raise ValueError(
+                f"test_fraction {self.test_fraction:g} and validation {self.validation:g} hold out more than half of "
+                "the rows; lower one of them"
+            )
+        return self
 
 
 class SpokenQuestions(Voices):
@@ -116,9 +134,9 @@ class Data(Stage):
     """Make shards, questions, ledger and data card.
 
     Writes ``ledger.jsonl``, ``card.md`` and ``shards/``: ``train``, ``test-concept``, ``test-style``, ``test-both`` as
-    far as the source has them, and ``instruct-<split>`` with the questions about each, spoken ones with their sound.
-    The same settings give the same bytes; the seal has one digest over them, ``shards_sha256``. If the source has to be
-    refused, the ledger is there all the same.
+    far as the source has them, ``validation`` if asked for, and ``instruct-<split>`` with the questions about each,
+    spoken ones with their sound. The same settings give the same bytes; the seal has one digest over them,
+    ``shards_sha256``. If the source has to be refused, the ledger is there all the same.
 
     Example:
         >>> Data(source="emoji").source.held_out
@@ -234,6 +252,7 @@ class Data(Stage):
             root=source.root or (source.path if source.path.is_dir() else source.path.parent),
             licence=source.licence,
             test_fraction=source.test_fraction,
+            validation=source.validation,
             min_rows=source.min_rows,
             limits=Limits(max_pixels=round(source.max_megapixels * 1e6)),
             max_train=source.max_train,
@@ -259,16 +278,19 @@ class Data(Stage):
         from plait.data.instructions import ask_canvases, ask_groups, ask_names, ask_yes_no
         from plait.data.media import decode_image
         from plait.data.shards import ShardReader, write_shards
+        from plait.data.sources import VALIDATION
         from plait.data.spoken import Spoken, ask_aloud
 
         written: dict[str, list[Sample]] = {}
-        groups = sorted({group for samples in pictures.values() for s in samples if (group := s.answer("group"))})
+        others = [samples for split, samples in pictures.items() if split != VALIDATION]
+        groups = sorted({group for samples in others for s in samples if (group := s.answer("group"))})
         for done, (split, samples) in enumerate(pictures.items()):
             events.progress("questions", done, len(pictures))
             asked = ask_names(samples, chinese=self.questions.chinese, seed=self.seed)
             easy = self.questions.yes_no_easy if split == "train" else 0
             asked += ask_yes_no(samples, rounds=self.questions.yes_no, easy=easy, seed=self.seed)
-            asked += ask_groups(samples, groups, seed=self.seed) if self.questions.groups else []
+            grouped = [sample for sample in samples if sample.answer("group") in groups]
+            asked += ask_groups(grouped, groups, seed=self.seed) if self.questions.groups else []
             entries: list[Entry] = [(sample, {}) for sample in asked]
             if isinstance(self.source, EmojiSource):
                 with ShardReader(shards, split) as reader:

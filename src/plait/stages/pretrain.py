@@ -22,6 +22,7 @@ from plait.models.specs import EfficientNetLite, Part, QFormerShape, ResNet, Scr
 from plait.report import names
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, named_setting
+from plait.stages.validating import check_judged, judged_splits
 from plait.stages.voices import Voices
 from plait.training.optim import AdamW
 from plait.training.schedule import Cosine
@@ -259,7 +260,8 @@ class Pretrain(Stage):
         from plait.stages.pretraining.needs import estimate
 
         known = before["data"].samples if "data" in before else {}
-        return estimate(self, machine, {split: known[split] for split in ("train", *TESTS) if split in known})
+        splits = ("train", *judged_splits(self.trainer), *TESTS)
+        return estimate(self, machine, {split: known[split] for split in splits if split in known})
 
     def settings(self, compute: Compute, steps: int, *, towers: Sequence[str], data: str) -> Settings:
         """How it is trained.
@@ -306,14 +308,16 @@ class Pretrain(Stage):
         dual = self._build(compute, events)
         pairs = read_pairs(
             data / "shards",
-            ("train", *TESTS),
+            ("train", *judged_splits(self.trainer), *TESTS),
             dual,
             cache=home() / "features",
             keywords=self.keywords,
             events=events,
         )
+        check_judged(pairs, self.trainer, place=data)
         pairs = self._said(pairs, dual, events)
-        tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split != "train"]
+        counts = {split: len(found.ids) for split, found in pairs.items()}
+        tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split in TESTS]
         before: list[RetrievalResult] = []
         shape: list[Score] = []
 
@@ -329,8 +333,7 @@ class Pretrain(Stage):
             towers=[dual.image.key, dual.text.key, *([dual.audio.key] if dual.audio else [])],
             data=sha256_file(data / "done.json"),
         )
-        fitted = self._fit(dual, pairs["train"], tasks, settings=settings, folder=folder, events=events)
-        counts = {split: len(found.ids) for split, found in pairs.items()}
+        fitted = self._fit(dual, pairs, tasks, settings=settings, folder=folder, events=events)
 
         def judge() -> dict[str, Any]:
             after = [task.evaluate(dual.model) for task in tasks]
@@ -341,7 +344,7 @@ class Pretrain(Stage):
             write_json(folder / "scores.json", [asdict(score) for score in scores])
             answers = [r for task, result in zip(tasks, after, strict=True) for r in task.answers(result)]
             write_jsonl(folder / "predictions.jsonl", answers)
-            return summarize(fitted, scores, pairs=counts, folder=folder)
+            return summarize(fitted, scores, pairs=counts, folder=folder, steps=settings.steps)
 
         return mesh.first(judge)
 
@@ -382,7 +385,7 @@ class Pretrain(Stage):
     def _fit(
         self,
         dual: Dual,
-        pairs: Pairs,
+        splits: Mapping[str, Pairs],
         tasks: Sequence[RetrievalTask],
         *,
         settings: Settings,
@@ -394,8 +397,10 @@ class Pretrain(Stage):
         from plait.assembly.dual import save_dual
         from plait.objectives.contrastive import Contrastive
         from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
+        from plait.stages.pretraining.validating import judge_pairs
         from plait.training.settings import Hooks
 
+        pairs = splits["train"]
         check_pairs(len(pairs.ids), folder)
         batches = self._batches(pairs)
         say_pieces(dual.model, batches.batch_size, batches.micro_batch, events=events)
@@ -406,6 +411,7 @@ class Pretrain(Stage):
 
         hooks = Hooks(
             save_model=lambda target: save_dual(dual, target),
+            evaluate=judge_pairs(self, dual.model, splits, compute=settings.compute),
             on_step=on_step,
             tells=shown.__contains__,
             task=self.kind,

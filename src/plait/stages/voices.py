@@ -18,7 +18,7 @@ class Voices(Spec):
     voices: Annotated[tuple[Voice, ...], Field(min_length=1)] = ("en-us", "en-us+m6", "en-us+m8", "en-us+f2", "en")
     """Voices of training: an English language of espeak-ng, alone or with a variant."""
     test_voices: Annotated[tuple[Voice, ...], Field(min_length=1)] = ("en-us+m5", "en-us+f3")
-    """Voices of all other splits; none of them may be one of training."""
+    """Voices of the test splits; none of them may be one of training."""
     speeds: Annotated[tuple[Annotated[int, Field(ge=80, le=450)], ...], Field(min_length=1)] = (140, 160, 180)
     """Words a minute."""
 

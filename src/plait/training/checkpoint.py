@@ -55,7 +55,7 @@ class Checkpoints:
         events: Where to say what was saved, moved or deleted.
 
     Attributes:
-        best: A step whose checkpoint stays in any case.
+        stay: Steps whose checkpoints stay in any case.
 
     Raises:
         ResourceError: The folder cannot be created.
@@ -65,7 +65,7 @@ class Checkpoints:
         self.folder = folder
         self.keep_last = keep_last
         self.events = events
-        self.best: int | None = None
+        self.stay: frozenset[int] = frozenset()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fsync_dir(folder.parent)
@@ -149,7 +149,7 @@ class Checkpoints:
 
     def _rotate(self) -> None:
         for folder in list_checkpoints(self.folder)[: -self.keep_last]:
-            if self.best is not None and int(folder.name) == self.best:
+            if int(folder.name) in self.stay:
                 continue
             doomed = folder.with_name(f".{folder.name}.deleted")
             try:

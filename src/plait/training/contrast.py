@@ -50,12 +50,14 @@ class Share:
         complete: Whether the gradients are those of all micro-batches. They are not where the loss that was to be
             differentiated was not finite.
         broken: Sample ids of the micro-batches that are the reason, as far as that is known.
+        exhausted: Why memory ran out here; empty if it did not.
     """
 
     sums: Mapping[str, Tensor]
     reached: bool
     complete: bool = True
     broken: tuple[str, ...] = ()
+    exhausted: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,7 +225,7 @@ def _check_agreement(part: _Part, again: Embedded) -> None:
 
 def _gather(parts: Sequence[Embedded]) -> tuple[Embedded, int]:
     """All micro-batches of all ranks as leaves of a new graph, and the number of this rank's first row."""
-    own, rank = _join(parts), mesh.rank()
+    own, rank = join(parts), mesh.rank()
     if mesh.world() == 1:
         return _as_leaves(own), 0
     here = {
@@ -245,11 +247,11 @@ def _gather(parts: Sequence[Embedded]) -> tuple[Embedded, int]:
         for at, (value, row) in enumerate(zip(values, belongs, strict=True)):
             if len(value):
                 vectors[at][name], row_of[at][name] = value, row
-    whole = _join([replace(p, vectors=v, row_of=r) for p, v, r in zip(pieces, vectors, row_of, strict=True)])
+    whole = join([replace(p, vectors=v, row_of=r) for p, v, r in zip(pieces, vectors, row_of, strict=True)])
     return _as_leaves(whole), sum(one["rows"] for one in told[:rank])
 
 
-def _join(parts: Sequence[Embedded]) -> Embedded:
+def join(parts: Sequence[Embedded]) -> Embedded:
     """One after the other; rows are numbered through. A name that a part lacks has none of its items."""
     starts = [sum(part.rows for part in parts[:at]) for at in range(len(parts))]
     names = list(dict.fromkeys(name for part in parts for name in part.vectors))

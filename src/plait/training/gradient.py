@@ -20,6 +20,7 @@ from plait.core.tensors import Batch
 from plait.training.contrast import Share, backward_pairwise
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.pipeline import Staged
+from plait.training.smaller import Exhausted, first_line, out_of_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,7 @@ def accumulate(
     Raises:
         ConfigError: A weight names no term, a counted term has no sum, or the loss reaches no trainable weight.
         DataError: No term has any unit in this step.
+        Exhausted: Memory ran out in a pass, in some process; where processes pass in step, torch's error says so.
     """
     layout = layout or Whole(model, objective)
     micro = [layout.part(batch) for batch in micro]
@@ -90,7 +92,7 @@ def accumulate(
         )
     weigh = functools.partial(_weighted, used=used, weights=weights, place=type(objective).__name__, scale=scale)
     if isinstance(objective, Pairwise) and (len(micro) > 1 or layout.grid.data > 1):
-        share = backward_pairwise(model, objective, micro, weigh=weigh, around=around, layout=layout)
+        share = _pairwise(model, objective, micro, weigh=weigh, around=around, layout=layout)
     else:
         run = _Pass(model, objective, weigh=weigh, used=used, around=around)
         if isinstance(layout, Staged):
@@ -98,9 +100,11 @@ def accumulate(
         else:
             share = run.in_step(micro, layout) if layout.in_step else run.each(micro)
     totals = {name: _wide(share.sums[name]) for name in used}
-    reached, broken_off = collectives.all_reduce_sum(
-        torch.tensor([int(share.reached), int(not share.complete)])
+    reached, broken_off, exhausted = collectives.all_reduce_sum(
+        torch.tensor([int(share.reached), int(not share.complete), int(bool(share.exhausted))])
     ).tolist()
+    if exhausted:
+        raise Exhausted(share.exhausted or "in another process")
     if not (reached or broken_off):  # a rank without one trained token reaches none; the others wait for it
         raise ConfigError(
             "the loss reaches no trainable weight",
@@ -136,12 +140,18 @@ class _Pass:
         """Up to the first whose loss is not finite."""
         reached = False
         for batch in micro:
-            loss = self._forward(batch)
-            if not loss.isfinite():
-                return Share(sums=self.totals, reached=reached, complete=False, broken=tuple(batch.sample_ids))
-            if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
-                reached = True
-                loss.backward()
+            try:
+                loss = self._forward(batch)
+                if not loss.isfinite():
+                    return Share(sums=self.totals, reached=reached, complete=False, broken=tuple(batch.sample_ids))
+                if loss.requires_grad:  # a micro-batch without one trained token may give plain zeros
+                    reached = True
+                    loss.backward()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                sums = {name: torch.zeros(()) for name in self.used}
+                return Share(sums=sums, reached=reached, complete=False, exhausted=first_line(error))
         return Share(sums=self.totals, reached=reached)
 
     def in_step(self, micro: Sequence[Batch], layout: Whole) -> Share:
@@ -186,6 +196,25 @@ class _Pass:
             term = _wide(sums[name].detach())
             self.totals[name] = self.totals[name] + term if name in self.totals else term
         return loss
+
+
+def _pairwise(
+    model: nn.Module,
+    objective: Pairwise,
+    micro: Sequence[Batch],
+    *,
+    weigh: Callable[[Mapping[str, Tensor]], Tensor],
+    around: Callable[[], contextlib.AbstractContextManager[object]],
+    layout: Whole,
+) -> Share:
+    """As :func:`plait.training.contrast.backward_pairwise`; several processes cannot go on without one's vectors."""
+    try:
+        return backward_pairwise(model, objective, micro, weigh=weigh, around=around, layout=layout)
+    except Exception as error:
+        if mesh.world() > 1 or not out_of_memory(error):
+            raise
+        why = first_line(error)
+    raise Exhausted(why)
 
 
 def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) -> None:

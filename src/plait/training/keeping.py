@@ -108,11 +108,12 @@ class Keeper:
         every = self.settings.save_every
         return bool(every) and step % every == 0 and not self.trained.progress.skipped_in_row
 
-    def save(self, *, before: Callable[[], None]) -> None:
+    def save(self, *, before: Callable[[], None], planned: bool = True) -> None:
         """Save the step at hand; every process calls this.
 
         Args:
             before: Makes durable what a checkpoint must never be ahead of.
+            planned: Whether a run that nobody stops would save here, too: only to such a step training may go back.
 
         Raises:
             NumericsError: A weight is not finite.
@@ -129,11 +130,13 @@ class Keeper:
                 place=f"step {progress.step}",
                 remedy=f"lower the learning rate; the last good state is {self.saver.last_good()}",
             )
-        best = progress.best[0] if progress.best else None
+        progress.anchor = progress.step if planned else progress.anchor
+        best = [progress.best[0]] if progress.best else []
+        stay = frozenset([*best, progress.anchor] if "rewind" in self.settings.guard.actions else best)
 
         def ready() -> None:
             before()
-            self.checkpoints.best = best
+            self.checkpoints.stay = stay
 
         if self._layout.in_pieces:
             ready()
@@ -205,6 +208,35 @@ class Keeper:
         self.saver.found(found, step=trained.progress.step)
         self._say_resumed(found)
         return trained.progress
+
+    def rewind(self) -> Progress | None:
+        """Put weights, optimizer, average and scale back to the last checkpoint; every process calls this.
+
+        Steps and generators stay as they are. One that only a stopped run has is passed over, so that such a run ends
+        where one ends that ran through.
+
+        Returns:
+            How far the run was then; None where there is no checkpoint.
+        """
+        trained = self.trained
+        self.wait()
+        anchor = trained.progress.anchor
+        path = mesh.first(lambda: str(self.checkpoints.whole(anchor) or self.checkpoints.newest() or ""))
+        if not path or not anchor:
+            return None
+        if Path(path) != self.checkpoints.path(anchor):
+            self.events.warning(f"checkpoint {anchor} is damaged or missing: back to {Path(path).name} instead")
+        stored = self._stored(Path(path))
+        with rng_kept():
+            then = restore_state(
+                Path(path), trained.tensors, trained.optimizer, stored=stored, elsewhere=self._layout.elsewhere
+            )
+        trained.progress.averaged, trained.progress.scale = then.averaged, then.scale
+        if trained.average is not None:
+            self._resume_average(trained.average, stored.average, Path(path))
+        if trained.scaler is not None and then.scale:
+            trained.scaler.scale, trained.scaler.good = then.scale
+        return then
 
     def _stored(self, checkpoint: Path) -> Stored:
         """Tensors of a checkpoint, however it holds them."""

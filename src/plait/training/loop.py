@@ -7,6 +7,7 @@ counted.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -19,26 +20,28 @@ from torch import Tensor, nn
 
 from plait.core import dtensors, mesh
 from plait.core.device import fingerprint, seed_everything
-from plait.core.errors import ConfigError, NumericsError, Stopped
+from plait.core.errors import ConfigError, Stopped
 from plait.core.events import Events
 from plait.core.files import write_json
-from plait.core.protocols import Batches, Objective
+from plait.core.protocols import Batches, Objective, Pairwise
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.computed import computed
 from plait.training.generators import rng_kept, rng_restorer
-from plait.training.gradient import Sums, accumulate, check_batches, named
+from plait.training.gradient import Sums, accumulate, check_batches
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
-from plait.training.monitor import Cost, Monitor, Plan, write_skipped
+from plait.training.monitor import Cost, Monitor, Plan
 from plait.training.optimizers import build_part
 from plait.training.parallel.order import timeline_record
 from plait.training.parallel.twin import lay_out
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
 from plait.training.rehearsal import Asked, rehearsal, rehearsing
-from plait.training.settings import FitResult, Hooks, Settings
+from plait.training.settings import EVALUATION, ON_TRAINING, FitResult, Hooks, Settings, judged
+from plait.training.smaller import Exhausted, divided, first_line, out_of_memory, release, smaller
 from plait.training.state import Origin, Progress, TrainState
+from plait.training.verdict import Judge
 
 
 def fit(
@@ -74,9 +77,10 @@ def fit(
         ConfigError: Nothing is trainable, settings are not those of the checkpoint, or a term has to see the whole
             batch at once.
         DataError: A step has no batch, or nothing to train on.
-        NumericsError: Too many steps in a row were not finite; the last checkpoint stays.
+        NumericsError: Too many steps in a row were left out, or ``settings.guard`` ends the run; the last checkpoint
+            stays.
         CheckpointError: A checkpoint does not fit this model, or none of several is whole.
-        ResourceError: The disk is full; the last checkpoint stays.
+        ResourceError: The disk is full, or a step does not fit the memory; the last checkpoint stays.
         Stopped: Ctrl-C or SIGTERM: the step at hand was finished and saved. A second signal stops at once.
     """
     hooks = hooks or Hooks()
@@ -163,6 +167,7 @@ class _Run:
             peak_flops=hooks.peak_flops * mesh.world(),
         )
         self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
+        self.judge = Judge(settings, keeper=self.keeper, layout=self.layout, around=self._autocast, events=events)
 
     def all(self, stop: StopRequest) -> FitResult:
         """Every step that is left."""
@@ -195,6 +200,8 @@ class _Run:
             step=self.progress.step,
             skipped=self.progress.skipped,
             overflowed=self.progress.overflowed,
+            spikes=self.progress.spikes,
+            rewound=self.progress.rewound,
             best=self.progress.best,
             resumed_from=self.resumed_from,
             values=values,
@@ -235,32 +242,20 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         ids = tuple(i for batch in micro for i in batch.sample_ids)
-        check_batches(micro, self.layout.objective, step=step)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
-        try:
-            with patience(stop):
-                sums = accumulate(
-                    self.layout.model,
-                    self.layout.objective,
-                    micro,
-                    weights=settings.weights,
-                    around=lambda: autocast(settings.compute.device, settings.compute.dtype),
-                    scale=self.scaler.scale if self.scaler else 1.0,
-                    layout=self.layout,
-                )
-        except Woken:
-            self._buffers_back(kept)
-            self.optimizer.zero_grad(set_to_none=True)
-            raise
+        micro, sums = self._gradient(micro, kept, stop)
         norm = self._clip() if sums.complete else math.nan  # that of a part of the gradient says nothing
         self.progress.step += 1
+        skipped = self.progress.skipped
         found = self._values(sums, norm=norm, factor=factor)
-        self._update(kept, sums, norm=norm, ids=ids)
+        self._update(kept, sums, norm=norm, micro=micro)
         self._note_timeline()
         self.optimizer.zero_grad(set_to_none=True)
         samples, tokens = total_units(
             len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro), self.layout.grid
         )
+        if self.progress.skipped == skipped:
+            self.progress.taken += samples
         cost = Cost(
             samples=samples,
             tokens=tokens,
@@ -268,15 +263,9 @@ class _Run:
             work_s=time.perf_counter() - began,
             save_s=self.keeper.saver.take_stalled(),
         )
-        found |= {"skipped": self.progress.skipped} | self._evaluate(stop)
+        found |= {"skipped": self.progress.skipped} | self._went_wrong() | self._evaluate(stop)
         values = self.monitor.step(self.progress.step, found, cost)
-        if self.progress.skipped_in_row >= settings.max_skipped_in_row:
-            raise NumericsError(
-                f"{self.progress.skipped_in_row} steps in a row not finite (loss {sums.loss}, gradient norm {norm})",
-                place=f"step {self.progress.step}, samples {named(ids)}",
-                remedy=f"lower the rate or look at the samples in {write_skipped(self.folder, self.progress.broken)}; "
-                f"the last good state is {self.keeper.saver.last_good()}",
-            )
+        self.judge.settle(self.folder, before=self.monitor.sync)
         if self.progress.unjudged:
             self.progress.untold = values  # told with its evaluation, when resumed
         else:
@@ -301,25 +290,79 @@ class _Run:
         finally:
             self.modes.reset_modes()
 
-    def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
-        """Move the weights, or leave the update out where a number is not finite."""
+    def _gradient(
+        self, micro: Sequence[Batch], kept: Mapping[str, Tensor], stop: StopRequest
+    ) -> tuple[Sequence[Batch], Sums]:
+        """The gradient of a step, in smaller micro-batches if it does not fit the memory; also returns these.
+
+        Raises:
+            Woken: As in :meth:`_step`.
+            ResourceError: The smallest micro-batches do not fit.
+        """
+        rng_back = rng_restorer()
+        while True:
+            parts = divided(micro, self.progress.pieces)
+            check_batches(parts, self.layout.objective, step=self.progress.step)
+            try:
+                with patience(stop):
+                    sums = accumulate(
+                        self.layout.model,
+                        self.layout.objective,
+                        parts,
+                        weights=self.settings.weights,
+                        around=self._autocast,
+                        scale=self.scaler.scale if self.scaler else 1.0,
+                        layout=self.layout,
+                    )
+                return parts, sums
+            except Woken:
+                self._buffers_back(kept)
+                self.optimizer.zero_grad(set_to_none=True)
+                raise
+            except Exception as error:
+                if not (isinstance(error, Exhausted) or out_of_memory(error)):
+                    raise
+                why, splits = first_line(error), isinstance(error, Exhausted)
+            # What the error held is free only here.
+            self._buffers_back(kept)
+            self.optimizer.zero_grad(set_to_none=True)
+            release()
+            rng_back()
+            self.progress.pieces = smaller(
+                micro,
+                self.progress.pieces,
+                why=why,
+                step=self.progress.step + 1,
+                splits=splits and self.settings.guard.out_of_memory == "split",
+                apart=not self.layout.objective.needs_global_batch or isinstance(self.layout.objective, Pairwise),
+                events=self.events,
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        return autocast(self.settings.compute.device, self.settings.compute.dtype)
+
+    def _went_wrong(self) -> dict[str, int]:
+        """Counts that are there only where something did."""
+        counts = {"spikes": self.progress.spikes, "rewound": self.progress.rewound}
+        return {name: count for name, count in counts.items() if count}
+
+    def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, micro: Sequence[Batch]) -> None:
+        """Move the weights, or leave the update out where something went wrong."""
         finite = sums.complete and math.isfinite(sums.loss) and math.isfinite(norm)
         too_high = self.scaler is not None and math.isfinite(sums.loss) and not finite and self.scaler.scale > 1
         if self.scaler is not None and math.isfinite(sums.loss):
             self.scaler.update(finite=finite)
             self.progress.scale = (self.scaler.scale, self.scaler.good)
-        if finite:
+        if too_high:  # nothing is wrong with these samples: a smaller scale will do
+            self._buffers_back(kept)
+            self.progress.overflowed += 1
+        elif self.judge.update(sums, norm=norm, micro=micro):
             self.optimizer.step()
-            self.progress.skipped_in_row = 0
-            self.progress.broken.clear()
             if self.average is not None:
                 self.average.update()
                 self.progress.averaged = self.average.updates
-        elif too_high:  # nothing is wrong with these samples: a smaller scale will do
-            self._buffers_back(kept)
-            self.progress.overflowed += 1
         else:
-            self._skip(kept, sums, norm=norm, ids=ids)
+            self._buffers_back(kept)
 
     def _evaluate(self, stop: StopRequest) -> dict[str, float]:
         """Ask the hook if it is time, and remember the best; given up after a signal, it is asked when resumed."""
@@ -329,13 +372,13 @@ class _Run:
             return {}
         try:
             with rng_kept(), self.keeper.shown(), patience(stop):
-                value = mesh.first(lambda: float(evaluate()))
+                found = mesh.first(lambda: judged(evaluate))
         except Woken:
             self.progress.unjudged = True
             return {}
         finally:
             self.modes.reset_modes()
-        best = self.progress.best
+        best, value = self.progress.best, found[EVALUATION]
         if settings.gains(value, best[1] if best else None):
             self.progress.best, self.progress.stale = (step, value), 0
         else:
@@ -343,9 +386,11 @@ class _Run:
         said = f"now the best, after {best[1]:.6g}" if best and not self.progress.stale else "the first"
         if self.progress.stale and self.progress.best is not None:
             at, most = self.progress.best
-            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluations ago"
-        self.events.note(f"step {step}: evaluation {value:.6g}; {said}", step=step, evaluation=str(value))
-        return {"evaluation": value}
+            several = "s" if self.progress.stale > 1 else ""
+            said = f"the best is {most:.6g} of step {at}, {self.progress.stale} evaluation{several} ago"
+        beside = f" (on training samples {found[ON_TRAINING]:.6g})" if ON_TRAINING in found else ""
+        self.events.note(f"step {step}: evaluation {value:.6g}{beside}; {said}", step=step, evaluation=str(value))
+        return found
 
     def _gave_up(self) -> bool:
         """Whether the last evaluations brought no gain; told by the checkpoint, so that a resumed run stays stopped."""
@@ -379,24 +424,6 @@ class _Run:
                 idle=record["idle"],
             )
 
-    def _skip(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, ids: Sequence[str]) -> None:
-        """Leave the update out: weights and optimizer are untouched, buffers go back to before the step."""
-        self._buffers_back(kept)
-        self.progress.skipped += 1
-        self.progress.skipped_in_row += 1
-        culprits = sums.not_finite or tuple(ids)
-        self.progress.broken.append(
-            {"step": self.progress.step, "loss": str(sums.loss), "grad_norm": str(norm), "samples": list(culprits)}
-        )
-        self.events.warning(
-            f"step {self.progress.step}: loss {sums.loss}, gradient norm {norm}: update left out "
-            f"({self.progress.skipped_in_row} in a row, {self.progress.skipped} in all); samples {named(culprits)}",
-            step=self.progress.step,
-            loss=str(sums.loss),
-            grad_norm=str(norm),
-            samples=list(culprits),
-        )
-
     def _buffers_back(self, kept: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, buffer in self.train_state.buffers().items():
@@ -405,7 +432,7 @@ class _Run:
     def _stop(self, stop: StopRequest) -> None:
         step = self.progress.step
         if step and self.keeper.saver.asked != step:
-            self.keeper.save(before=self.monitor.sync)
+            self.keeper.save(before=self.monitor.sync, planned=False)
         self.keeper.wait()
         text = (
             f"stopped after step {step} of {self.settings.steps}, which is saved" if step else "stopped before step 1"

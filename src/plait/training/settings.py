@@ -17,9 +17,10 @@ from plait.core.protocols import Batches, StatefulBatches
 from plait.core.spec import defaults
 from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
+from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer, Rates
 from plait.training.schedule import Cosine, Schedule
-from plait.training.trainer import Average, Parallel, Trainer, check_context, check_spread, check_staged
+from plait.training.trainer import Average, Parallel, Trainer, Validate, check_context, check_spread, check_staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,13 @@ class Stopping:
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}", place=name, remedy=f"set it to {bound} or more")
 
+    @classmethod
+    def of(cls, validation: Validate | None) -> Stopping | None:
+        """As a recipe says."""
+        if validation is None:
+            return None
+        return cls(every=validation.every, patience=validation.patience, least_gain=validation.least_gain)
+
     def gains(self, value: float, best: float | None) -> bool:
         """Whether a value beats the best one so far; NaN never does."""
         if best is None or math.isnan(value):
@@ -91,7 +99,8 @@ class Settings:
         keep_last: Checkpoints kept.
         async_save: Write checkpoints beside training, from a copy of the state in host memory; a step waits only while
             it is copied, or where the checkpoint before is still being written.
-        max_skipped_in_row: So many steps in a row without a finite number end the run.
+        max_skipped_in_row: So many steps in a row whose updates are left out end the run.
+        guard: What happens where a step goes wrong. A run may go on with another one.
         head: How losses over a vocabulary are computed, where the model leaves a choice: ``fused`` or ``full``.
         recompute: What Transformer blocks keep for the backward pass (:mod:`plait.models.recompute`).
         compile: Whether Transformer blocks are compiled (:mod:`plait.models.compiled`).
@@ -117,6 +126,7 @@ class Settings:
     keep_last: int = 2
     async_save: bool = False
     max_skipped_in_row: int = 10
+    guard: Guard = field(default_factory=Guard)
     head: Literal["fused", "full"] = "fused"
     recompute: Literal["none", "full", "selective"] = "none"
     compile: bool = False
@@ -165,8 +175,11 @@ class Settings:
         optimizer = trainer.optimizer
         if weight_decay is not None:
             optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
+        judged = {"validation": {"samples": trainer.validation.samples}} if trainer.validation else {}
         return replace(
             self,
+            context={**self.context, **judged},  # a value over other samples is not to be compared
+            stopping=Stopping.of(trainer.validation),
             rates=Rates(lr=lr, parts=parts or {}, layer_decay=trainer.layer_decay),
             optimizer=optimizer,
             schedule=trainer.schedule,
@@ -176,16 +189,17 @@ class Settings:
             recompute=trainer.recompute,
             compile=trainer.compile,
             parallel=trainer.parallel,
+            guard=trainer.guard,
             average=trainer.average,
         )
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint. Device and threads are in the fingerprint instead.
 
-        How the same step is computed (head, recompute, compile, parallel) is no part of it: a run may go on in
-        another way.
+        How the same step is computed (head, recompute, compile, parallel), and what happens where one goes wrong
+        (guard), is no part of it: a run may go on in another way.
         """
-        how = {"head", "recompute", "compile", "parallel"}
+        how = {"head", "recompute", "compile", "parallel", "guard"}
         skip = how | {"compute", "rates", "optimizer", "schedule", "average", "stopping", "weights", "context"}
         skip |= {"context_defaults"}
         return {
@@ -217,6 +231,30 @@ def _defaults_of(settings: Settings | Rates | Stopping) -> dict[str, Any]:
     return {item.name: item.default for item in fields(settings) if item.default is not MISSING}
 
 
+EVALUATION = "evaluation"
+"""Name of the value that says how good the model is, in what :attr:`Hooks.evaluate` gives and in the metrics."""
+
+ON_TRAINING = "evaluation_training"
+"""Name of the same value over samples that are trained on."""
+
+
+def judged(evaluate: Callable[[], float | Mapping[str, float]]) -> dict[str, float]:
+    """What a hook finds, by name.
+
+    Raises:
+        ConfigError: It gives several values, and none is called ``evaluation``.
+    """
+    found = evaluate()
+    values = {n: float(value) for n, value in (found if isinstance(found, Mapping) else {EVALUATION: found}).items()}
+    if EVALUATION not in values:
+        raise ConfigError(
+            f"the hook evaluate gives {', '.join(values) or 'nothing'}",
+            place="Hooks.evaluate",
+            remedy=f"call the value that says how good the model is {EVALUATION!r}",
+        )
+    return values
+
+
 def _nothing(_: Path) -> None: ...
 
 
@@ -232,7 +270,8 @@ class Hooks:
         save_model: Writes the model's own files (Hugging Face layout) into a checkpoint folder. Resuming does not read
             them. With ``async_save``, what it does not put off (:mod:`plait.core.snapshot`) is done within the step.
         evaluate: How good the model is now on data it does not learn from; in the modes that it had before training
-            unless the hook sets them. Modes and generators are put back afterwards.
+            unless the hook sets them. Modes and generators are put back afterwards. A value, or that under the name
+            ``evaluation`` with others beside it, which are recorded, too.
         on_step: Told ``(finished steps, values)`` after every step and before its checkpoint, so that a killed run
             tells it again rather than never. One that takes too long after a signal is given up, and the step is told
             again when the run is resumed. It may sample from the model: generators and train/eval modes are put back
@@ -246,7 +285,7 @@ class Hooks:
     """
 
     save_model: Callable[[Path], None] = _nothing
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], float | Mapping[str, float]] | None = None
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     tells: Callable[[int], bool] = _always
     task: str = "train"
@@ -263,8 +302,10 @@ class FitResult:
         checkpoint: The checkpoint of the model as it is left: the best one where the run was evaluated and that one is
             whole, else the last.
         step: Finished steps.
-        skipped: Steps whose update was left out because a number was not finite.
+        skipped: Steps whose update was left out because a number was not finite, or a spike.
         overflowed: Steps of float16 whose update was left out because the loss was scaled too high.
+        spikes: Steps with a loss or gradient norm far above those before, whatever was done then.
+        rewound: Steps whose updates were lost by going back to a checkpoint's weights.
         best: Step and value of the best evaluation, where there was one.
         resumed_from: Step it went on from; 0 for a new run.
         values: Values of the last step done now; empty if there was nothing left to do.
@@ -274,6 +315,8 @@ class FitResult:
     step: int
     skipped: int
     overflowed: int = 0
+    spikes: int = 0
+    rewound: int = 0
     best: tuple[int, float] | None = None
     resumed_from: int
     values: Mapping[str, Any]

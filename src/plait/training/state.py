@@ -57,6 +57,14 @@ class Progress:
         best: Step and value of the best evaluation.
         stale: Evaluations since the best one.
         unjudged: Whether a signal ended the evaluation of the last step.
+        taken: Samples whose updates are in the weights.
+        spikes: Steps with a loss or gradient norm far above those before.
+        spikes_in_row: How many of these were the last ones.
+        watched: Losses and norms that the next ones are compared with (:class:`plait.training.guard.Watch`).
+        rewinds: How often training went back to a checkpoint's weights.
+        rewound: Steps whose updates were lost by that.
+        anchor: Step of the last checkpoint that a run that nobody stopped has, too; 0 for none.
+        pieces: In how many parts micro-batches are done since memory ran out.
     """
 
     step: int = 0
@@ -70,6 +78,14 @@ class Progress:
     best: tuple[int, float] | None = None
     stale: int = 0
     unjudged: bool = False
+    taken: int = 0
+    spikes: int = 0
+    spikes_in_row: int = 0
+    watched: dict[str, list[float]] = field(default_factory=dict)
+    rewinds: int = 0
+    rewound: int = 0
+    anchor: int = 0
+    pieces: int = 1
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for the checkpoint."""

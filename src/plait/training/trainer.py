@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from plait.core.errors import ConfigError
 from plait.core.grid import Grid
 from plait.core.spec import Spec
+from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer
 from plait.training.schedule import Cosine, Schedule
 
@@ -24,6 +25,27 @@ class Average(Spec):
     """Share of the old average that stays; in the first steps less, so that the start is soon forgotten."""
     use: bool = True
     """Look at, score and save the average as the model. Otherwise it is only kept in the checkpoints' `resume/`."""
+
+
+class Validate(Spec):
+    """Judging while training: the loss on samples of the split `validation`, which is in no test and not trained on.
+
+    It is what is minimized (the same terms with the same weights, as sums over counts), without dropout, views or other
+    changes. The checkpoint that is best so is the result.
+    """
+
+    every: int = Field(default=50, ge=1)
+    """Steps from one evaluation to the next; the last step is evaluated, too."""
+    samples: int = Field(default=128, ge=2)
+    """Most samples that are evaluated, the same ones every time, in the shares that training has (of tasks). A
+    contrastive loss compares all of them with each other, so its value depends on their number, not on `batch_size`."""
+    patience: int = Field(default=0, ge=0)
+    """So many evaluations in a row without a gain end training early; 0 never does."""
+    least_gain: float = Field(default=0.0, ge=0.0)
+    """What the best evaluation must be beaten by to be one with a gain."""
+    gap: bool = True
+    """Evaluate as many samples of training likewise: how much lower their loss is shows what is learned by heart. It
+    doubles the time of evaluations."""
 
 
 class Parallel(Spec):
@@ -198,10 +220,15 @@ class Trainer(Spec):
     and cores are left; each process takes about 60 MiB and a copy of the texts."""
     average: Average | None = None
     """Keep a moving average of the trained weights (EMA): `{}` takes its defaults. By default there is none."""
+    validation: Validate | None = None
+    """Judge the model while it trains, keep the best checkpoint, stop early: `{}` takes its defaults; needs
+    `data.source.validation`. With `average.use` it is the average that is judged. By default nothing is."""
     micro_batch: int = Field(default=0, ge=0)
     """Samples of a batch that go through the model at once: less memory, the same gradient, also of a contrastive loss
     (cached gradients: up to one forward pass more). Of packed rows (tune), the rows that so many samples fill. 0 takes
     the whole batch."""
+    guard: Guard = Guard()
+    """What happens where a step goes wrong: spikes, numbers that are not finite, memory that runs out."""
     parallel: Parallel = Parallel()
     """How several processes share the work."""
     async_save: bool = False

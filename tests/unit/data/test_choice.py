@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.core.types import Sample, Text, Turn
-from plait.data.choice import held_out, spread
+from plait.data.choice import held_out, in_shares, spread
 
 pytestmark = pytest.mark.light
 
@@ -63,3 +63,22 @@ def test_the_wanted_split_or_the_first_that_is_there() -> None:
     assert held_out(["test-both", "test-concept", "train"], "test-both") == "test-both"
     assert held_out(["test-both", "test-concept", "train"], "test-style") == "test-concept"
     assert held_out(["train"], "test-style") is None
+
+
+@given(
+    shares=st.dictionaries(st.sampled_from(["name.en", "yesno", "count", "group"]), st.floats(0.01, 9.0), min_size=1),
+    limit=st.integers(0, 60),
+    seed=st.integers(0, 9),
+)
+def test_tasks_have_their_shares_to_within_one_question(shares: dict[str, float], limit: int, seed: int) -> None:
+    found = in_shares(SAMPLES, shares, limit=limit, seed=seed)
+    there = {task: share for task, share in shares.items() if task != "group"}  # of which there are none
+    counts = Counter(str(sample.meta["task"]) for sample in found)
+    assert len(found) == len({sample.id for sample in found}) <= limit
+    assert set(counts) <= set(there)
+    for task, share in there.items():
+        assert abs(counts[task] - len(found) * share / sum(there.values())) < 1
+    if there and len(found) < limit:  # then one more would be more than there are of a task
+        available = Counter(str(sample.meta["task"]) for sample in SAMPLES)
+        assert any((len(found) + 1) * share / sum(there.values()) > available[task] for task, share in there.items())
+    assert found == in_shares(SAMPLES[::-1], shares, limit=limit, seed=seed)

@@ -22,6 +22,9 @@ from plait.core.errors import DataError
 from plait.core.launch import place
 from plait.data.conversations import ConversationBatches
 
+JUDGED = ["data.source.validation=0.2", "stages.tune.words.steps=1"]
+JUDGED += [f"stages.{stage}.trainer.validation={{every: 2, samples: 5}}" for stage in ("pretrain", "tune", "align")]
+
 
 def command(root: Path, *words: str) -> Callable[[], int]:
     """What a process does that was started with these words; what it prints is kept, by verb and number."""
@@ -67,6 +70,8 @@ def all_of(root: Path, folders: dict[str, Path]) -> dict[str, Any]:
         "faulty": (2, faulty, []),
         "too many": (2, command, ["stages.tune.words.batch_size=1"]),
         "misspelt": (2, command, ["stages.pretrain.batch_sizes=1"]),
+        "judged by one": (1, command, JUDGED),
+        "judged by two": (2, command, JUDGED),
     }
     found: dict[str, Any] = {}
     for name, (world, kind, words) in cases.items():

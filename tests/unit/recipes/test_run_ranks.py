@@ -62,6 +62,23 @@ def test_two_processes_make_the_model_of_one(outcome: Outcome, stage: str) -> No
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.row("S4-63")
+@pytest.mark.parametrize("stage", ["02-pretrain", "03-tune/connector", "03-tune/decoder", "04-align"])
+def test_two_processes_are_judged_as_one_is(outcome: Outcome, stage: str) -> None:
+    found: list[list[dict[str, float]]] = []
+    for case, processes in (("judged by one", 1), ("judged by two", 2)):
+        assert outcome.ended[case] == [0] * processes, outcome.said(case, 0, "err")
+        records = read_jsonl(outcome.run(case) / stage / "metrics.jsonl")
+        values = [{k: v for k, v in record.items() if k.startswith("evaluation")} for record in records]
+        found.append([one for one in values if one])
+    assert len(found[0]) == len(found[1]) > 0
+    for one, two in zip(*found, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    kept = [summary(outcome.run(case))["stages"] for case in ("judged by one", "judged by two")]
+    models = [[stage["summary"].get("model", "") for stage in stages] for stages in kept]
+    assert models[0] == models[1], "the same steps are the best ones"
+
+
 def test_the_first_process_has_the_run_and_the_others_a_folder_in_it(outcome: Outcome) -> None:
     run = outcome.run("two")
     others = {path.relative_to(run / "ranks").as_posix() for path in (run / "ranks").rglob("*") if path.is_dir()}

@@ -16,7 +16,7 @@ from plait.core.estimate import Machine
 from plait.core.events import Event, Events
 from plait.core.files import find_model, read_done, read_json, read_jsonl
 from plait.stages.align import REFERENCE, Align
-from plait.training.trainer import Trainer
+from plait.training.trainer import Trainer, Validate
 
 MACHINE = Machine(
     cores=2, memory_bytes=8 * 2**30, disk_bytes=50 * 2**30, gemm_fp32=2.8e11, gemm_bf16=1.3e12, measured=True
@@ -142,7 +142,7 @@ def test_more_of_anything_costs_more() -> None:
     base = Align().estimate(MACHINE, {})
     assert 0 < base.seconds[0] < base.seconds[1]
     assert base.params_trainable == Lora(rank=16, targets=tuple(SMOLLM2_135M.matrices())).params(SMOLLM2_135M)
-    for larger in ({"steps": 24}, {"test_pairs": 256}, {"batch_size": 32}):
+    for larger in ({"steps": 24}, {"test_pairs": 256}, {"batch_size": 32}, {"trainer": Trainer(validation=Validate())}):
         assert Align(**larger).estimate(MACHINE, {}).flops > base.flops
     assert Align(max_pairs=16).estimate(MACHINE, {}).flops < base.flops
     assert sum(Align(batch_size=32).estimate(MACHINE, {}).memory.values()) > sum(base.memory.values())

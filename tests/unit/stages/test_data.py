@@ -89,6 +89,7 @@ def test_a_plain_text_names_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         {"source": {"kind": "emoji", "variants": "two"}},
         {"source": {"kind": "photos"}},
         {"source": {"kind": "pairs"}},
+        {"source": {"kind": "pairs", "path": "x", "test_fraction": 0.3, "validation": 0.3}},
         {"questions": {"yes_no": -1}},
         {"max_fault_rate": 1.1},
     ],
@@ -138,6 +139,33 @@ def test_questions_show_and_name_only_their_own_split(tmp_path: Path) -> None:
                 assert home in (split, f"instruct-{split}")
                 if question.meta["task"] in ("name.en", "left", "right", "above"):
                     assert {a.text for a in question.answers} <= set(own)
+
+
+@pytest.mark.row("S4-63")
+@pytest.mark.usefixtures("emoji_home")
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_validation_split_is_asked_about_and_changes_no_test(tmp_path: Path, limit: int | None) -> None:
+    source = {"kind": "emoji", "held_out": 5, "max_test": 5, "max_train": limit}
+    settings = {name: SMALL | {"source": source | {"validation": n}} for name, n in (("without", 0), ("with", 4))}
+    without, folder = (run(tmp_path / name, given) for name, given in settings.items())
+    for path in (without / "shards").glob("*test*"):
+        assert path.read_bytes() == (folder / "shards" / path.name).read_bytes(), path.name
+    done = read_done(folder)
+    assert done is not None
+    assert done["summary"]["splits"]["validation"] == 4
+    assert {"name.en", "yesno", "count"} <= set(done["summary"]["instruct"]["validation"])
+    with (
+        ShardReader(folder / "shards", "instruct-validation") as asked,
+        ShardReader(without / "shards", "train") as seen,
+    ):
+        pictures = {name for question in asked for name in question.meta["pictures"]}
+        both = pictures & {sample.id for sample in seen}
+        assert both == (pictures if limit is None else set()), "taken from training only where that has no limit"
+    card = (folder / "card.md").read_text()
+    assert "| validation | 4 | 4 | held out too, in the training style" in card
+    assert "validation concepts: 4" in card
+    estimate = Data.model_validate(settings["with"]).estimate(MACHINE, {})
+    assert estimate.samples["validation"] == 4
 
 
 @pytest.mark.usefixtures("emoji_home")
@@ -318,6 +346,8 @@ def test_the_estimate_of_own_data_reads_the_list_only(tmp_path: Path) -> None:
     (tmp_path / "mine/img/0.png").write_bytes(b"no picture: found when it is opened, not before")
     estimate = Data.model_validate({"source": str(path)}).estimate(MACHINE, {})
     assert (estimate.samples["train"], estimate.samples["test-concept"]) == (27, 3)
+    source = {"kind": "pairs", "path": str(path), "validation": 0.2}
+    assert Data.model_validate({"source": source}).estimate(MACHINE, {}).samples["validation"] == 6
     assert "30 of 30 rows" in estimate.notes[0]
 
 
@@ -328,11 +358,15 @@ def test_without_the_packages_the_estimate_is_of_the_pinned_ones(
     estimate = Data().estimate(MACHINE, {})
     assert (estimate.samples["train"], estimate.samples["test-style"]) == (1127, 200)
     assert "plait data fetch" in estimate.notes[0]
+    estimate = Data.model_validate({"source": {"kind": "emoji", "validation": 100}}).estimate(MACHINE, {})
+    assert (estimate.samples["train"], estimate.samples["validation"]) == (1027, 100)
 
 
 @pytest.mark.usefixtures("emoji_home")
 def test_questions_can_be_spoken(tmp_path: Path) -> None:
-    settings = SMALL | {"questions": {**SMALL["questions"], "spoken": {"voices": ["en-us"], "test_voices": ["en"]}}}
+    spoken: dict[str, Any] = {"voices": ["en-us"], "test_voices": ["en"]}
+    source = {**SMALL["source"], "validation": 2}
+    settings = SMALL | {"source": source, "questions": {**SMALL["questions"], "spoken": spoken}}
     folder = run(tmp_path / "01-data", settings)
     done = read_done(folder)
     assert done is not None
@@ -345,6 +379,7 @@ def test_questions_can_be_spoken(tmp_path: Path) -> None:
     assert sum(kind == ["image"] for kind in kinds) == spoken["train"]["written"]["script"] > 0  # the Chinese ones
     assert voices == {"en-us"}
     assert set(spoken["test-concept"]["voices"]) == {"en"}
+    assert set(spoken["validation"]["voices"]) == {"en-us"}, "no voice of the tests before them"
     card = (folder / "card.md").read_text()
     assert "## Spoken questions" in card
     assert "GPL-3.0-or-later" in card

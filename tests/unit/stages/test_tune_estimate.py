@@ -74,6 +74,18 @@ def test_more_of_anything_costs_more() -> None:
     assert Tune().estimate(MACHINE, {}).params_trainable == base.params_trainable
 
 
+def test_judging_costs_forward_passes() -> None:
+    def flops(**validation: Any) -> float:
+        given = {"validation": validation} if validation else {}
+        return Tune.model_validate({"trainer": given}).estimate(MACHINE, {"data": DATA}).flops
+
+    base, once, often = flops(), flops(every=1000, gap=False), flops(every=10, gap=False)
+    assert base < once < often
+    # Two phases end with one each; of 5 and 120 steps every tenth: 1 and 12.
+    assert (often - base) / (once - base) == pytest.approx(13 / 2)
+    assert (flops(every=10) - base) / (often - base) == pytest.approx(2)
+
+
 def test_recomputation_takes_less_memory_and_more_time_and_a_full_head_more_memory() -> None:
     def of(**trainer: Any) -> Estimate:
         return needs.estimate(Tune(batch_size=200, trainer=Trainer(**trainer)), MACHINE, {"data": DATA})

@@ -35,6 +35,7 @@ from plait.models.crossattend import GatedCrossAttention
 from plait.models.multimodal import MultimodalLM
 from plait.models.transformer import TransformerSizes
 from plait.objectives.language import NextToken
+from plait.training.guard import Guard
 from plait.training.schedule import Constant
 from plait.training.settings import Hooks, Stopping
 from plait.training.trainer import Average, Parallel
@@ -201,6 +202,73 @@ def skipping(folder: Path, *, zero: int) -> Any:
     return [digest(weights(model)), mine, [event.text for event in said if event.kind == "warning"]]
 
 
+class Tight(NextToken):
+    """Has room for one row in one process, from the third step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        self.steps += 1
+        if self.steps >= 3 and mesh.rank() == 1 and len(batch.token_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().__call__(model, batch)
+
+
+class High(NextToken):
+    """Its loss is a hundred times as high in one process, in one step."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        sums = super().__call__(model, batch)
+        bad = mesh.rank() == 1 and batch.sample_ids[0].startswith("24:")
+        return {name: value * 100 if bad else value for name, value in sums.items()}
+
+
+class Again:
+    """The same five steps over and over; samples are named with their step."""
+
+    def step_batches(self, step: int) -> list[Batch]:
+        batches = source(packed=False).step_batches(step % STEPS)
+        return [replace(b, sample_ids=tuple(f"{step}:{name}" for name in b.sample_ids)) for b in batches]
+
+
+def guarded(root: Path) -> dict[str, Any]:
+    """Memory of one process runs out; a spike of one process: all do the same."""
+
+    def exhausted(folder: Path, *, zero: int) -> Any:
+        said: list[Event] = []
+        try:
+            model = trained(
+                WHOLE.model(), folder, batches=source(packed=False), objective=Tight(), said=said, **spread(zero)
+            )
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        alone = torch.load(root / "alone.pt", weights_only=True)
+        told = [event.text for event in said if event.kind == "warning"]
+        return [digest(weights(model)), told, apart(weights(model), alone, weights(WHOLE.model()))]
+
+    def spiked(folder: Path, action: str) -> Any:
+        said: list[Event] = []
+        guard = Guard.model_validate({"spike": action})
+        model = trained(
+            WHOLE.model(), folder, batches=Again(), objective=High(), said=said, steps=26, save_every=8, guard=guard
+        )
+        return [digest(weights(model)), [event.text for event in said if event.kind == "warning"]]
+
+    def alone() -> str:
+        model = trained(WHOLE.model(), root / "alone", batches=source(packed=False))
+        torch.save(weights(model), root / "alone.pt")
+        return "kept"
+
+    root.mkdir(parents=True)
+    together(1, alone)
+    found: dict[str, Any] = {
+        f"memory, ZeRO-{zero}": together(2, partial(exhausted, root / f"m{zero}", zero=zero)) for zero in (0, 2)
+    }
+    return found | {name: together(2, partial(spiked, root / name, name)) for name in ("skip", "rewind")}
+
+
 def shown(root: Path) -> dict[str, Any]:
     """What the caller's hooks see: the whole model, in process 0 alone, while it trains in pieces."""
     average = {"average": Average(decay=0.5)}
@@ -353,6 +421,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "faults": faults,
     "begun": begun,
     "skipped": skipped,
+    "guarded": guarded,
     "shown": shown,
     "unlike": unlike,
     "lacking": lacking,

@@ -151,7 +151,7 @@ def test_both_passes_drop_the_same_units() -> None:
     def in_one_graph() -> dict[str, torch.Tensor]:
         torch.manual_seed(7)
         parts = [loss.embed(model, piece) for piece in pieces]
-        whole = contrast._join(parts)  # pyright: ignore[reportPrivateUsage]
+        whole = contrast.join(parts)
         model.zero_grad(set_to_none=True)
         sums = loss.loss(whole)
         weights = {

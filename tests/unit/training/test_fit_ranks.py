@@ -78,6 +78,31 @@ def test_a_loss_that_is_not_finite_in_one_process_is_left_out_in_all_which_name_
         assert warning.endswith(f"samples {', '.join(second[1])}")
 
 
+@pytest.mark.row("S4-60")
+def test_memory_that_runs_out_in_one_process_makes_all_take_smaller_pieces(case: Case) -> None:
+    found = case("guarded")
+    (first, told, far), (second, also, _) = found["memory, ZeRO-0"]
+    assert first == second
+    assert told == [told[0]]
+    assert told[0].startswith("step 3: memory ran out (in another process); done again")
+    assert also[0].startswith("step 3: memory ran out (CUDA out of memory.)")
+    assert far <= BOUNDS["float64"]
+    # Where passes wait for each other, nobody can do one again: it ends with what to do.
+    assert any("processes pass in step here" in said and "micro_batch" in said for said in found["memory, ZeRO-2"])
+
+
+def test_a_spike_of_one_process_is_left_out_or_taken_back_in_all(case: Case) -> None:
+    found = case("guarded")
+    for name in ("skip", "rewind"):
+        (first, told), (second, also) = found[name]
+        assert first == second, name
+        assert told == also, name
+        assert told[0].startswith("step 25: ")
+        assert "update left out" in told[0]
+        assert "samples 24:" in told[0]
+    assert found["rewind"][0][1][1].startswith("went back to the weights of step 24")
+
+
 def test_hooks_see_the_whole_model_in_the_first_process_alone(case: Case) -> None:
     found = case("shown")
     log = found.pop("log")

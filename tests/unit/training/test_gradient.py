@@ -246,7 +246,7 @@ class Other(Ranks):
         return [text, text]
 
     def all_reduce_sum(self, value: torch.Tensor, group: None = None) -> torch.Tensor:
-        which_have = value.dtype == torch.int64 and len(value) > 2
+        which_have = value.dtype == torch.int64 and len(value) > 3
         return value.add_(1) if which_have and self.has_all else value.mul_(2)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from plait.core.errors import DataError
 from plait.core.types import Sample
 
+VALIDATION = "validation"
+"""Split that training is judged by while it goes on: never trained on, and no test."""
+
 
 def sample_id(source: str, *content: bytes | str) -> str:
     """A stable id: 24 hex digits of a hash over the source and everything that makes the sample what it is.

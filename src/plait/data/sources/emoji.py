@@ -1,8 +1,8 @@
 """Emoji as image-text pairs: Twemoji for training, OpenMoji as the unseen style, names in English and Chinese.
 
 Four splits without leaks: ``train`` (Twemoji), ``test-concept`` (held-out concepts, Twemoji), ``test-style`` (seen
-concepts drawn by OpenMoji) and ``test-both`` (held-out concepts drawn by OpenMoji). What one concept is:
-:mod:`plait.data.sources.emoji_concepts`.
+concepts drawn by OpenMoji) and ``test-both`` (held-out concepts drawn by OpenMoji); and, where that is wanted,
+``validation`` (other held-out concepts, Twemoji). What one concept is: :mod:`plait.data.sources.emoji_concepts`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plait.core.packages import locate, package, verify
 from plait.core.types import Answer, MediaRef, Sample, Turn
 from plait.data.ledger import Ledger
 from plait.data.media import MediaError, open_image
-from plait.data.sources import Gathered, Origin, Picture, rank, sample_id
+from plait.data.sources import VALIDATION, Gathered, Origin, Picture, rank, sample_id
 from plait.data.sources.emoji_concepts import (
     Entry,
     char_of,
@@ -45,6 +45,7 @@ class EmojiChoice:
     """What is taken; see :class:`plait.stages.data.EmojiSource`, whose fields these are."""
 
     held_out: int
+    validation: int = 0
     size: int
     variants: Literal["one", "all"]
     flags: bool
@@ -92,7 +93,7 @@ def gather_emoji(choice: EmojiChoice, ledger: Ledger, listener: Callable[[int, i
     if choice.variants == "one":
         trained = _drop_doubles(trained, ledger)
     concepts = {d.char: d.concept for d in trained}
-    held = hold_out(concepts.values(), choice.held_out, choice.seed)
+    held = hold_out(concepts.values(), choice)
     splits = {"test-style": [], "test-both": []} | _subsample(trained, held, choice, ledger=ledger)
     # Only now, so that pictures that are not used need not be rendered.
     known = {old.concept: concepts[old.char] for old in items[TRAIN_STYLE] if old.char in concepts}
@@ -104,7 +105,9 @@ def gather_emoji(choice: EmojiChoice, ledger: Ledger, listener: Callable[[int, i
     pictures = [_picture(item, split) for split, drawn in splits.items() for item in drawn]
     for picture, item in zip(pictures, (d for drawn in splits.values() for d in drawn), strict=True):
         ledger.keep(item.row, split=picture.sample.meta["split"], sample=picture.sample.id, changes=item.changes)
-    facts = {"concepts": len(set(concepts.values())), "held_out_concepts": len(held), "pixels": choice.size}
+    facts = {"concepts": len(set(concepts.values())), "held_out_concepts": choice.held_out}
+    facts |= {"validation_concepts": choice.validation} if choice.validation else {}
+    facts |= {"pixels": choice.size}
     ordered = tuple(sorted(pictures, key=lambda p: p.sample.id))
     return Gathered(pictures=ordered, origins=origins(), together=_TOGETHER, facts=facts, limits=_LIMITS)
 
@@ -119,7 +122,7 @@ def preview_emoji(choice: EmojiChoice) -> dict[str, int]:
     ledger = Ledger()
     items = choose(choice, ledger, find=locate)
     known = {d.concept: d.concept for d in items[TRAIN_STYLE]}
-    held = hold_out(known, choice.held_out, choice.seed)
+    held = hold_out(known, choice)
     splits = _subsample(items[TRAIN_STYLE], held, choice, ledger=ledger)
     splits |= _subsample(list(_known(items[TEST_STYLE], known, ledger)), held, choice, ledger=ledger)
     return {split: len(drawn) for split, drawn in sorted(splits.items())}
@@ -150,20 +153,26 @@ def choose(choice: EmojiChoice, ledger: Ledger, *, find: Callable[[str], Path]) 
     return found
 
 
-def hold_out(concepts: Iterable[str], number: int, seed: int) -> frozenset[str]:
-    """The concepts that are never trained on: the first in an order that depends only on seed and concept.
+def hold_out(concepts: Iterable[str], choice: EmojiChoice) -> dict[str, str]:
+    """The concepts that are never trained on, each with what it is held out for: ``test`` or ``validation``.
+
+    In an order that depends only on seed and concept, those of the test are the first and those of validation the last:
+    which are tested does not depend on how many validate, and a limit of pictures leaves the first of the others.
 
     Raises:
         DataError: More than half would be held out.
     """
-    ordered = sorted(set(concepts), key=lambda concept: rank(seed, concept))
+    ordered = sorted(set(concepts), key=lambda concept: rank(choice.seed, concept))
+    number = choice.held_out + choice.validation
     if number > len(ordered) // 2:
+        both = f" ({choice.held_out:,} to test, {choice.validation:,} to validate)" if choice.validation else ""
         raise DataError(
-            f"{number:,} concepts are to be held out, but there are only {len(ordered):,} in all",
-            place="data.source.held_out",
+            f"{number:,} concepts are to be held out{both}, but there are only {len(ordered):,} in all",
+            place="data.source.validation" if choice.validation else "data.source.held_out",
             remedy=f"hold out at most {len(ordered) // 2:,}",
         )
-    return frozenset(ordered[:number])
+    held = dict.fromkeys(ordered[: choice.held_out], "test")
+    return held | dict.fromkeys(ordered[len(ordered) - choice.validation :], VALIDATION)
 
 
 def origins() -> tuple[Origin, ...]:
@@ -342,14 +351,16 @@ def _known(items: list[Drawn], known: Mapping[str, str], ledger: Ledger) -> Iter
             ledger.drop(item.row, "not-in-train-style", step="choose")
 
 
-def _split(item: Drawn, held: frozenset[str]) -> str:
+def _split(item: Drawn, held: Mapping[str, str]) -> str:
+    """Where a picture goes; "" for one that goes nowhere: a concept of validation in the style of tests."""
+    use = held.get(item.concept, "")
     if item.style == TRAIN_STYLE:
-        return "test-concept" if item.concept in held else "train"
-    return "test-both" if item.concept in held else "test-style"
+        return {"": "train", "test": "test-concept"}.get(use, VALIDATION)
+    return {"": "test-style", "test": "test-both"}.get(use, "")
 
 
 def _subsample(
-    items: list[Drawn], held: frozenset[str], choice: EmojiChoice, *, ledger: Ledger
+    items: list[Drawn], held: Mapping[str, str], choice: EmojiChoice, *, ledger: Ledger
 ) -> dict[str, list[Drawn]]:
     """Split, and keep the first pictures of each split: one of every concept before a second of any."""
     turn: dict[str, int] = defaultdict(int)
@@ -358,9 +369,13 @@ def _subsample(
         keyed.append((turn[item.concept], rank(choice.seed, item.concept), item))
         turn[item.concept] += 1
     splits: dict[str, list[Drawn]] = defaultdict(list)
+    limits = {"train": (choice.max_train, "over-max-train"), VALIDATION: (None, "")}
     for _, _, item in sorted(keyed, key=lambda k: k[:2]):
         split = _split(item, held)
-        limit, reason = (choice.max_train, "over-max-train") if split == "train" else (choice.max_test, "over-max-test")
+        if not split:
+            ledger.drop(item.row, "validated", step="split")
+            continue
+        limit, reason = limits.get(split, (choice.max_test, "over-max-test"))
         if limit is None or len(splits[split]) < limit:
             splits[split].append(item)
         else:

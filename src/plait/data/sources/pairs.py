@@ -19,7 +19,7 @@ from plait.core.errors import DataError
 from plait.core.types import Answer, MediaRef, Sample, Turn
 from plait.data.ledger import Ledger
 from plait.data.media import Limits, MediaError, open_image, read_media, resolve_inside
-from plait.data.sources import Gathered, Origin, Picture, rank, sample_id
+from plait.data.sources import VALIDATION, Gathered, Origin, Picture, rank, sample_id
 from plait.data.sources.pair_files import Line, read_lines
 
 SOURCE = "pairs"
@@ -35,7 +35,8 @@ class PairsChoice:
         path: CSV file or folder.
         root: Pictures outside are refused.
         licence: Of the pictures.
-        test_fraction: Share of the rows to hold out.
+        test_fraction: Share of the rows to hold out for the test.
+        validation: Share of the rows to hold out for validation.
         min_rows: Fewer usable rows than this are an error.
         limits: Of one picture.
         max_train: At most this many in training.
@@ -47,6 +48,7 @@ class PairsChoice:
     root: Path
     licence: str
     test_fraction: float
+    validation: float = 0.0
     min_rows: int
     limits: Limits
     max_train: int | None
@@ -111,6 +113,8 @@ def gather_pairs(choice: PairsChoice, ledger: Ledger, listener: Callable[[int, i
     )
     held = {pair.group for pair in splits.get("test-concept", ())}
     facts = {"rows": len(lines), "groups": len({pair.group for pair in pairs}), "held_out_groups": len(held)}
+    if validation := {pair.group for pair in splits.get(VALIDATION, ())}:
+        facts["validation_groups"] = len(validation)
     return Gathered(
         pictures=tuple(sorted(pictures, key=lambda p: p.sample.id)),
         origins=(origin,),
@@ -183,28 +187,45 @@ def _split(pairs: list[_Pair], choice: PairsChoice, ledger: Ledger) -> dict[str,
     members: dict[str, list[_Pair]] = defaultdict(list)
     for pair, group in zip(pairs, groups, strict=True):
         members[group].append(replace(pair, group=group))
-    wanted = max(1, round(choice.test_fraction * len(pairs))) if choice.test_fraction else 0
-    test: list[_Pair] = []
-    train: list[_Pair] = []
-    for group in sorted(members, key=lambda g: rank(choice.seed, g)):
-        fits = len(test) < wanted and len(test) + len(members[group]) <= max(_BIGGEST_SHARE * wanted, 1)
-        (test if fits else train).extend(members[group])
-    if wanted and not (test and train):
-        raise DataError(
-            f"nothing can be held out: {len(pairs):,} rows make {len(members):,} groups with a common picture or text",
-            place=str(choice.path),
-            remedy="give more different texts, or set data.source.test_fraction=0 to go without a test",
-        )
+    ordered = sorted(members, key=lambda g: rank(choice.seed, g))
+    tested = _first_groups(ordered, members, share=choice.test_fraction, of=len(pairs))
+    rest = [group for group in ordered if group not in tested]
+    validated = _first_groups(rest[::-1], members, share=choice.validation, of=len(pairs))
+    found = {
+        "train": [pair for group in rest if group not in validated for pair in members[group]],
+        VALIDATION: [pair for group in rest if group in validated for pair in members[group]],
+        "test-concept": [pair for group in ordered if group in tested for pair in members[group]],
+    }
+    for split, setting in ((VALIDATION, "validation"), ("test-concept", "test_fraction")):
+        if getattr(choice, setting) and not (found[split] and found["train"]):
+            raise DataError(
+                f"nothing can be held out as {split}: {len(pairs):,} rows make {len(members):,} groups with a common "
+                "picture or text",
+                place=str(choice.path),
+                remedy=f"give more different texts, or set data.source.{setting}=0 to go without",
+            )
     splits: dict[str, list[_Pair]] = {}
-    for split, found, limit, reason in (
-        ("train", train, choice.max_train, "over-max-train"),
-        ("test-concept", test, choice.max_test, "over-max-test"),
+    for split, limit, reason in (
+        ("train", choice.max_train, "over-max-train"),
+        (VALIDATION, None, ""),
+        ("test-concept", choice.max_test, "over-max-test"),
     ):
-        ordered = sorted(found, key=lambda p: rank(choice.seed, p.row))
-        for pair in ordered[limit:] if limit is not None else ():
+        by_row = sorted(found[split], key=lambda p: rank(choice.seed, p.row))
+        for pair in by_row[limit:] if limit is not None else ():
             ledger.drop(pair.row, reason, step="subsample", split=split)
-        splits[split] = ordered[:limit]
+        splits[split] = by_row[:limit]
     return splits
+
+
+def _first_groups(ordered: list[str], members: Mapping[str, list[_Pair]], *, share: float, of: int) -> set[str]:
+    """The first groups that make up a share of the rows; one that would make it much larger is passed over."""
+    wanted = max(1, round(share * of)) if share else 0
+    taken, rows = set[str](), 0
+    for group in ordered:
+        if rows < wanted and rows + len(members[group]) <= max(_BIGGEST_SHARE * wanted, 1):
+            taken.add(group)
+            rows += len(members[group])
+    return taken
 
 
 def group_rows(keys: list[tuple[str, ...]]) -> list[str]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.core.files import read_json
+from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
 from plait.stages.stage import named_setting
+from plait.stages.validating import judged_samples
 from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
 
 if TYPE_CHECKING:
@@ -303,7 +305,8 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     widths = tower.d_out + TEXT_WIDTH
     heads = _heads(spec, widths)
     trained, still = heads + tower.trainable, tower.parameters - tower.trainable
-    tests = _EVALUATIONS * (pictures - samples.get("train", 0))
+    tests = _EVALUATIONS * sum(count for split, count in samples.items() if split not in ("train", VALIDATION))
+    tests += judged_samples(spec.trainer, steps)
     passes = 3.0 + again(spec, batch)
     tower_flops = tower.flops * (passes * batch * steps + tests)
     head_flops = _head_flops(spec, heads, batch=batch, steps=steps)

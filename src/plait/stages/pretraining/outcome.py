@@ -15,6 +15,7 @@ from plait.core.types import Score
 from plait.evaluation.picture_names import NamedTask, RetrievalResult, RetrievalTask
 from plait.evaluation.space import LEAST
 from plait.models.dual import DualEncoder
+from plait.stages.validating import outcome, said
 from plait.training.settings import FitResult
 
 SHOWN = 3
@@ -28,7 +29,7 @@ def milestones(steps: int) -> set[int]:
     return {max(1, round(steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
 
-def check_pairs(number: int, folder: Path) -> None:
+def check_pairs(number: int, place: Path, *, what: str = "training") -> None:
     """See that there are pairs to tell apart.
 
     Raises:
@@ -36,8 +37,8 @@ def check_pairs(number: int, folder: Path) -> None:
     """
     if number < 2:
         raise DataError(
-            f"{number} training pairs: there is nothing to tell a picture's text from",
-            place=str(folder),
+            f"{number} {what} pairs: there is nothing to tell a picture's text from",
+            place=str(place),
             remedy="give the data stage at least two pairs",
         )
 
@@ -123,7 +124,9 @@ def shapes(tasks: Sequence[RetrievalTask], model: DualEncoder, *, events: Events
     return scores
 
 
-def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path) -> dict[str, Any]:
+def summarize(
+    fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str, int], folder: Path, steps: int
+) -> dict[str, Any]:
     """For the seal and the closing lines.
 
     Args:
@@ -131,6 +134,7 @@ def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str,
         scores: Of all splits.
         pairs: How many each split has.
         folder: Of the stage.
+        steps: Updates that were planned.
     """
     named = {score.name: score for score in scores}
     lines: list[str] = []
@@ -143,12 +147,15 @@ def summarize(fitted: FitResult, scores: Sequence[Score], *, pairs: Mapping[str,
                 f"(95 % {one.low:.1%} to {one.high:.1%}; chance {chance.value:.2%}; "
                 f"over untrained heads {gain.low:+.1%} to {gain.high:+.1%}){_more(named, split)}{_heard(named, split)}"
             )
+    lines = lines or ["there is no test split: nothing was scored"]
+    judged = outcome(folder, fitted, steps=steps)
     return {
-        "lines": lines or ["there is no test split: nothing was scored"],
+        "lines": [said(judged, what="pretrain"), *lines] if judged else lines,
         "checkpoint": str(fitted.checkpoint.relative_to(folder)),
         "steps": fitted.step,
         "skipped_steps": fitted.skipped,
         "pairs": dict(pairs),
+        **({"validation": judged} if judged else {}),
         "recall_at_1": {
             split: named[f"retrieval/{split}/image-to-text/R@1"].value
             for split in pairs

@@ -17,6 +17,7 @@ from plait.core.device import seed_everything, setup
 from plait.core.events import Events
 from plait.core.files import sha256_file, write_json, write_jsonl
 from plait.core.packages import home
+from plait.core.types import Score
 from plait.data.caption_batches import CaptionBatches
 from plait.evaluation.picture_names import RetrievalResult, compare
 from plait.evaluation.query_names import QueryTask
@@ -26,7 +27,10 @@ from plait.objectives.matching import QueryTasks
 from plait.stages.fitting import fit_ahead
 from plait.stages.pretrain import TESTS, Pretrain
 from plait.stages.pretraining.outcome import SHOWN, check_pairs, milestones, show, summarize
+from plait.stages.pretraining.validating import judge_queries
+from plait.stages.validating import check_judged, judged_splits
 from plait.training.settings import FitResult, Hooks, Settings
+from plait.training.validate import Validation
 
 
 def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Path, events: Events) -> dict[str, Any]:
@@ -46,11 +50,13 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     assert isinstance(spec.image_tower, str)
     image = load_image_tower(spec.image_tower, size=spec.resolution, dtype=spec.tower_dtype, events=events)
     words = load_tokens(spec.text_tower)
-    samples, store = read_pictures(data / "shards", ("train", *TESTS), image, cache=home() / "features", events=events)
+    wanted = ("train", *judged_splits(spec.trainer), *TESTS)
+    samples, store = read_pictures(data / "shards", wanted, image, cache=home() / "features", events=events)
+    check_judged(samples, spec.trainer, place=data)
     splits = {name: Texts.of(found, keywords=spec.keywords and name == "train") for name, found in samples.items()}
     for found in splits.values():
         found.check_lengths([len(ids) for ids in words.ids(found.texts)], most=spec.max_tokens)
-    train = splits.pop("train")
+    train = splits["train"]
     check_pairs(len(train.ids), folder)
     seed_everything(spec.seed)
     sizes = Sizes(shape=shape, d_shared=spec.d_shared, max_tokens=spec.max_tokens)
@@ -59,7 +65,9 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     learning = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
     events.note(f"Q-Former with {shape.queries} queries on {spec.tower_name}: {learning:,} weights learn")
 
-    tasks = [QueryTask(found, store, words, name=name, seed=spec.seed) for name, found in splits.items()]
+    tasks = [
+        QueryTask(found, store, words, name=name, seed=spec.seed) for name, found in splits.items() if name in TESTS
+    ]
     before: list[RetrievalResult] = []
 
     def look() -> None:
@@ -86,12 +94,44 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
         objective,
         batches,
         settings=settings,
-        tasks=tasks,
+        hooks=_hooks(
+            built,
+            tasks,
+            evaluate=judge_queries(spec, built, splits, store=store, words=words, compute=compute),
+            steps=settings.steps,
+            folder=folder,
+            events=events,
+        ),
         workers=spec.trainer.workers,
         folder=folder,
         events=events,
     )
-    return mesh.first(partial(_score, built, tasks, before, fitted=fitted, train=len(train.ids), folder=folder))
+    counts = {name: len(found.ids) for name, found in splits.items()}
+    result = partial(summarize, fitted, pairs=counts, folder=folder, steps=settings.steps)
+    return mesh.first(lambda: result(_score(built, tasks, before, folder=folder)))
+
+
+def _hooks(
+    built: QueryModel,
+    tasks: Sequence[QueryTask],
+    *,
+    evaluate: Validation | None,
+    steps: int,
+    folder: Path,
+    events: Events,
+) -> Hooks:
+    """What is saved, judged and shown while training."""
+
+    def on_step(step: int, _: Mapping[str, Any]) -> None:
+        _look(built.model, tasks, folder, step=step, events=events)
+
+    return Hooks(
+        save_model=lambda target: save_queries(built, target),
+        evaluate=evaluate,
+        on_step=on_step,
+        tells=milestones(steps).__contains__,
+        task="pretrain",
+    )
 
 
 def _fit(
@@ -100,24 +140,13 @@ def _fit(
     batches: CaptionBatches,
     *,
     settings: Settings,
-    tasks: Sequence[QueryTask],
+    hooks: Hooks,
     workers: int,
     folder: Path,
     events: Events,
 ) -> FitResult:
-    shown = milestones(settings.steps)
-
-    def on_step(step: int, _: Mapping[str, Any]) -> None:
-        _look(built.model, tasks, folder, step=step, events=events)
-
     built.model.train()
     built.model.tower.eval()
-    hooks = Hooks(
-        save_model=lambda target: save_queries(built, target),
-        on_step=on_step,
-        tells=shown.__contains__,
-        task="pretrain",
-    )
     return fit_ahead(
         built.model,
         objective,
@@ -146,10 +175,9 @@ def _score(
     tasks: Sequence[QueryTask],
     before: Sequence[RetrievalResult],
     *,
-    fitted: FitResult,
-    train: int,
     folder: Path,
-) -> dict[str, Any]:
+) -> list[Score]:
+    """Of all tests, also in files."""
     with _still(built.model):
         after = [task.evaluate(built.model) for task in tasks]
         scores = [
@@ -162,8 +190,7 @@ def _score(
         folder / "predictions.jsonl",
         [r for task, result in zip(tasks, after, strict=True) for r in task.answers(result)],
     )
-    counts = {"train": train} | {task.name: len(task.pairs.ids) for task in tasks}
-    return summarize(fitted, scores, pairs=counts, folder=folder)
+    return scores
 
 
 @contextmanager

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from plait.assembly.multimodal import Multimodal
 from plait.core.tensors import IGNORE, Batch
+from plait.core.types import Sample
+from plait.data.conversations import ConversationBatches
+from plait.data.media import STORED, decode_image
+from plait.data.shards import ShardReader
 from plait.report.loss_mask import byte_level_text, cells, draw_batch
+
+
+def draw_first_questions(
+    batches: ConversationBatches, samples: Sequence[Sample], *, shards: Path, built: Multimodal, folder: Path
+) -> None:
+    """Draw the first batch of a source of questions, whole: ``batches/first.png``.
+
+    Args:
+        batches: Of this process.
+        samples: That are trained.
+        shards: Folder of the data stage's.
+        built: Whose tokenizer and placeholder.
+        folder: Of the stage.
+    """
+    (batch,) = replace(batches, pieces=1, rank=0, world=1).step_batches(0)
+    of_sample = {sample.id: sample.media()[0] for sample in samples}
+    with ShardReader(shards, "train") as reader:
+
+        def open_picture(name: str) -> Image.Image:
+            ref = of_sample[name]
+            return decode_image(reader.media(ref), place=ref.uri, limits=STORED)
+
+        draw_first_batch(
+            batch,
+            built,
+            folder / "batches" / "first.png",
+            open_picture=open_picture,
+            title="The first batch, as the model gets it",
+        )
 
 
 def draw_first_batch(

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from torch import nn
 
 from plait.assembly.multimodal import holds_media
+from plait.data.augment.feature_dropout import FeatureDropout
 from plait.models.composition import NewDecoder
+from plait.stages.tune import Adapt
 
 
 def connector_trains(connector: nn.Module, *, drops: bool) -> None:
@@ -39,6 +41,15 @@ def gate_rates(model: nn.Module, lr: float) -> dict[str, float]:
     """The rate of each gate of layers that read inside the decoder; none where ``lr`` is 0: that of their layers."""
     gates = (name for name, _ in model.named_parameters() if ".reads." in name and name.endswith("gate"))
     return dict.fromkeys(gates, lr) if lr else {}
+
+
+def dropout_of(adapt: Adapt, *, seed: int) -> FeatureDropout | None:
+    """What the third phase drops of pictures' features; None where nothing."""
+    drop, steps = adapt.drop, adapt.steps
+    if drop.most == 0.0:
+        return None
+    first, full = round(steps * drop.start), round(steps * drop.full)
+    return FeatureDropout(least=drop.least, most=drop.most, first=first, full=full, seed=seed)
 
 
 class ExpertTerms(NamedTuple):

@@ -10,6 +10,7 @@ from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.models import specs
 from plait.stages.stage import named_setting
+from plait.stages.validating import judged_samples
 from plait.training.cost import (
     SMOLLM2_135M,
     DecoderShape,
@@ -161,6 +162,8 @@ def _work(
         shape, rows=rows, length=row, gradients=gradients, head_positions=trained, recompute=again
     )
     flops += linear_flops(adapter, steps * rows * row, "full") + linear_flops(of.inside, steps * rows * row, "full")
+    judged = judged_samples(spec.trainer, spec.frozen.steps, spec.adapt.steps) / spec.batch_size
+    flops += judged * decoder_flops(shape, rows=rows, length=row, gradients="none", head_positions=trained)
     if isinstance(spec.connector, specs.Words):
         return flops, 3.0 * of.flops * spec.words.steps * spec.words.batch_size, trained
     return flops + 3.0 * of.flops * steps * spec.batch_size, 0.0, trained

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from plait.adapters.lora import Lora, attach, cast_inputs, check_targets
@@ -33,10 +32,8 @@ from plait.data.augment.feature_dropout import FeatureDropout
 from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, check_lengths
-from plait.data.media import STORED, decode_image
 from plait.data.packing import row_length
-from plait.data.shards import ShardReader
-from plait.data.sources import rank
+from plait.data.sources import VALIDATION, rank
 from plait.data.word_batches import WordBatches
 from plait.evaluation.asking import show_answers
 from plait.inference.build import build_engine
@@ -50,9 +47,11 @@ from plait.objectives.words import WordTargets
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
-from plait.stages.tuning.first_batch import draw_first_batch
-from plait.stages.tuning.learning import ExpertTerms, connector_trains, gate_rates, let_media_learn
+from plait.stages.tuning.first_batch import draw_first_questions
+from plait.stages.tuning.learning import ExpertTerms, connector_trains, dropout_of, gate_rates, let_media_learn
+from plait.stages.tuning.validating import judge_questions, judged_conversations, judged_questions
 from plait.stages.tuning.vocabulary import read_vocabulary
+from plait.stages.validating import check_judged, judged_splits, outcome, said
 from plait.training.computed import computed
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
@@ -150,10 +149,12 @@ class _Tuning:
             )
             for sample in self._train()
         ]
+        check_judged(self.questions.samples, spec.trainer, place=data)
+        self.judged = judged_conversations(spec, self.questions.samples, template)
         new = sum(conversation.task.endswith(_NEW) for conversation in self.conversations)
         if self.vocabulary and not new and spec.new_pictures > 0:
             events.note("no question is about a picture that the first phase does not see: new_pictures has no effect")
-        check_lengths(self.conversations, most=self.built.context)
+        check_lengths([*self.conversations, *self.judged.get(VALIDATION, ())], most=self.built.context)
         # What does not fit a row, or has no samples, is said before the first phase.
         self.row = spec.row or self.built.context
         try:
@@ -266,12 +267,16 @@ class _Tuning:
             "decoder",
             self.built.model,
             objective=NextToken(choices=of_experts.choices),
-            batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
+            batches=self._batches(
+                spec.steps, late=round(spec.steps * self.spec.new_from), dropout=dropout_of(spec, seed=self.spec.seed)
+            ),
             settings=replace(self._settings(spec, parts=parts), weights=of_experts.weights),
             on_step=on_step,
             tells=shown.__contains__,
         )
         self.built.model.eval()
+        if result.step not in shown:  # stopped early
+            mesh.first(partial(self.show, before + result.step, "decoder"))
         return result
 
     # --- what is shown ---------------------------------------------------------------------------------------------
@@ -305,39 +310,31 @@ class _Tuning:
         total = sum(weight.numel() for weight in self.built.model.parameters())
         # From the file: a phase that was complete when the stage was resumed has no values of a last step.
         loss = read_jsonl(self.folder / "decoder" / METRICS)[-1]["loss"]
-        said = "not finite" if loss is None else f"{loss:.3f} nats a token"
+        at_last = "not finite" if loss is None else f"{loss:.3f} nats a token"
         line = (
             f"{' + '.join(self._parts())}: "
             f"{trained:,} of {total:,} weights trained, "
-            f"{len(self._train()):,} questions, loss {said}"
+            f"{len(self._train()):,} questions, loss {at_last}"
         )
+        judged = {
+            phase: found
+            for phase, steps in (("connector", self.spec.frozen.steps), ("decoder", self.spec.adapt.steps))
+            if phase in results and (found := outcome(self.folder / phase, results[phase], steps=steps))
+        }
         return {
-            "lines": [line],
+            "lines": [line, *(said(found, what=phase) for phase, found in judged.items())],
             "model": results["decoder"].checkpoint.relative_to(self.folder).as_posix(),
             "steps": {name: result.step for name, result in results.items()},
             "skipped_steps": sum(result.skipped for result in results.values()),
             "overflowed_steps": sum(result.overflowed for result in results.values()),
             "questions": len(self._train()),
+            **({"validation": judged} if judged else {}),
         }
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _draw(self, batches: ConversationBatches) -> None:
-        (batch,) = replace(batches, pieces=1, rank=0, world=1).step_batches(0)
-        of_sample = {sample.id: sample.media()[0] for sample in self._train()}
-        with ShardReader(self.shards, "train") as reader:
-
-            def open_picture(name: str) -> Image.Image:
-                ref = of_sample[name]
-                return decode_image(reader.media(ref), place=ref.uri, limits=STORED)
-
-            draw_first_batch(
-                batch,
-                self.built,
-                self.folder / "batches" / "first.png",
-                open_picture=open_picture,
-                title="The first batch, as the model gets it",
-            )
+        draw_first_questions(batches, self._train(), shards=self.shards, built=self.built, folder=self.folder)
 
     def _read(self, image: ImageTower) -> Questions:
         wanted = {task for task, share in self.spec.tasks.items() if share > 0}
@@ -347,11 +344,13 @@ class _Tuning:
         def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
             if split == "train":
                 return [sample for sample in samples if sample.meta["task"] in wanted]
+            if split == VALIDATION:
+                return judged_questions(self.spec, samples)
             return spread(samples, ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed)
 
         found = read_questions(
             self.shards,
-            ("train", *self.shown),
+            ("train", *self.shown, *judged_splits(self.spec.trainer)),
             image,
             choose=choose,
             cache=home() / "features" if self.spec.cache else None,
@@ -394,19 +393,6 @@ class _Tuning:
             part = new_pictures if old else 1.0
             found |= {str(task): share * (1 - part), str(task) + _NEW: share * part}
         return found
-
-    def _dropout(self) -> FeatureDropout | None:
-        """For the third phase."""
-        drop, steps = self.spec.adapt.drop, self.spec.adapt.steps
-        if drop.most == 0.0:
-            return None
-        return FeatureDropout(
-            least=drop.least,
-            most=drop.most,
-            first=round(steps * drop.start),
-            full=round(steps * drop.full),
-            seed=self.spec.seed,
-        )
 
     def _batches(
         self, steps: int, *, late: int | None = None, dropout: FeatureDropout | None = None
@@ -451,7 +437,8 @@ class _Tuning:
         trainer = self.spec.trainer
         if first:  # no Transformer learns
             off = {"recompute": "none", "compile": False, "parallel": trainer.parallel.data_only()}
-            trainer = trainer.model_copy(update=off)
+            # Nothing judges it: it learns the names of its pictures, and no others.
+            trainer = trainer.model_copy(update=off | {"validation": None})
         return settings.with_trainer(trainer, lr=phase.lr, parts=parts, weight_decay=decay)
 
     def _fit(
@@ -467,8 +454,14 @@ class _Tuning:
     ) -> FitResult:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
+        evaluate = None
+        if settings.stopping is not None:
+            evaluate = judge_questions(
+                self.spec, self.built, self.judged, features=self.questions.features, compute=settings.compute
+            )
         hooks = Hooks(
             save_model=partial(save_multimodal, self.built),
+            evaluate=evaluate,
             on_step=on_step,
             tells=tells,
             task=f"tune: {phase}",

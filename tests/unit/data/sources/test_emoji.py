@@ -183,7 +183,13 @@ def test_the_same_seed_gives_the_same_and_another_seed_another_choice() -> None:
 
 @pytest.mark.usefixtures("reseal")
 @pytest.mark.parametrize(
-    "choice", [CHOICE, replace(CHOICE, variants="all", max_train=7, max_test=4), replace(CHOICE, flags=True)]
+    "choice",
+    [
+        CHOICE,
+        replace(CHOICE, variants="all", max_train=7, max_test=4),
+        replace(CHOICE, flags=True),
+        replace(CHOICE, validation=5, variants="all"),
+    ],
 )
 def test_the_preview_says_what_will_be_gathered(choice: EmojiChoice) -> None:
     counts = {split: len(rows) for split, rows in by_split(gather(choice)[0], "row").items()}
@@ -194,6 +200,8 @@ def test_the_preview_says_what_will_be_gathered(choice: EmojiChoice) -> None:
 def test_too_many_held_out_concepts_are_refused_with_the_number() -> None:
     with pytest.raises(DataError, match="200 concepts are to be held out, but there are only 21"):
         gather(replace(CHOICE, held_out=200))
+    with pytest.raises(DataError, match=r"11 concepts .* \(5 to test, 6 to validate\), but there are only 21"):
+        gather(replace(CHOICE, validation=6))
 
 
 @pytest.mark.parametrize("damage", [None, b"overwritten"])
@@ -219,10 +227,56 @@ def test_a_package_that_is_not_fetched_is_named(tmp_path: Path, monkeypatch: pyt
 
 @given(st.sets(st.text(min_size=1), min_size=4), st.integers(0, 3), st.text(min_size=1))
 def test_adding_a_concept_moves_no_other_into_the_held_out_ones(concepts: set[str], seed: int, new: str) -> None:
-    number = len(concepts) // 2
-    before, after = hold_out(concepts, number, seed), hold_out({*concepts, new}, number, seed)
-    assert len(before) == len(after) == number
-    assert after - before <= {new}
+    choice = replace(CHOICE, held_out=len(concepts) // 4, validation=len(concepts) // 2 - len(concepts) // 4, seed=seed)
+    before, after = hold_out(concepts, choice), hold_out({*concepts, new}, choice)
+    for use, number in (("test", choice.held_out), ("validation", choice.validation)):
+        was, now = ({concept for concept in held if held[concept] == use} for held in (before, after))
+        assert len(was) == len(now) == number
+        assert now - was <= {new}
+    assert {c for c, use in hold_out(concepts, replace(choice, validation=0)).items()} == {
+        c for c, use in before.items() if use == "test"
+    }
+
+
+@pytest.mark.row("S4-63")
+@pytest.mark.usefixtures("reseal")
+@pytest.mark.parametrize("variants", ["one", "all"])
+def test_validation_shares_no_concept_name_or_picture_with_any_other_split(variants: str) -> None:
+    gathered, rows = gather(replace(CHOICE, validation=4, variants=variants))
+    for field in ("concept", "name.en", "name.zh"):
+        splits = by_split(gathered, field)
+        held = splits.pop("validation")
+        assert len(held) == 4 or field != "concept"
+        assert not held & set().union(*splits.values())
+    drawn = {
+        split: {
+            decode_image(p.read(), place=p.row).tobytes() for p in gathered.pictures if p.sample.meta["split"] == split
+        }
+        for split in by_split(gathered, "row")
+    }
+    held = drawn.pop("validation")
+    assert not held & set().union(*drawn.values())
+    assert {p.sample.meta["style"] for p in gathered.pictures if p.sample.meta["split"] == "validation"} == {"twemoji"}
+    assert {row.source for row in rows.values() if row.reason == "validated"} == {"openmoji"}
+    assert (
+        by_split(gathered, "concept")["validation"]
+        == by_split(gather(replace(CHOICE, validation=4))[0], "concept")["validation"]
+    ), "the same concepts whatever the variants"
+
+
+@pytest.mark.row("S4-63")
+@pytest.mark.usefixtures("reseal")
+def test_validation_leaves_the_tests_as_they_are() -> None:
+    choice = replace(CHOICE, max_test=5)
+    without, within = (by_split(gather(c)[0], "row") for c in (choice, replace(choice, validation=5)))
+    held = within.pop("validation")
+    assert {split: rows for split, rows in without.items() if split != "train"} == {
+        split: rows for split, rows in within.items() if split != "train"
+    }
+    assert without["train"] == within["train"] | held
+    some = replace(choice, max_train=9)
+    without, within = (by_split(gather(c)[0], "row") for c in (some, replace(some, validation=5)))
+    assert without == {split: rows for split, rows in within.items() if split != "validation"}, "nor training, if cut"
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=20))

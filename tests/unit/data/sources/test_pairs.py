@@ -270,27 +270,34 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(
     rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=12, max_size=40),
     seed=st.integers(0, 5),
+    validation=st.sampled_from([0.0, 0.2, 0.3]),
 )
-def test_no_picture_and_no_text_is_on_both_sides(gallery: Path, rows: list[tuple[int, int]], seed: int) -> None:
+def test_no_picture_and_no_text_is_on_both_sides(
+    gallery: Path, rows: list[tuple[int, int]], seed: int, validation: float
+) -> None:
     folder = gallery
     lines = "".join(f"{number}.png,text {text}\n" for number, text in rows)
     (folder / "pairs.csv").write_text(f"image,text\n{lines}")
     cause = ""
     pictures: tuple[Picture, ...] = ()
     try:
-        pictures = gather(choice_of(folder / "pairs.csv", seed=seed))[0].pictures
+        pictures = gather(choice_of(folder / "pairs.csv", seed=seed, validation=validation))[0].pictures
     except DataError as error:  # one group of all rows, or too few rows
         cause = error.cause
     if cause:
         assert "held out" in cause or "can be used" in cause
         return
     for key in (lambda p: p.sample.media()[0].sha256, lambda p: p.sample.answer("name.en")):
-        sides: dict[str, set[str]] = {"train": set(), "test-concept": set()}
+        sides: dict[str, set[str]] = {"train": set(), "test-concept": set()} | (
+            {"validation": set()} if validation else {}
+        )
         for picture in pictures:
             sides[picture.sample.meta["split"]].add(key(picture))
-        assert sides["train"]
-        assert sides["test-concept"]
-        assert not sides["train"] & sides["test-concept"]
+        assert all(sides.values())
+        assert sum(map(len, sides.values())) == len(set().union(*sides.values()))
+    without = gather(choice_of(folder / "pairs.csv", seed=seed))[0].pictures
+    tests = [[p.sample for p in found if p.sample.meta["split"] == "test-concept"] for found in (pictures, without)]
+    assert tests[0] == tests[1], "validation takes nothing from the test"
 
 
 @given(st.lists(st.tuples(st.integers(0, 9).map(str), st.integers(0, 9).map(str)), max_size=25))
@@ -311,6 +318,23 @@ def test_two_classes_cannot_be_held_out_and_the_message_says_so(tmp_path: Path) 
     assert "test_fraction=0" in refused.value.remedy
     gathered, _ = gather(choice_of(tmp_path / "p.csv", test_fraction=0.0))
     assert {p.sample.meta["split"] for p in gathered.pictures} == {"train"}
+
+
+@pytest.mark.row("S4-63")
+def test_a_share_of_the_rows_validates(tmp_path: Path) -> None:
+    path = write_csv(tmp_path)
+    gathered, ledger = gather(choice_of(path, validation=0.25, max_train=6))
+    assert Counter(p.sample.meta["split"] for p in gathered.pictures) == {
+        "train": 6,
+        "validation": 5,
+        "test-concept": 4,
+    }
+    assert Counter(row.reason for row in ledger.dropped()) == {"over-max-train": 5}
+    assert gathered.facts["validation_groups"] == 5
+    again, _ = gather(choice_of(path, validation=0.25, max_train=6))
+    assert gathered == again
+    other, _ = gather(choice_of(path, validation=0.25, max_train=6, seed=1))
+    assert gathered.pictures != other.pictures
 
 
 def test_limits_of_rows_are_kept_and_counted(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the align stage does; loads torch, which the settings in :mod:`plait.stages.align` must not."""
