@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from plait.cli import doctor_gradients
 from plait.cli.output import Out
 from plait.core.errors import ResourceError, pip_install
 
@@ -57,11 +58,17 @@ class Check:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    parser.add_argument(
+        "action", nargs="?", choices=["gradients"], help="gradients: check a recipe's gradients and label mask instead"
+    )
     parser.add_argument("--no-probe", action="store_true", help="do not measure speed, and do not import torch")
+    doctor_gradients.add(parser)
 
 
 def main(args: argparse.Namespace, out: Out) -> int:
     """Run all checks and print each at once; exit 0, or 5 if one fails."""
+    if args.action == "gradients":
+        return doctor_gradients.main(args, out)
     groups: dict[str, Callable[[], Iterator[Check]]] = {
         "software": software,
         "machine": machine,
@@ -77,19 +84,20 @@ def main(args: argparse.Namespace, out: Out) -> int:
         out.line(("\n" if found else "") + group)
         for check in checks():
             found.append({"group": group, **asdict(check)})
-            _print(check, out)
+            show(check, out)
     counts = {status: sum(c["status"] == status for c in found) for status in _COLORS}
     out.line(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
     out.result({"ok": not counts["fail"], "counts": counts, "checks": found})
     return ResourceError.exit_code if counts["fail"] else 0
 
 
-def _print(check: Check, out: Out) -> None:
+def show(check: Check, out: Out, *, width: int = 18) -> None:
+    """Print a check and its fix, names in a column of so many characters."""
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = (f"\033[{_COLORS[check.status]}m", "\033[0m") if colored else ("", "")
-    out.line(f"  {on}{check.status:<4}{off}  {check.name:<18}  {check.value}")
+    out.line(f"  {on}{check.status:<4}{off}  {check.name:<{width}}  {check.value}")
     if check.fix:
-        out.line(f"{'':<28}fix: {check.fix}")
+        out.line(f"{'':<{width + 10}}fix: {check.fix}")
 
 
 # --- software ------------------------------------------------------------------------------------------------------

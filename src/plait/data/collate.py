@@ -151,29 +151,57 @@ def split_rows(batch: Batch, pieces: int) -> list[Batch]:
         pieces: How many; at most one a row comes out.
     """
     height = -(-len(batch.token_ids) // pieces)
+    starts = range(0, len(batch.token_ids), height)
+    return [take_rows(batch, start, min(start + height, len(batch.token_ids))) for start in starts]
+
+
+def take_rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Some rows of a batch, with their media and sample ids; segments of a row are numbered from 1."""
     first_sample = [0, *batch.segment_ids.amax(1).cumsum(0).tolist()]
-    found: list[Batch] = []
-    for start in range(0, len(batch.token_ids), height):
-        stop = min(start + height, len(batch.token_ids))
-        media: dict[Modality, Patches] = {}
-        item_row: dict[Modality, Tensor] = {}
-        for modality, patches in batch.media.items():
-            inside = (batch.item_row[modality] >= start) & (batch.item_row[modality] < stop)
-            if inside.any():
-                values = patches.values[inside.repeat_interleave(patches.grid.prod(1))]
-                media[modality] = Patches(values=values, grid=patches.grid[inside])
-                item_row[modality] = batch.item_row[modality][inside] - start
-        piece = replace(
-            batch,
-            token_ids=batch.token_ids[start:stop],
-            labels=batch.labels[start:stop],
-            segment_ids=batch.segment_ids[start:stop],
-            media=media,
-            item_row=item_row,
-            sample_ids=batch.sample_ids[first_sample[start] : first_sample[stop]],
-        )
-        found.append(piece)
-    return found
+    media: dict[Modality, Patches] = {}
+    item_row: dict[Modality, Tensor] = {}
+    for modality, patches in batch.media.items():
+        inside = (batch.item_row[modality] >= start) & (batch.item_row[modality] < stop)
+        if inside.any():
+            values = patches.values[inside.repeat_interleave(patches.grid.prod(1))]
+            media[modality] = Patches(values=values, grid=patches.grid[inside])
+            item_row[modality] = batch.item_row[modality][inside] - start
+    return replace(
+        batch,
+        token_ids=batch.token_ids[start:stop],
+        labels=batch.labels[start:stop],
+        segment_ids=batch.segment_ids[start:stop],
+        media=media,
+        item_row=item_row,
+        sample_ids=batch.sample_ids[first_sample[start] : first_sample[stop]],
+    )
+
+
+def join_rows(parts: Sequence[Batch]) -> Batch:
+    """Batches one below the other as one batch; shorter rows are filled up with padding.
+
+    Args:
+        parts: One at least; all of the same kind (raw media, or features).
+    """
+    width = max(part.token_ids.shape[1] for part in parts)
+    starts = [sum(len(part.token_ids) for part in parts[:at]) for at in range(len(parts))]
+    kinds: list[Modality] = list(dict.fromkeys(modality for part in parts for modality in part.media))
+
+    def wide(tensor: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
+
+    return replace(
+        parts[0],
+        token_ids=torch.cat([wide(part.token_ids, 0) for part in parts]),
+        labels=torch.cat([wide(part.labels, IGNORE) for part in parts]),
+        segment_ids=torch.cat([wide(part.segment_ids, 0) for part in parts]),
+        media={m: joined([part.media[m] for part in parts if m in part.media]) for m in kinds},
+        item_row={
+            m: torch.cat([part.item_row[m] + at for part, at in zip(parts, starts, strict=True) if m in part.media])
+            for m in kinds
+        },
+        sample_ids=tuple(name for part in parts for name in part.sample_ids),
+    )
 
 
 def _account(

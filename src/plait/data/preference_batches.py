@@ -14,7 +14,7 @@ from plait.core.errors import DataError
 from plait.core.packing import pack
 from plait.core.tensors import Batch, Patches
 from plait.core.types import AnswerKind, MediaRef, Sample, Text, Turn
-from plait.data.collate import Account, collate
+from plait.data.collate import Account, collate, collate_rows
 from plait.data.order import check_rank
 from plait.data.packing import row_length
 from plait.data.template import Rendered, Template
@@ -130,17 +130,46 @@ class PreferenceBatches:
         """The one batch of the update after ``step`` finished steps; always the same one."""
         return [self._batch(self.parts[step % len(self.parts)])]
 
-    def _batch(self, part: Sequence[PreferencePair]) -> Batch:
+    def in_pieces(self, step: int, sizes: Sequence[int], *, packed: bool = True) -> list[Batch]:
+        """The same pairs of a step in several batches, for who compares the two.
+
+        Args:
+            step: Finished steps.
+            sizes: Pairs of each batch, in order; what is left over is left out.
+            packed: Whether a row holds several answers.
+        """
+        part = self.parts[step % len(self.parts)]
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        pieces = [part[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        return [self._rows(piece) if packed else self._apart(piece) for piece in pieces if piece]
+
+    def _apart(self, part: Sequence[PreferencePair]) -> Batch:
+        answers = [answer for pair in part for answer in pair.answers()]
+        return collate_rows(
+            [[answer] for answer in answers],
+            self._of(part),
+            grid_out=self._grid_out,
+            encoded=True,
+            row=max(_lengths(part)),
+            pad=self._pad,
+        )
+
+    def _of(self, part: Sequence[PreferencePair]) -> Mapping[str, Patches]:
         refs = {ref.sha256: ref for pair in part for ref in pair.chosen.media}
-        features: Mapping[str, Patches] = {name: self._features([ref]) for name, ref in refs.items()}
+        return {name: self._features([ref]) for name, ref in refs.items()}
+
+    def _batch(self, part: Sequence[PreferencePair]) -> Batch:
+        return self._rows(part, rows=self.rows)
+
+    def _rows(self, part: Sequence[PreferencePair], *, rows: int | None = None) -> Batch:
         answers = [answer for pair in part for answer in pair.answers()]
         return collate(
             answers,
-            features,
+            self._of(part),
             grid_out=self._grid_out,
             encoded=True,
             row=self.row,
-            rows=self.rows,
+            rows=rows,
             pad=self._pad,
         )
 

@@ -422,6 +422,7 @@ class Align(Stage):
             on_step=on_step,
             tells=lambda step: step == settings.steps,
             task=self.kind,
+            tokenizer=built.language.tokenizer,
         )
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()

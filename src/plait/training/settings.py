@@ -279,6 +279,7 @@ class Hooks:
         tells: Of which steps ``on_step`` is told; all by default. Among several processes the others wait meanwhile,
             and a model in pieces is put together.
         task: What progress is called.
+        tokenizer: Of the batches' token ids, for who reads them (``plait doctor gradients``); the loop does not.
         flops_per_token: See :class:`plait.training.monitor.Plan`.
         peak_flops: See :class:`plait.training.monitor.Plan`.
     """
@@ -288,6 +289,7 @@ class Hooks:
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     tells: Callable[[int], bool] = _always
     task: str = "train"
+    tokenizer: Any = None
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
 

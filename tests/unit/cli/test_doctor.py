@@ -16,7 +16,7 @@ from plait.cli.output import Out
 from plait.core import packages
 from plait.core.errors import pip_install
 
-NO_PROBE = argparse.Namespace(no_probe=True)
+NO_PROBE = argparse.Namespace(action=None, no_probe=True)
 
 
 def by_name(checks: list[dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -126,7 +126,7 @@ def test_exit_code_and_json_follow_the_worst_check(
 
 
 def test_lines_are_plain_and_aligned_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    code = doctor.main(argparse.Namespace(no_probe=False), Out())
+    code = doctor.main(argparse.Namespace(action=None, no_probe=False), Out())
     said = capsys.readouterr().out
     assert code in (0, 5)  # a developer's machine may really be short of something
     assert "\033" not in said

@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.core.errors import DataError
 from plait.core.tensors import IGNORE, Batch, Patches
 from plait.core.types import MediaRef
-from plait.data.collate import collate, joined, split_rows
+from plait.data.collate import collate, join_rows, joined, split_rows, take_rows
 from plait.data.template import Rendered
 
 HOLE, PAD = 99, 7
@@ -176,6 +176,38 @@ def test_pieces_put_together_are_the_batch(drawn: list[tuple[int, list[str], int
         media = joined([piece.media["image"] for piece in found if piece.media])
         assert media.values.equal(batch.media["image"].values)
         assert media.grid.equal(batch.media["image"].grid)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SAMPLES, st.lists(st.integers(1, 3), min_size=1))
+def test_rows_taken_and_joined_again_are_the_batch(drawn: list[tuple[int, list[str], int]], heights: list[int]) -> None:
+    samples = [(str(n), rendered(words, tuple(names), answer)) for n, (words, names, answer) in enumerate(drawn)]
+    batch = batch_of(samples, row=12)
+    parts: list[Batch] = []
+    at = 0
+    while at < len(batch.token_ids):
+        stop = min(at + heights[len(parts) % len(heights)], len(batch.token_ids))
+        parts.append(take_rows(batch, at, stop))
+        at = stop
+    if not parts:
+        return
+    again = join_rows(parts)
+    for field in ("token_ids", "labels", "segment_ids"):
+        assert getattr(again, field).equal(getattr(batch, field))
+    assert again.sample_ids == batch.sample_ids
+    assert again.media.keys() == batch.media.keys()
+    for modality, media in batch.media.items():
+        assert again.media[modality].values.equal(media.values)
+        assert again.media[modality].grid.equal(media.grid)
+        assert again.item_row[modality].equal(batch.item_row[modality])
+
+
+def test_shorter_rows_are_filled_up_with_padding() -> None:
+    short, long = batch_of([("a", rendered(2, (), 1))], row=3), batch_of([("b", rendered(4, (), 1))], row=5)
+    both = join_rows([short, long])
+    assert both.segment_ids.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert both.labels[0].tolist() == [IGNORE, 11, IGNORE, IGNORE, IGNORE]
+    assert both.sample_ids == ("a", "b")
 
 
 # --- pictures of several items -------------------------------------------------------------------------------------

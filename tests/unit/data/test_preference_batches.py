@@ -117,6 +117,18 @@ def test_steps_go_through_the_same_batches_again_and_again() -> None:
     assert [source.step_batches(step)[0].sample_ids for step in range(7)] == [once[step % 3] for step in range(7)]
 
 
+def test_the_pairs_of_a_step_come_in_pieces_and_unpacked() -> None:
+    source = batches([pair(number, number + 2, [40 + number], [50, 51]) for number in range(3)])
+    (whole,) = source.step_batches(0)
+    pieces = source.in_pieces(0, [1, 2])
+    assert {*pieces[0].sample_ids} == {"q0#chosen", "q0#rejected"}
+    assert {name for piece in pieces for name in piece.sample_ids} == set(whole.sample_ids)
+    (apart,) = source.in_pieces(0, [3], packed=False)
+    assert (apart.segment_ids.amax(1) == 1).all()
+    assert sorted(apart.labels[apart.predicting.roll(1, 1)].tolist()) == sorted([40, 41, 42, *[50, 51] * 3])
+    assert sorted(apart.sample_ids) == sorted(whole.sample_ids)
+
+
 def test_a_row_is_as_long_as_asked_or_as_needed() -> None:
     long = [pair(0, 3, [40], [50] * 128)]
     assert batches(long, row=0).row == 144, "133 tokens and 6 beside them"

@@ -466,6 +466,7 @@ class _Tuning:
             on_step=on_step,
             tells=tells,
             task=f"tune: {phase}",
+            tokenizer=self.built.language.tokenizer,
         )
         workers = self.spec.trainer.workers
         return fit_ahead(

@@ -1,0 +1,1 @@
+"""What is done at the phases of a rehearsed recipe, with torch."""
