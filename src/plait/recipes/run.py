@@ -45,6 +45,7 @@ from plait.recipes.recipe import Recipe, load_recipe
 from plait.report.page import write_report
 from plait.stages.stage import Stage, named_setting
 from plait.training import plan
+from plait.training.peak import keeping_rates
 
 Listeners = tuple[Callable[[Event], None], ...]
 
@@ -271,7 +272,7 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
     except OSError as error:
         raise disk_error(error, own) from error
     events = Events(own / "events.jsonl", listeners=listeners)
-    with contextlib.nullcontext() if place() else lock(run), _threads(compute.threads):
+    with contextlib.nullcontext() if place() else lock(run), _threads(compute.threads), keeping_rates(run):
         if said:
             events.note(said)
         who = f"process {place()} of {processes()}; " if place() else f"{processes()} processes; " if launched() else ""

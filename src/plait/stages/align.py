@@ -358,6 +358,7 @@ class Align(Stage):
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
+        from plait.training.model_flops import multimodal_flops
         from plait.training.settings import Hooks
 
         shown = {split: samples[:_SHOWN] for split, samples in questions.samples.items() if split != "train"}
@@ -383,6 +384,7 @@ class Align(Stage):
             on_step=on_step,
             tells=lambda step: step == settings.steps,
             task=self.kind,
+            flops=multimodal_flops(built.model),
         )
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()

@@ -39,6 +39,7 @@ class Cost:
     Attributes:
         samples: Samples in it.
         tokens: Positions in it that are not padding.
+        flops: Floating-point operations that the model asks for; 0 if unknown.
         wait_s: Seconds in which the model waited for data.
         work_s: Seconds of forward, backward and update.
         save_s: Seconds that checkpoints held up training since the step before; they are in neither of the others.
@@ -49,6 +50,7 @@ class Cost:
     wait_s: float
     work_s: float
     save_s: float = 0.0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +61,12 @@ class Plan:
         task: What progress is called, such as ``pretrain``.
         total: Steps of the whole run.
         log_every: A record every so many steps, and at the last one.
-        flops_per_token: Floating-point operations of a training step by token; 0 if unknown.
-        peak_flops: What the device can do in a second, as measured by ``plait doctor``; 0 if unknown. MFU needs both.
+        peak_flops: What the devices can do in a second; 0 if unknown. MFU needs it and the operations of steps.
     """
 
     task: str
     total: int
     log_every: int = 1
-    flops_per_token: float = 0.0
     peak_flops: float = 0.0
 
 
@@ -162,8 +162,9 @@ class Monitor:
             "save_s": round(sum(c.save_s for c in self._open), 6),
             "memory_bytes": rss(),
         }
-        if self.plan.flops_per_token and self.plan.peak_flops:
-            rates["mfu"] = round(self.plan.flops_per_token * tokens / seconds / self.plan.peak_flops, 4)
+        flops = sum(c.flops for c in self._open)
+        if flops and self.plan.peak_flops:
+            rates["mfu"] = round(flops / seconds / self.plan.peak_flops, 4)
         return rates
 
     def _append(self, line: str) -> None:

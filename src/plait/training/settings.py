@@ -244,8 +244,9 @@ class Hooks:
         tells: Of which steps ``on_step`` is told; all by default. Among several processes the others wait meanwhile,
             and a model in pieces is put together.
         task: What progress is called.
-        flops_per_token: See :class:`plait.training.monitor.Plan`.
-        peak_flops: See :class:`plait.training.monitor.Plan`.
+        flops: Floating-point operations that the model asks for to learn from a batch
+            (:mod:`plait.training.model_flops`); None: unknown, there is no MFU.
+        peak_flops: What one process's device can do in a second; 0 measures it (:mod:`plait.training.peak`).
     """
 
     save_model: Callable[[Path], None] = _nothing
@@ -253,7 +254,7 @@ class Hooks:
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
     tells: Callable[[int], bool] = _always
     task: str = "train"
-    flops_per_token: float = 0.0
+    flops: Callable[[Batch], float] | None = None
     peak_flops: float = 0.0
 
 

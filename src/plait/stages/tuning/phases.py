@@ -54,6 +54,7 @@ from plait.stages.tuning.first_batch import draw_first_batch
 from plait.stages.tuning.learning import ExpertTerms, connector_trains, gate_rates, let_media_learn
 from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.training.computed import computed
+from plait.training.model_flops import MediaFlops, multimodal_flops
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
 from plait.training.settings import FitResult, Hooks, Settings
@@ -468,18 +469,15 @@ class _Tuning:
         place = self.folder / phase
         place.mkdir(exist_ok=True)
         hooks = Hooks(
-            save_model=partial(save_multimodal, self.built), on_step=on_step, tells=tells, task=f"tune: {phase}"
+            save_model=partial(save_multimodal, self.built),
+            on_step=on_step,
+            tells=tells,
+            task=f"tune: {phase}",
+            flops=MediaFlops({"image": model}) if phase == "words" else multimodal_flops(self.built.model),
         )
-        workers = self.spec.trainer.workers
+        workers, events = self.spec.trainer.workers, self.events
         return fit_ahead(
-            model,
-            objective,
-            batches,
-            workers=workers,
-            settings=settings,
-            folder=place,
-            events=self.events,
-            hooks=hooks,
+            model, objective, batches, workers=workers, settings=settings, folder=place, events=events, hooks=hooks
         )
 
     def _done(self, result: FitResult) -> int:
