@@ -358,6 +358,7 @@ class Align(Stage):
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
         from plait.objectives.preference import DirectPreference
+        from plait.stages.pretraining.outcome import milestones
         from plait.training.model_flops import multimodal_flops
         from plait.training.settings import Hooks
 
@@ -382,7 +383,7 @@ class Align(Stage):
         hooks = Hooks(
             save_model=lambda target: save_multimodal(built, target),
             on_step=on_step,
-            tells=lambda step: step == settings.steps,
+            tells=milestones(settings.steps).__contains__,
             task=self.kind,
             flops=multimodal_flops(built.model),
         )

@@ -48,6 +48,7 @@ from plait.models.crossattend import plain
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.fitting import fit_ahead
+from plait.stages.pretraining.outcome import milestones
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_batch
@@ -62,7 +63,6 @@ from plait.training.settings import FitResult, Hooks, Settings
 _SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
 _SHOWN_EACH = 3
 _SHOWN_TOKENS = 10
-_MILESTONES = 4  # how often they are asked in the last phase
 _NEW = " of new pictures"  # marks questions about pictures that the first phase did not see
 
 
@@ -226,12 +226,19 @@ class _Tuning:
         mesh.first(partial(self._draw, batches))
         let_media_learn(self.built.model)
         connector_trains(self.built.connector, drops=self.vocabulary is None)
+        before = self.steps
+
+        def on_step(step: int, _: Mapping[str, Any]) -> None:
+            self.show(before + step, "connector")
+
         result = self._fit(
             "connector",
             self.built.model,
             objective=NextToken(),
             batches=batches,
             settings=self._settings(spec, parts=gate_rates(self.built.model, self.spec.lr_gates)),
+            on_step=on_step,
+            tells=(milestones(spec.steps) - {spec.steps}).__contains__,  # after the last one they are asked below
         )
         self.built.model.eval()
         mesh.first(partial(self.show, self._done(result), "connector"))
@@ -258,7 +265,6 @@ class _Tuning:
         parts |= gate_rates(self.built.model, self.spec.lr_gates) if parts else {}
         of_experts = ExpertTerms.of(self.spec.decoder)
         before = self.steps
-        shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             self.show(before + step, "decoder")
@@ -270,7 +276,7 @@ class _Tuning:
             batches=self._batches(spec.steps, late=round(spec.steps * self.spec.new_from), dropout=self._dropout()),
             settings=replace(self._settings(spec, parts=parts), weights=of_experts.weights),
             on_step=on_step,
-            tells=shown.__contains__,
+            tells=milestones(spec.steps).__contains__,
         )
         self.built.model.eval()
         return result
