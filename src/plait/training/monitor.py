@@ -20,6 +20,7 @@ from typing import Any
 from plait.core.device import rss
 from plait.core.events import Events
 from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic, write_json
+from plait.training.alerts import Alerts
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.csv"
@@ -89,6 +90,9 @@ class Monitor:
         self.events = events
         _cut(folder / METRICS, step=step, log_every=plan.log_every, events=events)
         self._eta = _Eta(plan.total)
+        self._alerts = Alerts(plan.total // plan.log_every)
+        for record in read_jsonl(folder / METRICS) if (folder / METRICS).is_file() else []:
+            self._alerts.record(record)  # what they say was said
         self._open: list[Cost] = []
 
     def step(self, step: int, values: Mapping[str, float], cost: Cost) -> dict[str, Any]:
@@ -109,6 +113,8 @@ class Monitor:
         if step % self.plan.log_every == 0 or step == self.plan.total:
             self._append(_line(full))
             self._open.clear()
+            for alert in self._alerts.record(full):
+                self.events.warning(f"step {step}: {alert.text}", alert=alert.kind, step=step)
         return full
 
     def amend(self, step: int, found: Mapping[str, float]) -> None:
