@@ -31,7 +31,7 @@ CORE = (
     "rich",
     "jaxtyping",
 )
-EXTRAS = ("emoji", "gguf", "serve", "report", "stats", "speech", "video")
+EXTRAS = ("emoji", "gguf", "serve", "report", "stats", "speech", "video", "tensorboard", "wandb", "mlflow", "trackio")
 REASONS = {
     "torch": "older ones carry CVE-2026-24747, a crafted checkpoint runs code even with weights_only=True",
     "pillow": "older ones carry known faults in image decoders",

@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "doctor": "check this machine: versions, CPU, memory, disk, speed, packages",
     "data": "fetch data packages, show the data card or samples",
     "runs": "list runs, or show one",
+    "track": "send the records of a run to its trackers, or to another",
     "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
     "advise": "say which encoder, or which layout of several processes: from costs counted or measured, with reasons",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _BLOCKS = 10
-_STUDENT = 3.355
+_STUDENT = 3.35539
 """One-sided 99.5 % of Student's t with 8 degrees of freedom: ten means, of which a line takes two. A run is looked at
 some thirty times; at 95 % one of three noisy losses that fall would be called a plateau."""
 _LEAST_RECORDS = 200
