@@ -32,7 +32,8 @@ CORE = (
     "rich",
     "jaxtyping",
 )
-EXTRAS = ("emoji", "gguf", "serve", "report", "stats", "speech", "video", "sweep")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+EXTRAS = ("emoji", "gguf", "serve", "report", "stats", "speech", "video", "sweep", *TRACKERS)
 REASONS = {
     "torch": "older ones carry CVE-2026-24747, a crafted checkpoint runs code even with weights_only=True",
     "pillow": "older ones carry known faults in image decoders",

@@ -29,6 +29,7 @@ VERBS: dict[str, str] = {
     "data": "fetch data packages, show the data card or samples",
     "sweep": "search over a recipe's settings, trials ending early; then one run of the best, with test scores",
     "runs": "list runs, show one, or compare several",
+    "track": "send the records of a run to its trackers, or to another",
     "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
     "advise": "say which encoder, or which layout of several processes: from costs counted or measured, with reasons",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",

@@ -112,29 +112,46 @@ def gemm_rate(dtype: str, *, device: str = "cpu", budget_s: float = 0.25) -> flo
     The median of as many products as fit ``budget_s``. A CPU without bfloat16 units can be a hundred times slower in
     it, so small products first say how large a one fits.
     """
+    size = _fitting(dtype, device=device, budget_s=budget_s)
+    return 2.0 * size**3 / statistics.median(_products(dtype, size, device=device, budget_s=budget_s))
+
+
+def gemm_peak(dtype: str, *, device: str = "cpu", budget_s: float = 0.5) -> float:
+    """The best rate of matrix products seen in ``budget_s``, in FLOP/s with torch's present thread count.
+
+    Among large products and, on a CPU, small ones, of which some get done between two slices of another process: a busy
+    machine looks less slow so. What trains can hardly do better.
+    """
+    large = _fitting(dtype, device=device, budget_s=budget_s / 2)
+    sizes = {large, min(large, 512)} if device == "cpu" else {large}
+    share = budget_s / len(sizes)
+    return max(2.0 * size**3 / min(_products(dtype, size, device=device, budget_s=share)) for size in sorted(sizes))
+
+
+def _fitting(dtype: str, *, device: str, budget_s: float) -> int:
+    """The largest size of which some products fit a time."""
+    # The best of the small ones: a stall must not make the large one too small to mean anything.
+    rate = 2.0 * 256**3 / min(_products(dtype, 256, device=device, budget_s=0.0))
+    sizes = (8192, 4096, 1024, 512) if device != "cpu" else (1024, 512)
+    return next((size for size in sizes if 8.0 * size**3 / rate < budget_s), 256)
+
+
+def _products(dtype: str, size: int, *, device: str, budget_s: float) -> list[float]:
+    """Seconds of products one after the other: three at least."""
     import torch
 
-    kind: torch.dtype = getattr(torch, dtype)
-
-    def timed(size: int, budget: float) -> list[float]:
-        left = right = torch.ones(size, size, device=device, dtype=kind)
-        times: list[float] = []
-        begun = time.perf_counter()
-        while len(times) < 4 or time.perf_counter() - begun < budget:
-            start = time.perf_counter()
-            torch.mm(left, right)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            elif device == "mps":
-                torch.mps.synchronize()
-            times.append(time.perf_counter() - start)
-        return times[1:]  # the first one plans the kernel
-
-    # The best of the small ones: a stall must not make the large one too small to mean anything.
-    rate = 2.0 * 256**3 / min(timed(256, 0.0))
-    sizes = (8192, 4096, 1024, 512) if device != "cpu" else (1024, 512)
-    size = next((size for size in sizes if 8.0 * size**3 / rate < budget_s), 256)
-    return 2.0 * size**3 / statistics.median(timed(size, budget_s))
+    left = right = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begun < budget_s:
+        start = time.perf_counter()
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elif device == "mps":
+            torch.mps.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[1:]  # the first one plans the kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, catalogue, load
 from plait.core.yamltext import Keys, Node, Source
 from plait.models.specs import QFormer
+from plait.recipes.trackers import AnyTracker
 from plait.stages.align import Align
 from plait.stages.compress import Compress
 from plait.stages.data import Data
@@ -63,6 +64,18 @@ class Recipe(Spec):
 
     stages: Annotated[Mapping[Annotated[str, Field(pattern=_NAME)], AnyStage], _Named()] = Field(default_factory=dict)
     """The stages after the data, in order; a name that is a kind needs no `kind`."""
+
+    trackers: tuple[AnyTracker, ...] = ()
+    """Where else the records of `metrics.jsonl` go while it runs, such as `[{kind: tensorboard}]`. What a tracker does
+    never costs the run; what was not sent is said, and `plait track RUN` sends it later."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Recipe:
+        """One tracker of a kind: what it was sent is kept by kind."""
+        kinds = [tracker.kind for tracker in self.trackers]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(f"trackers: {twice[0]} is there twice; take one out")
+        return self
 
     @model_validator(mode="after")
     def _begun(self) -> Recipe:

@@ -42,9 +42,11 @@ from plait.core.files import (
 from plait.core.launch import Launch, first, launched, launches, own_share, place, processes, together
 from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
+from plait.recipes.tracking import Beside, tracking
 from plait.report.page import write_report
 from plait.stages.stage import Stage, named_setting
 from plait.training import plan
+from plait.training.peak import keeping_rates
 
 Listeners = tuple[Callable[[Event], None], ...]
 
@@ -236,6 +238,8 @@ def _setup(run: Path | None = None) -> device.Compute:
 def _preflight(recipe: Recipe, root: Path) -> str:
     """Refuse before anything is created what can be seen to fail; returns what the run will need, in a line."""
     _check_shares(recipe)
+    for at, tracker in enumerate(recipe.trackers):
+        tracker.check(place=f"trackers.{at}")
     machine = plan.survey(root, probe=False)
     named = [(name, stage) for name, stage, _ in stages(recipe, root)]
     for _, stage in named:
@@ -289,7 +293,13 @@ def _execute(recipe: Recipe, run: Path, *, compute: device.Compute, listeners: L
     except OSError as error:
         raise disk_error(error, own) from error
     events = Events(own / "events.jsonl", listeners=listeners)
-    with contextlib.nullcontext() if place() else lock(run), _threads(compute.threads):
+    trackers = [] if place() else [Beside.of(run, name=t.name, settings=t.model_dump_json()) for t in recipe.trackers]
+    with (
+        contextlib.nullcontext() if place() else lock(run),
+        _threads(compute.threads),
+        keeping_rates(run),
+        tracking(run, trackers, events=events),
+    ):
         if said:
             events.note(said)
         who = f"process {place()} of {processes()}; " if place() else f"{processes()} processes; " if launched() else ""

@@ -26,12 +26,39 @@ COLORS = ("var(--accent)", "var(--accent-2)", "var(--accent-3)", "var(--soft)")
 
 _POINTS = 1_000
 _ROWS = 10
-_ORDER = ("loss", "grad_norm", "lr")
-_TITLES = {"loss": "Loss", "grad_norm": "Gradient norm", "lr": "Learning rate"}
-_BOOKKEEPING = frozenset(
-    {"step", "epoch", "samples", "tokens", "seconds", "samples_per_s", "tokens_per_s", "data_wait", "memory_bytes"}
-    | {"skipped", "units", "mfu"}
-)
+_SHARES = "positions"  # a figure of several fields
+_BOOKKEEPING = frozenset({"step", "epoch", "samples", "tokens", "seconds", "samples_per_s", "save_s", "units"})
+_MARKED = {
+    "skipped": "left out",
+    "spikes": "a spike",
+    "rewound": "gone back before",
+}  # counters: what a step is where one has grown
+_MOST_MARKS = 40
+_FEW = 20  # points, which are marked
+_SMOOTH = 50  # records from which on a mean over some of them is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How a quantity is drawn: title, factor, format of the axis."""
+
+    title: str
+    factor: float = 1.0
+    ticks: str = ""
+
+
+_LOOKS = {
+    "loss": _Look("Loss"),
+    "evaluation": _Look("Evaluation"),
+    "grad_norm": _Look("Gradient norm, before clipping"),
+    "lr": _Look("Learning rate"),
+    "tokens_per_s": _Look("Tokens a second"),
+    "data_wait": _Look("Time spent waiting for data", ticks="~%"),
+    "memory_bytes": _Look("Memory of the first process, MiB", factor=2.0**-20),
+    "mfu": _Look("MFU: share of the measured peak", ticks="~%"),
+    _SHARES: _Look("Shares of all positions", ticks="~%"),
+}
+"""In the order in which they are drawn; what else a stage measures follows."""
 
 
 def plotly_source() -> str | None:
@@ -124,6 +151,14 @@ class Curve:
             kept += sorted({min(span, key=self.values.__getitem__), max(span, key=self.values.__getitem__)})
         return [self.steps[at] for at in kept], [self.values[at] for at in kept]
 
+    def smoothed(self, window: int) -> Curve:
+        """The mean of each value and those before it, ``window`` in all; fewer at the beginning."""
+        found, total = Curve(steps=self.steps), 0.0
+        for at, value in enumerate(self.values):
+            total += value - (self.values[at - window] if at >= window else 0.0)
+            found.values.append(total / min(at + 1, window))
+        return found
+
 
 @dataclass(slots=True)
 class Metrics:
@@ -143,11 +178,26 @@ class Metrics:
         """Names to draw, by figure: a name and its parts (``loss``, ``loss/a``) share one."""
         found: dict[str, list[str]] = {}
         for name in self.curves:
-            if (head := name.partition("/")[0]) not in _BOOKKEEPING:
+            head = _SHARES if name == "padding" or name.endswith("_tokens") else name.partition("/")[0]
+            if head not in _BOOKKEEPING and head not in _MARKED:
                 found.setdefault(head, []).append(name)
+        if not any(any(self.curves[name].values) for name in found.get(_SHARES, ())):
+            found.pop(_SHARES, None)  # rows of one position each
         # One part alone is the whole again.
         found = {head: [head] if head in names and len(names) == 2 else names for head, names in found.items()}
-        return dict(sorted(found.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER)))
+        order = list(_LOOKS)
+        return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+    def marks(self) -> dict[str, list[float]]:
+        """Steps at which something went wrong, by what it was."""
+        found: dict[str, list[float]] = {}
+        for name, said in _MARKED.items():
+            curve, before = self.curves.get(name, Curve()), 0.0
+            for step, value in zip(curve.steps, curve.values, strict=True):
+                if value > before:
+                    found.setdefault(said, []).append(step)
+                before = value
+        return found
 
 
 def read_metrics(run: RunFolder, path: Path) -> Metrics:
@@ -172,8 +222,12 @@ def read_metrics(run: RunFolder, path: Path) -> Metrics:
 def draw_metrics(charts: Charts, metrics: Metrics, *, level: int = 4) -> Html:
     """Curves side by side, under headings of a level, what was left out of them, and a table of some steps."""
     groups = metrics.groups()
+    marks = metrics.marks()
+    window = max(5, metrics.records // 20) if metrics.records >= _SMOOTH else 0
     plots = [
-        _draw_group(charts, head, {name: metrics.curves[name] for name in names}, level=level)
+        _draw_group(
+            charts, head, {name: metrics.curves[name] for name in names}, window=window, marks=marks, level=level
+        )
         for head, names in groups.items()
     ]
     names = [name for its in groups.values() for name in its]
@@ -182,9 +236,12 @@ def draw_metrics(charts: Charts, metrics: Metrics, *, level: int = 4) -> Html:
         told.append(
             f"{metrics.records:,} steps are drawn as {_POINTS:,} points: the lowest and the highest of each stretch."
         )
+    if window and "loss" in groups and charts.drawn:
+        told.append(f"Loss: the thin line is what was recorded, the thick one its mean over the last {window} records.")
+    told += [_told(said, steps) for said, steps in marks.items()]
+    if any(len(steps) > _MOST_MARKS for steps in marks.values()) and charts.drawn:
+        told.append(f"The last {_MOST_MARKS} of each are drawn.")
     told += [f"{name}: {count:,} values are not finite and not drawn." for name, count in metrics.missing.items()]
-    if skipped := sum(metrics.curves["skipped"].values[-1:]) if "skipped" in metrics.curves else 0:
-        told.append(f"{skipped:,.0f} steps were skipped.")
     return join(
         el("div", plots, cls="plots") if charts.drawn else None,
         el("p", " ".join(told), cls="note") if told else None,
@@ -192,30 +249,78 @@ def draw_metrics(charts: Charts, metrics: Metrics, *, level: int = 4) -> Html:
     )
 
 
-def _draw_group(charts: Charts, head: str, curves: Mapping[str, Curve], *, level: int) -> Html:
+def _told(said: str, steps: Sequence[float]) -> str:
+    """Which steps something happened to, in words; the dotted lines in the figures of loss and gradient norm."""
+    named = ", ".join(f"{step:,.0f}" for step in steps[:10])
+    more = f" and {len(steps) - 10:,} more" if len(steps) > 10 else ""
+    return f"Steps {named}{more}: {said}." if len(steps) > 1 else f"Step {named}: {said}."
+
+
+def _draw_group(
+    charts: Charts,
+    head: str,
+    curves: Mapping[str, Curve],
+    *,
+    window: int,
+    marks: Mapping[str, Sequence[float]],
+    level: int,
+) -> Html:
+    look = _LOOKS.get(head, _Look(head))
     data: list[Figure] = []
     for at, (name, curve) in enumerate(curves.items()):
-        steps, values = curve.thin()
-        line = {"color": COLORS[at % len(COLORS)], "width": 2}
-        shown = {
-            "name": label(name),
-            "line": line,
-            "hovertemplate": "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        color = COLORS[at % len(COLORS)]
+        smooth = window if name == "loss" else 0
+        short = name.partition("/")[2] or ("all" if len(curves) > 1 and name == head else name)
+        data.append(_line(short, curve, look, color=color, width=1 if smooth else 2))
+        if smooth:
+            data[-1]["opacity"] = 0.5
+            data.append(_line(f"{short}, mean of {window}", curve.smoothed(window), look, color=color, width=3))
+    ends = [
+        f"{name} from {number(c.values[0] * look.factor)} to {number(c.values[-1] * look.factor)}"
+        for name, c in curves.items()
+        if c.values
+    ]
+    lines = [
+        {
+            "type": "line",
+            "x0": step,
+            "x1": step,
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "line": {"color": COLORS[-1], "width": 1, "dash": "dot"},
         }
-        data.append({"type": "scatter", "mode": "lines", "x": steps, "y": values} | shown)
-    title = _TITLES.get(head, head)
-    ends = [f"{name} from {number(c.values[0])} to {number(c.values[-1])}" for name, c in curves.items() if c.values]
+        for steps in marks.values()
+        for step in steps[-_MOST_MARKS:]
+        if head in ("loss", "grad_norm")
+    ]
+    form = {"tickformat": look.ticks} if look.ticks else {"exponentformat": "power"}
     figure = {
         "data": data,
         "layout": layout(
             {
                 "xaxis": {"title": {"text": "step"}, "showgrid": False},
-                "yaxis": {"rangemode": "tozero", "exponentformat": "power"},
+                "yaxis": {"rangemode": "tozero", **form},
                 "showlegend": len(data) > 1,
+                "shapes": lines,
             }
         ),
     }
-    return charts.place(figure, title=title, said=f"{title} over steps: {'; '.join(ends)}", level=level)
+    return charts.place(figure, title=look.title, said=f"{look.title} over steps: {'; '.join(ends)}", level=level)
+
+
+def _line(name: str, curve: Curve, look: _Look, *, color: str, width: int) -> Figure:
+    steps, values = curve.thin()
+    few = len(steps) < _FEW  # evaluations are far apart
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if few else "lines",
+        "x": steps,
+        "y": [value * look.factor for value in values],
+        "name": label(name),
+        "line": {"color": color, "width": width},
+        "hovertemplate": f"step %{{x}}: %{{y:{look.ticks or '.4g'}}}<extra>%{{fullData.name}}</extra>",
+    }
 
 
 def _table_of(metrics: Metrics, names: Sequence[str]) -> Html:

@@ -32,6 +32,8 @@ def draw_samples(run: RunFolder, stage: StageFolder, card: str) -> Html | None:
     for path in chosen:
         value = run.json(path)
         step = number(value.get("step", path.stem)) if is_mapping(value) else path.stem
+        if is_mapping(value) and isinstance(value.get("phase"), str):
+            step = f"{step} {value['phase']}"
         for at, record in enumerate(records(value.get("samples") if is_mapping(value) else value)):
             by_sample.setdefault(str(record.get("id", at)), {})[step] = record
     shown = dict(list(by_sample.items())[:_SHOWN])

@@ -395,6 +395,8 @@ class Align(Stage):
         from plait.core import mesh
         from plait.evaluation.asking import show_answers
         from plait.inference.build import build_engine
+        from plait.stages.pretraining.outcome import milestones
+        from plait.training.model_flops import multimodal_flops
         from plait.training.settings import Hooks
 
         tests = {split: samples for split, samples in questions.samples.items() if split in HELD_OUT}
@@ -420,9 +422,10 @@ class Align(Stage):
             save_model=lambda target: save_multimodal(built, target),
             evaluate=evaluate,
             on_step=on_step,
-            tells=lambda step: step == settings.steps,
+            tells=milestones(settings.steps).__contains__,
             task=self.kind,
             tokenizer=built.language.tokenizer,
+            flops=multimodal_flops(built.model),
         )
         # The loop asks for training mode. No part is in it, only the whole: dropout stays off, as in the reference.
         built.model.eval()

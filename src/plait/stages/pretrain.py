@@ -399,6 +399,7 @@ class Pretrain(Stage):
         from plait.objectives.contrastive import Contrastive
         from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
         from plait.stages.pretraining.validating import judge_pairs
+        from plait.training.model_flops import dual_flops
         from plait.training.settings import Hooks
 
         pairs = splits["train"]
@@ -416,6 +417,7 @@ class Pretrain(Stage):
             on_step=on_step,
             tells=shown.__contains__,
             task=self.kind,
+            flops=dual_flops(dual.model, pairs=batches.batch_size, width=self.d_shared),
         )
         dual.model.train()
         workers = self.trainer.workers

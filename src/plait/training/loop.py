@@ -32,15 +32,18 @@ from plait.training.gradient import Sums, accumulate, check_batches
 from plait.training.interrupt import StopRequest, Woken, stop_requests
 from plait.training.keeping import Keeper, Trained
 from plait.training.monitor import Cost, Monitor, Plan
+from plait.training.norm import Norm
 from plait.training.optimizers import build_part
 from plait.training.parallel.order import timeline_record
 from plait.training.parallel.twin import lay_out
+from plait.training.peak import peak_rate
 from plait.training.precision import LossScale, autocast, hold_masters
-from plait.training.ranks import asked, patience, seed_step, start_alike, total_units
+from plait.training.ranks import asked, patience, seed_step, start_alike
 from plait.training.rehearsal import Asked, rehearsal, rehearsing
 from plait.training.settings import EVALUATION, ON_TRAINING, FitResult, Hooks, Settings, judged
 from plait.training.smaller import Exhausted, divided, first_line, out_of_memory, release, smaller
 from plait.training.state import Origin, Progress, TrainState
+from plait.training.units import placeholders, total_units
 from plait.training.verdict import Judge
 
 
@@ -156,6 +159,7 @@ class _Run:
             progress=Progress(),
         )
         self.keeper = Keeper(folder, trained, settings, origin=origin, hooks=hooks, events=events, layout=self.layout)
+        self.placeholders = placeholders(model)
         seed_everything(settings.seed)
         self.progress = self.keeper.resume()
         self.resumed_from = self.progress.step
@@ -163,8 +167,7 @@ class _Run:
             task=hooks.task,
             total=settings.steps,
             log_every=settings.log_every,
-            flops_per_token=hooks.flops_per_token,
-            peak_flops=hooks.peak_flops * mesh.world(),
+            peak_flops=self._peak() * mesh.world(),
         )
         self.monitor = Monitor(folder, plan, step=self.progress.step, events=events)
         self.judge = Judge(settings, keeper=self.keeper, layout=self.layout, around=self._autocast, events=events)
@@ -207,6 +210,12 @@ class _Run:
             values=values,
         )
 
+    def _peak(self) -> float:
+        """What this device can do in a second; 0 where nobody tells what a step asks of it."""
+        if self.hooks.flops is None or self.hooks.peak_flops:
+            return self.hooks.peak_flops
+        return mesh.first(lambda: peak_rate(self.settings.compute, events=self.events))
+
     def _catch_up(self, stop: StopRequest) -> None:
         """Evaluate and tell the step that a signal ended, as if nothing had happened."""
         progress = self.progress
@@ -241,29 +250,27 @@ class _Run:
         factor = settings.schedule.factor(step, settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        ids = tuple(i for batch in micro for i in batch.sample_ids)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
         micro, sums = self._gradient(micro, kept, stop)
-        norm = self._clip() if sums.complete else math.nan  # that of a part of the gradient says nothing
+        norms = self._clip() if sums.complete else Norm(math.nan)  # that of a part of the gradient says nothing
         self.progress.step += 1
         skipped = self.progress.skipped
-        found = self._values(sums, norm=norm, factor=factor)
-        self._update(kept, sums, norm=norm, micro=micro)
+        found = self._values(sums, norms=norms, factor=factor)
+        self._update(kept, sums, norm=norms.total, micro=micro)
         self._note_timeline()
         self.optimizer.zero_grad(set_to_none=True)
-        samples, tokens = total_units(
-            len(ids), sum(int((batch.segment_ids != 0).sum()) for batch in micro), self.layout.grid
-        )
+        units = total_units(micro, self.layout.grid, placeholders=self.placeholders, flops=self.hooks.flops)
         if self.progress.skipped == skipped:
-            self.progress.taken += samples
+            self.progress.taken += units.samples
         cost = Cost(
-            samples=samples,
-            tokens=tokens,
+            samples=units.samples,
+            tokens=units.tokens,
+            flops=units.flops,
             wait_s=waited,
             work_s=time.perf_counter() - began,
             save_s=self.keeper.saver.take_stalled(),
         )
-        found |= {"skipped": self.progress.skipped} | self._went_wrong() | self._evaluate(stop)
+        found |= {"skipped": self.progress.skipped} | units.shares() | self._went_wrong() | self._evaluate(stop)
         values = self.monitor.step(self.progress.step, found, cost)
         self.judge.settle(self.folder, before=self.monitor.sync)
         if self.progress.unjudged:
@@ -397,14 +404,15 @@ class _Run:
         settings = self.settings.stopping
         return settings is not None and 0 < settings.patience <= self.progress.stale
 
-    def _values(self, sums: Sums, *, norm: float, factor: float) -> dict[str, float]:
+    def _values(self, sums: Sums, *, norms: Norm, factor: float) -> dict[str, float]:
         values = {"loss": sums.loss} | {f"loss/{term}": value for term, value in sums.terms.items()}
-        values |= {"grad_norm": norm, "lr": self.settings.rates.lr * factor}
+        values |= {"grad_norm": norms.total} | {f"grad_norm/{part}": norm for part, norm in norms.parts.items()}
+        values |= {"lr": self.settings.rates.lr * factor}
         values |= {f"lr/{part}": rate * factor for part, rate in self.settings.rates.parts.items()}
         values |= {f"units/{term}": count for term, count in sums.counts.items()}
         return values | ({"loss_scale": self.scaler.scale} if self.scaler else {})
 
-    def _clip(self) -> float:
+    def _clip(self) -> Norm:
         """Scale the gradient to ``clip_norm`` if it is longer; returns its norm before, without the loss's scale."""
         grads = [w.grad for w in self.train_state.weights.values() if w.grad is not None]
         if self.scaler is not None:

@@ -20,6 +20,7 @@ from typing import Any
 from plait.core.device import rss
 from plait.core.events import Events
 from plait.core.files import disk_error, fsync_dir, read_jsonl, write_atomic, write_json
+from plait.training.alerts import Alerts
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.csv"
@@ -39,6 +40,7 @@ class Cost:
     Attributes:
         samples: Samples in it.
         tokens: Positions in it that are not padding.
+        flops: Floating-point operations that the model asks for; 0 if unknown.
         wait_s: Seconds in which the model waited for data.
         work_s: Seconds of forward, backward and update.
         save_s: Seconds that checkpoints held up training since the step before; they are in neither of the others.
@@ -49,6 +51,7 @@ class Cost:
     wait_s: float
     work_s: float
     save_s: float = 0.0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +62,12 @@ class Plan:
         task: What progress is called, such as ``pretrain``.
         total: Steps of the whole run.
         log_every: A record every so many steps, and at the last one.
-        flops_per_token: Floating-point operations of a training step by token; 0 if unknown.
-        peak_flops: What the device can do in a second, as measured by ``plait doctor``; 0 if unknown. MFU needs both.
+        peak_flops: What the devices can do in a second; 0 if unknown. MFU needs it and the operations of steps.
     """
 
     task: str
     total: int
     log_every: int = 1
-    flops_per_token: float = 0.0
     peak_flops: float = 0.0
 
 
@@ -89,6 +90,9 @@ class Monitor:
         self.events = events
         _cut(folder / METRICS, step=step, log_every=plan.log_every, events=events)
         self._eta = _Eta(plan.total)
+        self._alerts = Alerts(plan.total // plan.log_every)
+        for record in read_jsonl(folder / METRICS) if (folder / METRICS).is_file() else []:
+            self._alerts.record(record)  # what they say was said
         self._open: list[Cost] = []
 
     def step(self, step: int, values: Mapping[str, float], cost: Cost) -> dict[str, Any]:
@@ -109,6 +113,8 @@ class Monitor:
         if step % self.plan.log_every == 0 or step == self.plan.total:
             self._append(_line(full))
             self._open.clear()
+            for alert in self._alerts.record(full):
+                self.events.warning(f"step {step}: {alert.text}", alert=alert.kind, step=step)
         return full
 
     def amend(self, step: int, found: Mapping[str, float]) -> None:
@@ -162,8 +168,9 @@ class Monitor:
             "save_s": round(sum(c.save_s for c in self._open), 6),
             "memory_bytes": rss(),
         }
-        if self.plan.flops_per_token and self.plan.peak_flops:
-            rates["mfu"] = round(self.plan.flops_per_token * tokens / seconds / self.plan.peak_flops, 4)
+        flops = sum(c.flops for c in self._open)
+        if flops and self.plan.peak_flops:
+            rates["mfu"] = round(flops / seconds / self.plan.peak_flops, 4)
         return rates
 
     def _append(self, line: str) -> None:

@@ -92,9 +92,3 @@ def seed_step(seed: int, step: int, grid: Grid) -> None:
         own = (grid.place("pipeline") * grid.data + grid.place("data")) * grid.context + grid.place("context")
         keys = torch.Generator().manual_seed(seed * 1_000_003 + step * 4_096 + own)
         seed_everything(int(torch.randint(2**31 - 1, (), generator=keys)))
-
-
-def total_units(samples: int, tokens: int, grid: Grid) -> tuple[int, int]:
-    """Samples and tokens of a step of all processes together."""
-    both: list[int] = collectives.all_reduce_sum(torch.tensor([samples, tokens]), grid.group("data")).tolist()
-    return both[0], both[1]

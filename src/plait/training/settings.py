@@ -280,8 +280,9 @@ class Hooks:
             and a model in pieces is put together.
         task: What progress is called.
         tokenizer: Of the batches' token ids, for who reads them (``plait doctor gradients``); the loop does not.
-        flops_per_token: See :class:`plait.training.monitor.Plan`.
-        peak_flops: See :class:`plait.training.monitor.Plan`.
+        flops: Floating-point operations that the model asks for to learn from a batch
+            (:mod:`plait.training.model_flops`); None: unknown, there is no MFU.
+        peak_flops: What one process's device can do in a second; 0 measures it (:mod:`plait.training.peak`).
     """
 
     save_model: Callable[[Path], None] = _nothing
@@ -290,7 +291,7 @@ class Hooks:
     tells: Callable[[int], bool] = _always
     task: str = "train"
     tokenizer: Any = None
-    flops_per_token: float = 0.0
+    flops: Callable[[Batch], float] | None = None
     peak_flops: float = 0.0
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.core.speed import choose_threads, gemm_rate, guess_rates, interleaved, probe_threads
+from plait.core.speed import choose_threads, gemm_peak, gemm_rate, guess_rates, interleaved, probe_threads
 
 QUIET = {1: (28e-6, 7.0e-3), 2: (20e-6, 3.6e-3)}
 """Measured on 2 quiet cores."""
@@ -69,11 +69,12 @@ def test_every_count_up_to_an_odd_number_of_cores_is_tried(monkeypatch: pytest.M
     assert {1, 2, 4, 6} <= set(tried)
 
 
+@pytest.mark.parametrize("rate_of", [gemm_rate, gemm_peak])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_rate_is_measured_within_its_budget(dtype: str) -> None:
+def test_the_rate_is_measured_within_its_budget(dtype: str, rate_of: Callable[..., float]) -> None:
     state = torch.get_rng_state()
     begun = time.perf_counter()
-    rate = gemm_rate(dtype, budget_s=0.1)
+    rate = rate_of(dtype, budget_s=0.1)
     assert 1e8 < rate < 1e14
     assert time.perf_counter() - begun < 5.0  # far above 0.1 s: neighbors may hold the cores
     assert torch.equal(torch.get_rng_state(), state)

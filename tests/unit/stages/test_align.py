@@ -100,10 +100,10 @@ def test_another_reference_is_not_taken_for_this_model(tuned_stage: Path) -> Non
     assert read_json(other / REFERENCE) == read_json(whole / REFERENCE)
 
 
-def test_the_answers_before_are_those_of_the_tuned_model_and_the_last_step_has_some_too(tuned_stage: Path) -> None:
+def test_the_answers_before_are_those_of_the_tuned_model_and_four_later_steps_have_some_too(tuned_stage: Path) -> None:
     folder, _ = align(tuned_stage)
     shown = [read_json(path) for path in sorted((folder / "samples").iterdir())]
-    assert [(record["step"], record["phase"]) for record in shown] == [(0, "align"), (4, "align")]
+    assert [(record["step"], record["phase"]) for record in shown] == [(step, "align") for step in range(5)]
     for record in shown:
         assert [sample["split"] for sample in record["samples"]] == ["test-concept"] * 6
         assert set(record["samples"][0]) == {"id", "split", "task", "uri", "question", "target", "answer"}

@@ -383,7 +383,7 @@ def test_progress_and_results_are_complete(tmp_path):
     train(
         tmp_path,
         events=Events(listeners=(seen.append,)),
-        hooks=Hooks(task="tune", flops_per_token=10.0, peak_flops=1e6),
+        hooks=Hooks(task="tune", flops=lambda batch: 10.0 * batch.token_ids.numel(), peak_flops=1e6),
     )
     progress = [e for e in seen if e.kind == "progress"]
     assert [(e.text, e.fields["done"], e.fields["total"]) for e in progress] == [("tune", n, 4) for n in range(1, 5)]

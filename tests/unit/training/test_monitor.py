@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.light
 COST = Cost(samples=4, tokens=100, wait_s=0.5, work_s=1.5)
 
 
-def run(folder, steps, *, at=0, total=10, seen=None, **plan) -> Monitor:
+def run(folder, steps, *, at=0, total=10, seen=None, cost=COST, **plan) -> Monitor:
     """Record ``steps`` steps after step ``at``."""
     events = Events(listeners=(seen.append,)) if seen is not None else Events()
     monitor = Monitor(folder, Plan(task="tune", total=total, **plan), step=at, events=events)
     for step in range(at + 1, at + steps + 1):
-        monitor.step(step, {"loss": 1.0 / step}, COST)
+        monitor.step(step, {"loss": 1.0 / step}, cost)
     return monitor
 
 
@@ -32,12 +33,12 @@ def steps(folder) -> list[int]:
 
 
 def test_rates_come_from_the_costs(tmp_path):
-    run(tmp_path, 1, flops_per_token=1e6, peak_flops=1e9)
+    run(tmp_path, 1, peak_flops=1e9, cost=replace(COST, flops=1e8))
     (record,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert record["samples_per_s"] == 2.0
     assert record["tokens_per_s"] == 50.0
     assert record["data_wait"] == 0.25
-    assert record["mfu"] == 0.05  # 50 tokens/s * 1e6 FLOPs of 1e9
+    assert record["mfu"] == 0.05  # 1e8 FLOPs in 2 s, of 1e9 a second
     assert record["memory_bytes"] > 2**20
     assert set(record) - TIMING == {"step", "loss", "samples", "tokens"}
 
@@ -56,7 +57,7 @@ def test_what_is_found_out_later_joins_the_record_of_its_step_alone(tmp_path):
 
 
 def test_mfu_is_left_out_where_a_rate_is_unknown(tmp_path):
-    run(tmp_path, 1, flops_per_token=1e6)
+    run(tmp_path, 1, cost=replace(COST, flops=1e8))
     assert "mfu" not in read_jsonl(tmp_path / "metrics.jsonl")[0]
 
 

@@ -167,7 +167,10 @@ _NAMES: Mapping[str, tuple[str, str]] = {
     ),
     "experts": (_EXPERTS, "the model is the recipe's; `plait list decoders` shows which there are"),
     "data": (_DATA, "data, tokenizer and length of rows are the recipe's: data.source, stages.tune.decoder and .row"),
-    "logs": (_LOGS, "metrics.jsonl, events.jsonl and results.csv of the run folder hold it"),
+    "logs": (
+        _LOGS,
+        "metrics.jsonl of the run folder holds it; `trackers` in a recipe sends it elsewhere",
+    ),
     "files": (_FILES, "the run folder holds checkpoints; `plait resume` goes on, in any number of processes"),
     "speed": (_SPEEDS, _SPEED),
     "formats": (

@@ -46,6 +46,7 @@ from plait.models.crossattend import plain
 from plait.objectives.language import NextToken
 from plait.objectives.words import WordTargets
 from plait.stages.fitting import fit_ahead
+from plait.stages.pretraining.outcome import milestones
 from plait.stages.stage import named_setting
 from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_questions
@@ -54,6 +55,7 @@ from plait.stages.tuning.validating import judge_questions, judged_conversations
 from plait.stages.tuning.vocabulary import read_vocabulary
 from plait.stages.validating import check_judged, judged_splits, outcome, said
 from plait.training.computed import computed
+from plait.training.model_flops import MediaFlops, multimodal_flops
 from plait.training.monitor import METRICS
 from plait.training.precision import autocast
 from plait.training.settings import FitResult, Hooks, Settings
@@ -61,7 +63,6 @@ from plait.training.settings import FitResult, Hooks, Settings
 _SHOWN_SPLITS = 2  # held-out splits from which a few questions are asked again and again while training
 _SHOWN_EACH = 3
 _SHOWN_TOKENS = 10
-_MILESTONES = 4  # how often they are asked in the last phase
 _NEW = " of new pictures"  # marks questions about pictures that the first phase did not see
 
 
@@ -227,12 +228,19 @@ class _Tuning:
         mesh.first(partial(self._draw, batches))
         let_media_learn(self.built.model)
         connector_trains(self.built.connector, drops=self.vocabulary is None)
+        before = self.steps
+
+        def on_step(step: int, _: Mapping[str, Any]) -> None:
+            self.show(before + step, "connector")
+
         result = self._fit(
             "connector",
             self.built.model,
             objective=NextToken(),
             batches=batches,
             settings=self._settings(spec, parts=gate_rates(self.built.model, self.spec.lr_gates)),
+            on_step=on_step,
+            tells=(milestones(spec.steps) - {spec.steps}).__contains__,  # after the last one they are asked below
         )
         self.built.model.eval()
         mesh.first(partial(self.show, self._done(result), "connector"))
@@ -258,8 +266,7 @@ class _Tuning:
         parts = dict.fromkeys(let_media_learn(self.built.model), spec.lr_connector) if spec.lr_connector else {}
         parts |= gate_rates(self.built.model, self.spec.lr_gates) if parts else {}
         of_experts = ExpertTerms.of(self.spec.decoder)
-        before = self.steps
-        shown = {max(1, round(spec.steps * part / _MILESTONES)) for part in range(1, _MILESTONES + 1)}
+        before, shown = self.steps, milestones(spec.steps)
 
         def on_step(step: int, _: Mapping[str, Any]) -> None:
             self.show(before + step, "decoder")
@@ -467,17 +474,11 @@ class _Tuning:
             tells=tells,
             task=f"tune: {phase}",
             tokenizer=self.built.language.tokenizer,
+            flops=MediaFlops({"image": model}) if phase == "words" else multimodal_flops(self.built.model),
         )
-        workers = self.spec.trainer.workers
+        workers, events = self.spec.trainer.workers, self.events
         return fit_ahead(
-            model,
-            objective,
-            batches,
-            workers=workers,
-            settings=settings,
-            folder=place,
-            events=self.events,
-            hooks=hooks,
+            model, objective, batches, workers=workers, settings=settings, folder=place, events=events, hooks=hooks
         )
 
     def _done(self, result: FitResult) -> int:

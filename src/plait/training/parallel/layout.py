@@ -17,7 +17,7 @@ from plait.core.grid import Grid
 from plait.core.protocols import Objective
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
-from plait.training.norm import clip
+from plait.training.norm import Norm, clip, parts_of
 from plait.training.parallel.context import Rows
 from plait.training.parallel.expert import EXPERT, ExpertGroups, of_expert
 from plait.training.parallel.order import Span
@@ -98,9 +98,10 @@ class Whole:
         """What the stages of a pipeline did in a step that they measured, once, in process 0; mostly nothing."""
         return []
 
-    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> float:
+    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> Norm:
         """Scale the whole gradient to a norm if it is longer; see :func:`plait.training.norm.clip`."""
-        return clip([weight.grad for weight in weights.values() if weight.grad is not None], largest)
+        grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        return clip(grads, largest, parts=parts_of(weights))
 
     def _learning(self) -> Iterator[nn.Parameter]:
         """Every trained weight once."""

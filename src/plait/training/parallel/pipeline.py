@@ -29,7 +29,7 @@ from plait.core.tensors import Batch
 from plait.models.crossattend import layers_of
 from plait.models.multimodal import MultimodalLM
 from plait.training.average import MovingAverage
-from plait.training.norm import clip
+from plait.training.norm import Norm, clip, parts_of
 from plait.training.parallel.cut import check, keep_only, owners, stages_of
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.order import SCHEDULES, Span
@@ -147,12 +147,13 @@ class Staged(Whole):
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad += self._exchanged(weight.grad)  # a + b there, b + a here: the same bits
 
-    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> float:
+    def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> Norm:
         """Of all stages together; a copy of the head's table counts once."""
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        counted = [grad for name, grad in grads.items() if self._holders[name][0] == self.link.stage]
+        counted = {name: grad for name, grad in grads.items() if self._holders[name][0] == self.link.stage}
         copies = [grad for name, grad in grads.items() if self._holders[name][0] != self.link.stage]
-        return clip(counted, largest, copies=copies, stages=self.link.onward)
+        parts = parts_of(name for name, weight in self._plain.items() if weight.requires_grad)
+        return clip(counted, largest, parts=parts, copies=copies, stages=self.link.onward)
 
     def _exchanged(self, mine: Tensor) -> Tensor:
         """What the last stage has, on the first one, and the other way round."""

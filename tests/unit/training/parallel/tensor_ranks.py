@@ -93,7 +93,7 @@ def compare(family: str, *, lora: bool) -> list[float]:
     return [
         abs(loss.item() - loss_of(one).item()),
         apart,
-        abs(clip(list(found.values()), None) - float(norm)) / float(norm),
+        abs(clip(found, None).total - float(norm)) / float(norm),
         sum(dtensors.local(w).numel() for w in model.parameters()) / sum(w.numel() for w in one.parameters()),
     ]
 
