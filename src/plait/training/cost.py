@@ -30,6 +30,9 @@ from plait.models.head_room import scores_held
 Gradients = Literal["none", "through", "full"]
 """What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
 
+Attention = Literal["eager", "sdpa", "documents"]
+"""How scores are computed: all at once, fused, or document by document (:mod:`plait.models.documents`)."""
+
 Recompute = Literal["none", "full", "selective"]
 """What blocks do again in the backward pass (:mod:`plait.models.recompute`)."""
 
@@ -46,8 +49,8 @@ Measured over SmolLM2's 30 layers and 640 tokens: 1.42 (float32, eager) and 1.39
 ``MALLOC_MMAP_THRESHOLD_=65536`` 1.05 and 1.01, but a step took a third longer.
 """
 
-RUNTIME_BYTES = 405 * 2**20
-"""Interpreter with torch, transformers and peft imported and their kernels once used, where nobody measured it.
+RUNTIME_BYTES = 416 * 2**20
+"""Interpreter with all that a stage imports, kernels once used, where nobody measured it.
 
 Linux x86-64, Python 3.11, torch 2.13, transformers 5.23, peft 0.21.
 """
@@ -271,7 +274,8 @@ def decoder_activations(
     length: int,
     dtype: str,
     gradients: Gradients,
-    attention: Literal["eager", "sdpa"] = "sdpa",
+    attention: Attention = "sdpa",
+    document: int = 0,
     lora: Lora | None = None,
     recompute: Recompute = "none",
 ) -> int:
@@ -282,7 +286,9 @@ def decoder_activations(
 
     - both norms: their input in float32 (8d) and 1/rms (8);
     - attention: q, k, v as wide as the queries (3s·h·d_head); then with SDPA the output (s·h·d_head), the log-sum (4h)
-      and the mask (s·t), with eager the float32 probabilities (4ht) and a copy in the working format;
+      and the mask (s·t), with eager the float32 probabilities (4ht) and a copy in the working format; document by
+      document the keys and values as wide as they are, the probabilities in the working format (s·h for each token of
+      the document), what came out and its place;
     - feed-forward: gate, SiLU of it, up (3sf).
 
     Trained weights also keep their inputs. In bfloat16 they are float32 masters under autocast, so each layer keeps a
@@ -296,6 +302,7 @@ def decoder_activations(
         dtype: Format of the mathematics.
         gradients: For the decoder's own weights.
         attention: Which implementation runs.
+        document: Tokens of a document, where attention goes by document; 0: of a row.
         lora: Adapters, always trained.
         recompute: What blocks keep (:mod:`plait.models.recompute`): all; their inputs; or these and their products.
             In the backward pass one block's worth of everything is there besides.
@@ -303,12 +310,16 @@ def decoder_activations(
     if recompute != "none" and gradients != "none":
         kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
         kept = kept_between(shape, products=recompute == "selective", **kind)
-        block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
+        one = dataclasses.replace(shape, layers=1)
+        block = decoder_activations(one, rows=rows, length=length, document=document, **kind)
         return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.top_k * shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
         token += 4 * s * a + 4 * shape.heads + s * length
+    elif attention == "documents":
+        token += s * (a + 2 * shape.d_kv + shape.heads * (document or length)) + 8
+        token += (4 if gradients == "full" else s) * a  # of trained masters, rotary positions make it float32
     else:
         token += 3 * s * a + shape.heads * length * (4 if dtype == "float32" else 4 + s)
     if gradients == "full":
