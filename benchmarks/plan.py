@@ -41,9 +41,9 @@ SMALL = ("data.source.max_train=160", "data.source.max_test=40", "data.questions
 SHORT = ("stages.pretrain.steps=6", "stages.pretrain.epochs=null")
 TUNED = (
     "stages.tune.views=1",
-    "stages.tune.words.steps=3",
+    "stages.tune.words.steps=2",
     "stages.tune.frozen.steps=2",
-    "stages.tune.adapt.steps=3",
+    "stages.tune.adapt.steps=2",
 )
 
 
@@ -86,20 +86,20 @@ CASES = (
         ("pretrain",),
     ),
     Case("LoRA in float32, batch 32", (*SMALL, *TUNED, "stages.tune.dtype=float32", "stages.tune.batch_size=32")),
-    Case("LoRA, batch 48", (*SMALL, *TUNED, "stages.tune.batch_size=48")),
+    Case("LoRA, batch 32", (*SMALL, *TUNED, "stages.tune.batch_size=32")),
     Case(
-        "LoRA, batch 48, micro_batch 12",
-        (*SMALL, *TUNED, "stages.tune.batch_size=48", "stages.tune.trainer.micro_batch=12"),
+        "LoRA, batch 32, micro_batch 8",
+        (*SMALL, *TUNED, "stages.tune.batch_size=32", "stages.tune.trainer.micro_batch=8"),
     ),
     Case(
-        "LoRA, batch 48, recompute full",
-        (*SMALL, *TUNED, "stages.tune.batch_size=48", "stages.tune.trainer.recompute=full"),
+        "LoRA, batch 32, recompute full",
+        (*SMALL, *TUNED, "stages.tune.batch_size=32", "stages.tune.trainer.recompute=full"),
     ),
     Case(
-        "LoRA, batch 48, recompute selective",
-        (*SMALL, *TUNED, "stages.tune.batch_size=48", "stages.tune.trainer.recompute=selective"),
+        "LoRA, batch 32, recompute selective",
+        (*SMALL, *TUNED, "stages.tune.batch_size=32", "stages.tune.trainer.recompute=selective"),
     ),
-    Case("LoRA, batch 48, head full", (*SMALL, *TUNED, "stages.tune.batch_size=48", "stages.tune.trainer.head=full")),
+    Case("LoRA, batch 32, head full", (*SMALL, *TUNED, "stages.tune.batch_size=32", "stages.tune.trainer.head=full")),
     Case("whole decoder", (*SMALL, *TUNED, "stages.tune.adapt.rank=0", "stages.tune.adapt.lr=1e-5")),
     Case(
         "new decoder, mlp",
@@ -163,10 +163,10 @@ def rows(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
             found = measure(run, number, own)
             cached = (held(own / "features") if (own / "features").is_dir() else 0) - before
             if stage.kind in TRAINS:
-                yield record(case, estimate, found, cached)
+                yield record(case, estimate, found, cached=cached)
 
 
-def record(case: Case, estimate: Estimate, found: dict[str, Any], cached: int) -> dict[str, Any]:
+def record(case: Case, estimate: Estimate, found: dict[str, Any], *, cached: int) -> dict[str, Any]:
     """Planned and measured."""
     peak = max(found["peaks"].values())
     return {
@@ -175,6 +175,7 @@ def record(case: Case, estimate: Estimate, found: dict[str, Any], cached: int) -
         "stage": estimate.stage,
         "planned_bytes": sum(estimate.memory.values()),
         "planned_parts": dict(estimate.memory),
+        "planned_moments": dict(estimate.moments),
         "measured_bytes": peak,
         "measured_sections": found["peaks"],
         "error": round(sum(estimate.memory.values()) / peak - 1, 4),
@@ -228,17 +229,17 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     machine = survey(Path.cwd())
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    about = {"date": str(datetime.date.today()), "cpu": cpu_name(), "python": platform.python_version()}
     found: list[dict[str, Any]] = []
     for case in CASES:
         if not args.only or any(part in case.name for part in args.only):
             for one in rows(case, machine):
                 print(line(one), flush=True)
                 found.append(one)
+                if args.keep:
+                    write_json(RESULTS, {**about, "threads": 1, "versions": versions, "rows": found})
     print(table(found))
-    if args.keep:
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        about = {"date": str(datetime.date.today()), "cpu": cpu_name(), "python": platform.python_version()}
-        write_json(RESULTS, {**about, "threads": 1, "versions": versions, "rows": found})
 
 
 if __name__ == "__main__":

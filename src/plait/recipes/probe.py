@@ -1,4 +1,4 @@
-"""A few real steps of each training stage of a recipe, in a folder that goes away: what ``plait plan --probe`` shows."""
+"""A few real steps of each training stage of a recipe, in a folder that goes away: ``plait plan --probe``."""
 
 from __future__ import annotations
 
@@ -132,8 +132,10 @@ def _measured(run: Path, number: int, *, steps: int, say: Callable[[str], None])
         PlaitError: What it was stopped by.
     """
     command = [sys.executable, "-m", _MODULE, str(run), str(number), str(steps)]
-    with tempfile.TemporaryFile("w+") as complaints:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True)
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+    ):
         last: dict[str, Any] = {}
         try:
             assert process.stdout is not None
@@ -153,9 +155,9 @@ def _measured(run: Path, number: int, *, steps: int, say: Callable[[str], None])
         if "result" in last:
             return last["result"]
         if "error" in last:
-            raise _as_raised(last["error"])
+            raise as_raised(last["error"])
         complaints.seek(0)
-        raise _ended(process.returncode, complaints.read(), place=str(run))
+        raise ended(process.returncode, complaints.read(), place=str(run))
 
 
 def _text(said: Mapping[str, Any]) -> str:
@@ -167,13 +169,21 @@ def _text(said: Mapping[str, Any]) -> str:
     return str(said["text"]) if kind in ("note", "warning") else ""
 
 
-def _as_raised(record: Mapping[str, Any]) -> PlaitError:
+def as_raised(record: Mapping[str, Any]) -> PlaitError:
     """The error of another process."""
-    kinds = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PlaitError)}
+    found = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = {kind.code: kind for kind in found if issubclass(kind, PlaitError)}
     return kinds.get(record["code"], PlaitError)(record["cause"], place=record["place"], remedy=record["remedy"])
 
 
-def _ended(code: int, complaints: str, *, place: str) -> PlaitError:
+def ended(code: int, complaints: str, *, place: str) -> PlaitError:
+    """Why another process ended without a word.
+
+    Args:
+        code: Its exit code.
+        complaints: What it wrote to stderr.
+        place: What it worked on.
+    """
     if code == -signal.SIGKILL:
         return ResourceError(
             "a step was ended by the system with SIGKILL, which is what it does where memory does not suffice",

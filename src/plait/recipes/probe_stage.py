@@ -1,4 +1,4 @@
-"""One stage of a run folder in a process of its own, measured: ``python -m plait.recipes.probe_stage RUN NUMBER STEPS``.
+"""One stage of a run in a process of its own, measured: ``python -m plait.recipes.probe_stage RUN NUMBER STEPS``.
 
 :mod:`plait.recipes.probe` starts it and reads what it says: one JSON object a line, ``event``, then ``result`` or
 ``error``. Its memory is the stage's alone, since no stage before it ran in this process.
@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ class Rehearsal:
             hooks=replace(asked.hooks, on_step=on_step, tells=bool),
         )
         taken = time.perf_counter() - began
-        each = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+        each = [later - earlier for earlier, later in itertools.pairwise(ends)]
         self.meter.enter(AFTER if before != AFTER else before)
         self.phases.append(
             {
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> int:
         say({"event": event.kind, "text": event.text, "fields": dict(event.fields)})
 
     try:
-        with _no_memory(), contextlib.redirect_stdout(sys.stderr):  # nothing else may speak in between
+        with no_memory(), contextlib.redirect_stdout(sys.stderr):  # nothing else may speak in between
             events = Events(None, listeners=(listen,))
             found = measure(Path(arguments[0]), int(arguments[1]), steps=int(arguments[2]), events=events)
     except PlaitError as error:
@@ -168,7 +169,12 @@ def _printer() -> Callable[[Mapping[str, Any]], None]:
 
 
 @contextlib.contextmanager
-def _no_memory() -> Any:
+def no_memory() -> Generator[None]:
+    """Say in Plait's words that memory does not suffice.
+
+    Raises:
+        ResourceError: It does not.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -18,6 +18,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,8 @@ from plait.models.head_room import scores_held
 Gradients = Literal["none", "through", "full"]
 """What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
 
-Attention = Literal["eager", "sdpa", "documents"]
-"""How scores are computed: all at once, fused, or document by document (:mod:`plait.models.documents`)."""
+Attention = Literal["eager", "sdpa"] | int
+"""How scores are computed: all at once, fused, or (:mod:`plait.models.documents`) by document, of so many tokens."""
 
 Recompute = Literal["none", "full", "selective"]
 """What blocks do again in the backward pass (:mod:`plait.models.recompute`)."""
@@ -42,12 +43,18 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes a number."""
 
-HEAP = 1.4
+HEAP = 1.15
 """RSS over live bytes, for activations: glibc's heap keeps freed blocks that it cannot hand back.
 
-Measured over SmolLM2's 30 layers and 640 tokens: 1.42 (float32, eager) and 1.39 (bfloat16, SDPA); with
-``MALLOC_MMAP_THRESHOLD_=65536`` 1.05 and 1.01, but a step took a third longer.
+Seen in ``benchmarks/plan.py``: 1.04 to 1.2 in bfloat16 and in towers, up to 1.5 in float32 with LoRA.
 """
+
+LEFT_BYTES = 80 * 2**20
+"""What encoding, answering and earlier phases leave in the heap: RSS of a tune stage's second phase began 50 to 100 MiB
+above the sum of what is there."""
+
+TOKENIZER_BYTES = 950
+"""Of a token of the vocabulary, in the tokenizer's tables: SmolLM2's 49,152 take 45 MiB."""
 
 RUNTIME_BYTES = 416 * 2**20
 """Interpreter with all that a stage imports, kernels once used, where nobody measured it.
@@ -275,7 +282,6 @@ def decoder_activations(
     dtype: str,
     gradients: Gradients,
     attention: Attention = "sdpa",
-    document: int = 0,
     lora: Lora | None = None,
     recompute: Recompute = "none",
 ) -> int:
@@ -302,7 +308,6 @@ def decoder_activations(
         dtype: Format of the mathematics.
         gradients: For the decoder's own weights.
         attention: Which implementation runs.
-        document: Tokens of a document, where attention goes by document; 0: of a row.
         lora: Adapters, always trained.
         recompute: What blocks keep (:mod:`plait.models.recompute`): all; their inputs; or these and their products.
             In the backward pass one block's worth of everything is there besides.
@@ -311,14 +316,14 @@ def decoder_activations(
         kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
         kept = kept_between(shape, products=recompute == "selective", **kind)
         one = dataclasses.replace(shape, layers=1)
-        block = decoder_activations(one, rows=rows, length=length, document=document, **kind)
+        block = decoder_activations(one, rows=rows, length=length, **kind)
         return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.top_k * shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
         token += 4 * s * a + 4 * shape.heads + s * length
-    elif attention == "documents":
-        token += s * (a + 2 * shape.d_kv + shape.heads * (document or length)) + 8
+    elif isinstance(attention, int):
+        token += s * (a + 2 * shape.d_kv + shape.heads * attention) + 8
         token += (4 if gradients == "full" else s) * a  # of trained masters, rotary positions make it float32
     else:
         token += 3 * s * a + shape.heads * length * (4 if dtype == "float32" else 4 + s)
@@ -340,7 +345,7 @@ def kept_between(
     *,
     dtype: str,
     gradients: Gradients,
-    attention: str,
+    attention: Attention,
     lora: Lora | None,
     products: bool,
 ) -> int:
@@ -360,7 +365,7 @@ def kept_between(
     return token
 
 
-def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: str) -> int:
+def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: Attention) -> int:
     """Width of all inputs that trained linear layers of a block keep."""
     widths = {name: inputs for name, (inputs, _) in shape.matrices().items() if name in names}
     if dtype != "float32":
@@ -450,16 +455,47 @@ def peak_memory(
     }
 
 
-def checkpoint_bytes(*, weights: int, trainable: int, keep: int = 1, state: float = 8.0) -> int:
-    """Disk for a stage's checkpoints: ``keep`` that stay and one being written, each with the optimizer's state.
+def in_turn(parts: dict[str, int], *, early: int = 0) -> dict[str, int]:
+    """The higher end of a backward pass: activations go as gradients come, so they are not all there at once.
+
+    In a stack of equal layers what is alive rises or falls all the way, and is highest at one of the ends. With several
+    micro-batches gradients stay from one to the next: there the plain sum holds.
 
     Args:
-        weights: Bytes of the weights in one checkpoint.
+        parts: Of :func:`peak_memory`.
+        early: Bytes of the gradients that come first, with all activations still there: those of the output head.
+
+    Example:
+        >>> in_turn({"gradients": 4, "activations": 10})
+        {'gradients': 0, 'activations': 10}
+        >>> in_turn({"gradients": 40, "activations": 10}, early=5)
+        {'gradients': 40, 'activations': 0}
+    """
+    if parts["activations"] + early >= parts["gradients"]:
+        return parts | {"gradients": min(early, parts["gradients"])}
+    return parts | {"activations": 0}
+
+
+def checkpoint_bytes(*, weights: int, trainable: int, state: float = 8.0) -> int:
+    """Disk for one checkpoint: the model's own files, trained weights to go on from, and the optimizer's state.
+
+    Args:
+        weights: Bytes of the model's own files.
         trainable: Number of trained weights.
-        keep: Checkpoints that stay.
         state: Bytes of the optimizer's state by trained weight; AdamW's by default.
     """
-    return (keep + 1) * (weights + round(state * trainable))
+    return weights + round((4 + state) * trainable)
+
+
+def checkpoints_left(steps: int, every: int, *, keep: int = 2) -> int:
+    """How many checkpoints a phase leaves.
+
+    Args:
+        steps: It has.
+        every: Steps between checkpoints; the last step has one, too. 0: that alone.
+        keep: At most.
+    """
+    return min(keep, math.ceil(steps / every) if every else 1)
 
 
 # --- time ----------------------------------------------------------------------------------------------------------
