@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from plait.models.documents import documents_for, read_by_document
 from plait.models.packing import packed_masks
 from plait.models.recompute import Recompute, recomputed
-from plait.training.cost import DecoderShape, Lora, decoder_activations, head_bytes, in_turn, peak_memory
+from plait.training.cost import DecoderShape, Lora, decoder_activations, head_bytes
+from plait.training.peak import in_turn, peak_memory
 from plait.training.plan import survey
 from plait.training.precision import autocast, hold_masters
 

@@ -171,7 +171,7 @@ def describe_probe(probed: Sequence[Probed], planned: Mapping[str, Estimate]) ->
 
 def describe(sums: Total, machine: Machine) -> list[str]:
     """The plan as lines: needs by stage, memory by part, notes, warnings."""
-    from plait.training.cost import PARTS
+    from plait.training.peak import PARTS
     from plait.training.plan import size
 
     head = ["stage", "trained", "frozen", "samples", "tokens", "of images", "FLOP", "peak memory", "disk", "time"]

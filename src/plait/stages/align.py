@@ -198,7 +198,7 @@ class Align(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training import cost
+        from plait.training import cost, peak
 
         made = made_before(before)
         sizes: dict[str, Any] = dict(made.decoder) if made else {}
@@ -230,7 +230,7 @@ class Align(Stage):
             recompute=self.trainer.recompute,
         )
         learn, state = weights + (connectors if self.connector else 0), self.trainer.state_bytes()
-        memory = cost.peak_memory(
+        memory = peak.peak_memory(
             machine,
             frozen=shape.params + _TOWER_WEIGHTS,
             frozen_dtype=machine.dtype,
@@ -238,12 +238,12 @@ class Align(Stage):
             state=state,
             activations=kept
             + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head, device=machine.device),
-            caches=cost.TOKENIZER_BYTES * shape.vocab + cost.LEFT_BYTES,
+            caches=peak.TOKENIZER_BYTES * shape.vocab + peak.LEFT_BYTES,
             async_save=self.trainer.async_save,
         )
-        memory = cost.in_turn(memory)
+        memory = peak.in_turn(memory)
         memory["weights"] += 4 * (weights + connectors - learn)
-        one = cost.checkpoint_bytes(weights=4 * (weights + connectors) + _FILES, trainable=learn, state=state)
+        one = peak.checkpoint_bytes(weights=4 * (weights + connectors) + _FILES, trainable=learn, state=state)
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(
             stage=self.kind,
@@ -253,7 +253,7 @@ class Align(Stage):
             image_tokens=int(tokens * _FILLED * slots / answer),
             flops=flops,
             **peak_of({"training": memory}),
-            disk_bytes=one * cost.checkpoints_left(self.steps, self.save_every),
+            disk_bytes=one * peak.checkpoints_left(self.steps, self.save_every),
             spare_bytes=one,
             seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
             notes=(

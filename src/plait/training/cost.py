@@ -1,4 +1,4 @@
-"""What a decoder costs, from its shape alone: FLOPs, memory by part, disk, time. Stages make their estimates from this.
+"""What a decoder costs, from its shape alone: FLOPs, activations, time. Stages make their estimates from this.
 
 Letters: N weights in matrix products, D tokens, ``b`` rows, ``t`` positions, ``h`` heads, ``d`` width, ``f`` width of
 the feed-forward, ``s`` bytes a number.
@@ -18,7 +18,6 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,30 +36,8 @@ Attention = Literal["eager", "sdpa"] | int
 Recompute = Literal["none", "full", "selective"]
 """What blocks do again in the backward pass (:mod:`plait.models.recompute`)."""
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime")
-"""Keys of ``Estimate.memory``."""
-
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes a number."""
-
-HEAP = 1.15
-"""RSS over live bytes, for activations: glibc's heap keeps freed blocks that it cannot hand back.
-
-Seen in ``benchmarks/plan.py``: 1.04 to 1.2 in bfloat16 and in towers, up to 1.5 in float32 with LoRA.
-"""
-
-LEFT_BYTES = 80 * 2**20
-"""What encoding, answering and earlier phases leave in the heap: RSS of a tune stage's second phase began 50 to 100 MiB
-above the sum of what is there."""
-
-TOKENIZER_BYTES = 950
-"""Of a token of the vocabulary, in the tokenizer's tables: SmolLM2's 49,152 take 45 MiB."""
-
-RUNTIME_BYTES = 416 * 2**20
-"""Interpreter with all that a stage imports, kernels once used, where nobody measured it.
-
-Linux x86-64, Python 3.11, torch 2.13, transformers 5.23, peft 0.21.
-"""
 
 EFFICIENCY: dict[str, tuple[float, float]] = {"float32": (0.40, 0.85), "bfloat16": (0.10, 0.40)}
 """Share of the measured matrix rate that a step of a small decoder reaches, low and high.
@@ -285,7 +262,7 @@ def decoder_activations(
     lora: Lora | None = None,
     recompute: Recompute = "none",
 ) -> int:
-    """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
+    """Live bytes that Hugging Face's Llama keeps for backward, without logits and without what the heap adds.
 
     Counted tensor by tensor; ``tests/parity/test_cost_memory.py`` holds it to what autograd really saves. A block
     keeps, a token:
@@ -419,83 +396,6 @@ def head_bytes(
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:
     """Keys and values of all layers."""
     return 2 * shape.layers * rows * length * shape.d_kv * BYTES[dtype]
-
-
-def peak_memory(
-    machine: Machine,
-    *,
-    frozen: int = 0,
-    frozen_dtype: str = "float32",
-    trainable: int = 0,
-    activations: int = 0,
-    caches: int = 0,
-    state: float = 8.0,
-    async_save: bool = False,
-) -> dict[str, int]:
-    """Peak memory in bytes by part (:data:`PARTS`) of a training step, or of inference when nothing is trainable.
-
-    Args:
-        machine: Tells the runtime baseline.
-        frozen: Number of weights without gradients.
-        frozen_dtype: Their format.
-        trainable: Number of trained weights: float32 masters, gradients and the optimizer's state.
-        activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
-        caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
-        state: Bytes of the optimizer's state by trained weight
-            (:meth:`plait.training.trainer.Trainer.state_bytes`); AdamW's by default.
-        async_save: Checkpoints are written beside training, from a copy of weights and state; it counts as a cache.
-    """
-    return {
-        "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
-        "gradients": 4 * trainable,
-        "optimizer": round(state * trainable),
-        "activations": int(HEAP * activations),
-        "caches": caches + (round((4 + state) * trainable) if async_save else 0),
-        "runtime": machine.runtime_bytes or RUNTIME_BYTES,
-    }
-
-
-def in_turn(parts: dict[str, int], *, early: int = 0) -> dict[str, int]:
-    """The higher end of a backward pass: activations go as gradients come, so they are not all there at once.
-
-    In a stack of equal layers what is alive rises or falls all the way, and is highest at one of the ends. With several
-    micro-batches gradients stay from one to the next: there the plain sum holds.
-
-    Args:
-        parts: Of :func:`peak_memory`.
-        early: Bytes of the gradients that come first, with all activations still there: those of the output head.
-
-    Example:
-        >>> in_turn({"gradients": 4, "activations": 10})
-        {'gradients': 0, 'activations': 10}
-        >>> in_turn({"gradients": 40, "activations": 10}, early=5)
-        {'gradients': 40, 'activations': 0}
-    """
-    if parts["activations"] + early >= parts["gradients"]:
-        return parts | {"gradients": min(early, parts["gradients"])}
-    return parts | {"activations": 0}
-
-
-def checkpoint_bytes(*, weights: int, trainable: int, state: float = 8.0) -> int:
-    """Disk for one checkpoint: the model's own files, trained weights to go on from, and the optimizer's state.
-
-    Args:
-        weights: Bytes of the model's own files.
-        trainable: Number of trained weights.
-        state: Bytes of the optimizer's state by trained weight; AdamW's by default.
-    """
-    return weights + round((4 + state) * trainable)
-
-
-def checkpoints_left(steps: int, every: int, *, keep: int = 2) -> int:
-    """How many checkpoints a phase leaves.
-
-    Args:
-        steps: It has.
-        every: Steps between checkpoints; the last step has one, too. 0: that alone.
-        keep: At most.
-    """
-    return min(keep, math.ceil(steps / every) if every else 1)
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

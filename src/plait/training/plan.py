@@ -16,7 +16,7 @@ from plait.core.errors import ResourceError
 from plait.core.estimate import Estimate, Machine
 from plait.core.files import existing_parent
 from plait.core.packages import home
-from plait.training.cost import RUNTIME_BYTES
+from plait.training.peak import RUNTIME_BYTES
 
 DISK_LIMIT = 0.9
 """Share of the free disk that a run may ask for."""

@@ -8,21 +8,16 @@ from hypothesis import strategies as st
 
 from plait.core.estimate import Machine
 from plait.training.cost import (
-    PARTS,
-    RUNTIME_BYTES,
     SMOLLM2_135M,
     DecoderShape,
     Lora,
-    checkpoint_bytes,
-    checkpoints_left,
     decoder_activations,
     decoder_flops,
-    in_turn,
     kv_cache_bytes,
     logits_bytes,
-    peak_memory,
     time_range,
 )
+from plait.training.peak import PARTS, RUNTIME_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 pytestmark = pytest.mark.light
 

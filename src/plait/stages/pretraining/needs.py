@@ -15,16 +15,8 @@ from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
-from plait.training.cost import (
-    BYTES,
-    LEFT_BYTES,
-    checkpoint_bytes,
-    checkpoints_left,
-    in_turn,
-    linear_flops,
-    peak_memory,
-    time_range,
-)
+from plait.training.cost import BYTES, linear_flops, time_range
+from plait.training.peak import LEFT_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
     from plait.models.measure import Account

@@ -15,22 +15,17 @@ from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import (
     BYTES,
-    LEFT_BYTES,
     SMOLLM2_135M,
-    TOKENIZER_BYTES,
     DecoderShape,
     Gradients,
     Lora,
-    checkpoint_bytes,
-    checkpoints_left,
     decoder_activations,
     decoder_flops,
     head_bytes,
-    in_turn,
     linear_flops,
-    peak_memory,
     time_range,
 )
+from plait.training.peak import LEFT_BYTES, TOKENIZER_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
     from plait.models.connectors.measure import ConnectorAccount
