@@ -31,6 +31,7 @@ from plait.core.device import cpu_name
 from plait.core.estimate import Estimate, Machine
 from plait.core.files import new_run, read_json, write_json
 from plait.core.packages import home
+from plait.recipes.probe import highest
 from plait.recipes.recipe import load_recipe
 from plait.training.plan import estimate_all, survey
 
@@ -115,6 +116,29 @@ CASES = (
     ),
     Case(
         "own pairs, mlp", (*TUNED, *MLP, "data.questions.canvases=null", "data.questions.test_canvases=null"), own=True
+    ),
+    Case(
+        "resampler, float32, recompute full",
+        (
+            *SMALL,
+            *TUNED,
+            "stages.tune.connector={kind: resampler, queries: 16, depth: 1}",
+            "stages.tune.words=null",
+            "stages.tune.new_pictures=null",
+            "stages.tune.new_from=null",
+            "stages.tune.dtype=float32",
+            "stages.tune.trainer.recompute=full",
+        ),
+    ),
+    Case(
+        "ResNet-18 from scratch",
+        (
+            *SMALL,
+            *SHORT,
+            "stages.pretrain.image_tower={kind: resnet, depth: 18, size: 64}",
+            "stages.pretrain.batch_size=64",
+        ),
+        ("pretrain",),
     ),
 )
 
@@ -212,7 +236,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         disk = [one[name] / 2**20 for name in ("planned_disk", "measured_disk")]
         lines.append(
             f"| {one['recipe']} | {one['stage']} | {one['planned_bytes'] / 2**20:,.0f} | "
-            f"{one['measured_bytes'] / 2**20:,.0f} | {one['error']:+.0%} | {max(sections, key=sections.__getitem__)} | "
+            f"{one['measured_bytes'] / 2**20:,.0f} | {one['error']:+.0%} | {highest(sections)} | "
             f"{low:.0f} to {high:.0f} s | {one['measured_s']:.0f} s | {disk[0]:.1f} MiB | {disk[1]:.1f} MiB |"
         )
     return "\n".join(lines)

@@ -201,10 +201,8 @@ class Align(Stage):
         from plait.training import cost, peak
 
         made = made_before(before)
-        sizes: dict[str, Any] = dict(made.decoder) if made else {}
-        shape = cost.DecoderShape(**sizes) if sizes else cost.SMOLLM2_135M
+        shape = cost.DecoderShape(**dict[str, Any](made.decoder)) if made and made.decoder else cost.SMOLLM2_135M
         lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
-        # Which layers have one is not known here: as many weights, on all of them.
         weights = made.adapter if made and made.adapter else lora.params(shape)
         lora = cost.Lora(rank=max(1, round(_RANK * weights / lora.params(shape))), targets=lora.targets)
         connectors = made.connectors if made else 0
@@ -214,7 +212,7 @@ class Align(Stage):
         trained = 2 * self.batch_size * _TRAINED_TOKENS
         passes = math.ceil((self._pairs() + judged_samples(self.trainer, self.steps)) / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
-        sizes = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
+        sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
         flops = self.steps * cost.decoder_flops(shape, gradients="through", recompute=self.trainer.recompute, **sizes)
         # Without gradients an adapter costs a third of what it does in training, which is little enough to be left so.
         flops += (passes + scored) * cost.decoder_flops(shape, gradients="none", **sizes)

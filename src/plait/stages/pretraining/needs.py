@@ -38,12 +38,12 @@ _WRITTEN = 5  # of them trained where a text is written
 # Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
 _SECONDS_PER_PICTURE_160 = (0.010, 0.025)
 _SECONDS_PER_TEXT = (0.002, 0.006)
-_SECONDS_START = (3.0, 15.0)  # imports and loading the towers
+_SECONDS_START = (1.0, 15.0)  # imports and loading the towers
 _HEAD_EFFICIENCY = (0.15, 0.7)
 
 _SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
 # Of a tower that learns, float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
-_TOWER_EFFICIENCY = (0.12, 0.6)
+_TOWER_EFFICIENCY = (0.12, 0.7)
 _AT_ONCE, _MAP = 16, 96  # pictures encoded at once, and channels of the tower's largest map, of half their side
 _QUERY_EFFICIENCY = (0.15, 0.8)  # 0.5 was measured, 20 steps of 128 pairs at width 128
 _JUDGED = 16  # nearest names of a picture that are judged again

@@ -41,8 +41,10 @@ _CANVASES = 0.3  # canvases for each training picture
 _TEXT_TOKENS, _TRAINED_TOKENS = 27, 3  # of a sample
 _QUESTIONS, _QUESTION_BYTES = 5, 6_000  # of each picture, and what one takes in memory
 _PACKED, _PADDED = 0.95, 0.9  # share of a row's places that are tokens
-_SECONDS_START = (4.0, 20.0)
-_DECODER_EFFICIENCY = (0.12, 0.45)
+_SECONDS_START = (2.0, 20.0)
+# Share of the measured matrix rate: where 16 bits are no more than a few times as fast, products take most of a step,
+# as in float32; AMX makes them so fast that everything else does.
+_DECODER_EFFICIENCY, _AMX_EFFICIENCY, _AMX = (0.12, 0.85), (0.12, 0.45), 4.0
 _WHISPER_WIDTH, _SOUND_TOKENS = 384, 140  # of tiny.en; a spoken question takes 2.8 s, 50 tokens a second
 _VOCABULARY = 49_152  # of a new decoder: the packaged tokenizer's
 _TOKENIZER_FILES = 3_600_000  # in each checkpoint
@@ -87,8 +89,10 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     adapter = shape.params if whole else _adapter(shape, lora)
     learns = of.parameters if spec.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
     rows, row = _rows(spec, of.slots)
+    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
     flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
-    low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)
+    fast = dtype != "float32" and machine.gemm_bf16 > _AMX * machine.gemm_fp32
+    low, high = time_range(flops, machine, dtype=dtype, efficiency=_AMX_EFFICIENCY if fast else _DECODER_EFFICIENCY)
     spare = time_range(words, machine, dtype="float32", efficiency=(0.15, 0.7))
     side = (spec.resolution or 224) / 224
     area = side**2 / (128 / 224) ** 2
@@ -181,7 +185,8 @@ def _moments(
     maps = 3 * _AT_ONCE * _MAP * ((spec.resolution or 224) // 2) ** 2 * BYTES[dtype]
     before = phase(0, frozen=decoder + 4 * parts.connectors, activations=maps)
     if dtype == "float32" and not drawn:
-        before["files"] = 2 * shape.params  # as long as the weights are widened, which are kept in 16 bits
+        # The file's 16 bits are mapped until all weights are widened, which is before pictures are encoded.
+        before["files"] = max(0, 2 * shape.params - before["activations"])
     moments = {"before": before}
     sizes: dict[str, int] = {"rows": rows, "row": row, "trained": trained}
     if isinstance(spec.connector, specs.Words):
