@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,9 @@ from plait.cli.output import Out
 
 if TYPE_CHECKING:
     from plait.core.estimate import Estimate, Machine
+    from plait.core.spec import Resolved
+    from plait.recipes.probe import Probed
+    from plait.recipes.recipe import Recipe
     from plait.training.plan import Total
 
 _PROMPT, _SECONDS = 32, 3.0
@@ -30,7 +33,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where the run would go (default: runs)"
     )
     parser.add_argument(
-        "--no-probe", action="store_true", help="guess the machine's speed instead of measuring it (saves some seconds)"
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="how much is measured. Without: this machine's speed, some seconds. --probe: also a few real steps of "
+        "each training stage, in a temporary folder (features and converted weights are kept under PLAIT_HOME, as by a "
+        "run). --no-probe: nothing, the speed is guessed from the CPU's flags",
     )
 
 
@@ -43,9 +51,11 @@ def main(args: argparse.Namespace, out: Out) -> int:
     if _is_model(Path(args.recipe)):
         return _plan_model(Path(args.recipe), args.overrides, out)
 
-    recipe = load_recipe(args.recipe, args.overrides).spec
-    out.line(f"plan of {recipe.name}" + ("" if args.no_probe else ": measuring this machine, a few seconds ..."))
-    machine = plan.survey(args.runs, probe=not args.no_probe)
+    resolved = load_recipe(args.recipe, args.overrides)
+    recipe = resolved.spec
+    guess = args.probe is False
+    out.line(f"plan of {recipe.name}" + ("" if guess else ": measuring this machine, a few seconds ..."))
+    machine = plan.survey(args.runs, probe=not guess)
     stages = [("data", recipe.data), *recipe.stages.items()]
     faults: list[PlaitError] = []
     for _, stage in stages:
@@ -65,10 +75,13 @@ def main(args: argparse.Namespace, out: Out) -> int:
             trainer.parallel.spreads or trainer.parallel.divides
         ):
             out.line(f"note     {name}: trainer.parallel is for several processes, and all of this is for one")
+    probed: list[Probed] = []
     try:
         if refused is not None:
             raise refused
         plan.require(sums, machine, place=args.runs.absolute())
+        if args.probe:
+            _try(resolved, sums, probed=probed, out=out)
     except PlaitError as error:
         if not out.json:
             raise
@@ -78,10 +91,24 @@ def main(args: argparse.Namespace, out: Out) -> int:
             "recipe": recipe.name,
             "machine": asdict(machine),
             **asdict(sums),
+            "probe": [asdict(one) | {"expected_s": one.expected_s} for one in probed] if args.probe else None,
             "refused": refused.as_dict() if refused else None,
         }
     )
     return refused.exit_code if refused else 0
+
+
+def _try(resolved: Resolved[Recipe], sums: Total, *, probed: list[Probed], out: Out) -> None:
+    """A few real steps of each training stage; what is found goes to ``probed`` as it comes, then beside the plan."""
+    from plait.recipes.probe import probe
+
+    out.line()
+    out.line("a few real steps of each training stage, caches filled as by a run:")
+    for one in probe(resolved, say=lambda text: out.line(f"  {text}")):
+        probed.append(one)
+    planned = {estimate.stage: estimate for estimate in sums.stages}
+    for line in describe_probe(probed, planned):
+        out.line(line)
 
 
 def _is_model(path: Path) -> bool:
@@ -117,12 +144,34 @@ def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:
     return 0
 
 
+def describe_probe(probed: Sequence[Probed], planned: Mapping[str, Estimate]) -> list[str]:
+    """What was measured beside what was planned."""
+    from plait.training.plan import size
+
+    rows = [["stage", "memory planned", "measured", "highest", "phase", "steps", "s a step", "all steps"]]
+    for one in probed:
+        memory = [size(sum(planned[one.stage].memory.values())), size(one.peak_bytes), one.section]
+        for number, phase in enumerate(one.phases):
+            first = [one.stage, *memory] if not number else ["", "", "", ""]
+            expected = duration((phase.expected_s, phase.expected_s)).partition("-")[2]
+            rows.append([*first, phase.phase, f"{phase.steps:,}", f"{phase.step_s:.3g}", expected])
+    lines = ["", *_aligned(rows), ""]
+    for one in probed:
+        low, high = planned[one.stage].seconds
+        lines.append(
+            f"time     {one.stage}: {one.expected_s:,.0f} s if all steps go like these, {one.rest_s:,.0f} s of it not "
+            f"steps; planned {duration((low, high))}"
+        )
+    lines.append("note     what is shown and scored between further steps comes on top")
+    return lines
+
+
 # --- for a person --------------------------------------------------------------------------------------------------
 
 
 def describe(sums: Total, machine: Machine) -> list[str]:
     """The plan as lines: needs by stage, memory by part, notes, warnings."""
-    from plait.training.cost import PARTS
+    from plait.training.peak import PARTS
     from plait.training.plan import size
 
     head = ["stage", "trained", "frozen", "samples", "tokens", "of images", "FLOP", "peak memory", "disk", "time"]
@@ -131,9 +180,10 @@ def describe(sums: Total, machine: Machine) -> list[str]:
     summed = [flops, size(sums.peak_bytes), size(sums.disk_bytes), duration(sums.seconds)]
     needs.append(["total", *[""] * (len(head) - len(summed) - 1), *summed])
     columns = [*PARTS, *sorted({part for e in sums.stages for part in e.memory} - set(PARTS))]
-    parts = [["peak memory of", *columns]]
+    parts = [["peak memory of", "in", *columns]]
     for e in sums.stages:
-        parts.append([e.stage, *(size(e.memory[part]) if e.memory.get(part) else "-" for part in columns)])
+        counted = (size(e.memory[part]) if e.memory.get(part) else "-" for part in columns)
+        parts.append([e.stage, e.moment or "-", *counted])
     lines = ["", *_aligned(needs, rule_before_last=True), "", *_aligned(parts), "", *_limits(sums, machine)]
     notes = [f"note     {e.stage}: {note}" for e in sums.stages for note in e.notes]
     return [*lines, *notes, *(f"warning  {warning}" for warning in sums.warnings)]

@@ -139,6 +139,15 @@ def peak_rss(root: Path = ROOT) -> int:
     return _status("VmHWM", root) or _max_rss()
 
 
+def reset_peak(root: Path = ROOT) -> bool:
+    """Let :func:`peak_rss` begin anew at what is held now; whether the system can."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _status(key: str, root: Path) -> int:
     line = next((s for s in _read(root / "proc/self/status").splitlines() if s.startswith(key + ":")), "")
     return int(line.split()[1]) * 1024 if line else 0

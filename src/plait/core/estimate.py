@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +51,18 @@ class Estimate:
         image_tokens: Of these, how many stand for images.
         flops: Floating-point operations in all.
         memory: Peak memory in bytes by part: weights, gradients, optimizer, activations, caches, runtime.
+        moments: Bytes in all at each moment that was counted: ``before`` the first step, each phase; ``memory`` is the
+            highest one's.
         disk_bytes: What it leaves in the run folder.
+        spare_bytes: What it needs there besides for a moment: a checkpoint that is being written.
         home_bytes: What it leaves under ``PLAIT_HOME``: cached features, converted weights.
         seconds: Shortest and longest expected time.
         d_image: Width of the features of a picture tower that it trains; 0 where it trains none.
         cells: Features that such a tower makes of a picture.
         slots: Places that a picture takes in the text of the model that it makes; 0 where it makes none.
+        decoder: Sizes of the decoder of that model (of :class:`plait.training.cost.DecoderShape`).
+        adapter: Weights of its adapter.
+        connectors: Weights of its connectors.
         notes: What the estimate rests on, and warnings.
     """
 
@@ -67,13 +74,49 @@ class Estimate:
     image_tokens: int = 0
     flops: float = 0.0
     memory: Mapping[str, int] = field(default_factory=dict[str, int])
+    moments: Mapping[str, int] = field(default_factory=dict[str, int])
     disk_bytes: int = 0
+    spare_bytes: int = 0
     home_bytes: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
     notes: tuple[str, ...] = ()
     d_image: int = 0
     cells: int = 0
     slots: int = 0
+    decoder: Mapping[str, int] = field(default_factory=dict[str, int])
+    adapter: int = 0
+    connectors: int = 0
+
+    @property
+    def moment(self) -> str:
+        """When memory is highest; nothing where one moment alone was counted."""
+        return max(self.moments, key=self.moments.__getitem__, default="")
+
+
+class Peak(TypedDict):
+    """Two fields of :class:`Estimate`."""
+
+    memory: Mapping[str, int]
+    moments: Mapping[str, int]
+
+
+def peak_of(moments: Mapping[str, Mapping[str, int]]) -> Peak:
+    """The parts of the highest of several moments, and what each comes to.
+
+    Args:
+        moments: Parts in bytes of each.
+
+    Example:
+        >>> peak_of({"before": {"weights": 5}, "training": {"weights": 4, "gradients": 4}})["memory"]
+        {'weights': 4, 'gradients': 4}
+    """
+    sums = {name: sum(parts.values()) for name, parts in moments.items()}
+    return {"memory": moments[max(sums, key=sums.__getitem__)], "moments": sums}
+
+
+def made_before(before: Mapping[str, Estimate]) -> Estimate | None:
+    """The last stage before that makes a multimodal model."""
+    return next((one for one in reversed(list(before.values())) if one.slots), None)
 
 
 def picture_slots(before: Mapping[str, Estimate], usual: int) -> int:

@@ -46,7 +46,7 @@ from plait.recipes.tracking import Beside, tracking
 from plait.report.page import write_report
 from plait.stages.stage import Stage, named_setting
 from plait.training import plan
-from plait.training.peak import keeping_rates
+from plait.training.peak_rate import keeping_rates
 
 Listeners = tuple[Callable[[Event], None], ...]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from plait.core.errors import DataError
-from plait.core.estimate import Estimate, Machine, picture_slots
+from plait.core.estimate import Estimate, Machine, made_before, peak_of, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.core.spec import defaults
@@ -44,6 +44,8 @@ _SHOWN_TOKENS = 12
 _ANSWER_TOKENS, _TRAINED_TOKENS, _PICTURE_TOKENS = 30, 4, 6
 _FILLED = 0.85  # share of a row that is not padding
 _RANK = 16
+_TOWER_WEIGHTS = 4_652_008  # efficientnet-lite0
+_FILES = 7_000_000  # of a checkpoint beside adapter and connector: tokenizer, word embeddings
 _SECONDS_START = (2.0, 12.0)  # reading the decoder, and a few answers before and after
 
 
@@ -196,14 +198,17 @@ class Align(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training import cost
+        from plait.training import cost, peak
 
-        shape = cost.SMOLLM2_135M
+        made = made_before(before)
+        shape = cost.DecoderShape(**dict[str, Any](made.decoder)) if made and made.decoder else cost.SMOLLM2_135M
         lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
+        weights = made.adapter if made and made.adapter else lora.params(shape)
+        lora = cost.Lora(rank=max(1, round(_RANK * weights / lora.params(shape))), targets=lora.targets)
+        connectors = made.connectors if made else 0
         slots = picture_slots(before, _PICTURE_TOKENS)
         answer = _ANSWER_TOKENS - _PICTURE_TOKENS + slots
-        length = max(self.row or 64, answer)
-        rows = math.ceil(2 * self.batch_size * answer / (_FILLED * length))
+        rows, length = 2 * self.batch_size, math.ceil(answer / _FILLED)
         trained = 2 * self.batch_size * _TRAINED_TOKENS
         passes = math.ceil((self._pairs() + judged_samples(self.trainer, self.steps)) / self.batch_size)
         scored = 2 * math.ceil(self.test_pairs / self.batch_size)
@@ -218,31 +223,36 @@ class Align(Stage):
             length=length,
             dtype=machine.dtype,
             gradients="through",
-            attention="eager",
+            attention=answer,
             lora=lora,
             recompute=self.trainer.recompute,
         )
-        weights, state = lora.params(shape), self.trainer.state_bytes()
-        memory = cost.peak_memory(
+        learn, state = weights + (connectors if self.connector else 0), self.trainer.state_bytes()
+        memory = peak.peak_memory(
             machine,
-            frozen=shape.params,
+            frozen=shape.params + _TOWER_WEIGHTS,
             frozen_dtype=machine.dtype,
-            trainable=weights,
+            trainable=learn,
             state=state,
             activations=kept
             + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head, device=machine.device),
+            caches=peak.TOKENIZER_BYTES * shape.vocab + peak.LEFT_BYTES,
             async_save=self.trainer.async_save,
         )
+        memory = peak.in_turn(memory)
+        memory["weights"] += 4 * (weights + connectors - learn)
+        one = peak.checkpoint_bytes(weights=4 * (weights + connectors) + _FILES, trainable=learn, state=state)
         tokens = (self.steps + passes + scored) * rows * length
         return Estimate(
             stage=self.kind,
-            params_trainable=weights,
+            params_trainable=learn,
             params_frozen=shape.params,
             tokens=tokens,
             image_tokens=int(tokens * _FILLED * slots / answer),
             flops=flops,
-            memory=memory,
-            disk_bytes=cost.checkpoint_bytes(weights=2 * 4 * weights, trainable=weights, keep=2, state=state),
+            **peak_of({"training": memory}),
+            disk_bytes=one * peak.checkpoints_left(self.steps, self.save_every),
+            spare_bytes=one,
             seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
             notes=(
                 f"{self.steps:,} steps of {self.batch_size:,} pairs, after one pass for the reference",

@@ -111,7 +111,7 @@ class Compress(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training import cost
+        from plait.training import cost, peak
 
         shape = cost.SMOLLM2_135M
         answers = 2 * self.questions * len(self.tasks)
@@ -127,7 +127,7 @@ class Compress(Stage):
         )
         rest = shape.params - shape.linear_params
         written = shape.linear_params + 2 * rest + 4 * _CONNECTOR_WEIGHTS
-        memory = cost.peak_memory(
+        memory = peak.peak_memory(
             machine,
             # Merging is done in float32; the weights before go one by one as those after come.
             frozen=shape.params,

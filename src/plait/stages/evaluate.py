@@ -145,7 +145,7 @@ class Evaluate(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training import cost
+        from plait.training import cost, peak
 
         decoder = cost.SMOLLM2_135M
         known = before["data"].samples if "data" in before else {}
@@ -184,7 +184,7 @@ class Evaluate(Stage):
             tokens=tokens,
             image_tokens=answers * slots,
             flops=flops,
-            memory=cost.peak_memory(
+            memory=peak.peak_memory(
                 machine,
                 frozen=decoder.params + _TOWER_WEIGHTS,
                 frozen_dtype=machine.dtype,

@@ -1,4 +1,4 @@
-"""What a decoder costs, from its shape alone: FLOPs, memory by part, disk, time. Stages make their estimates from this.
+"""What a decoder costs, from its shape alone: FLOPs, activations, time. Stages make their estimates from this.
 
 Letters: N weights in matrix products, D tokens, ``b`` rows, ``t`` positions, ``h`` heads, ``d`` width, ``f`` width of
 the feed-forward, ``s`` bytes a number.
@@ -30,27 +30,14 @@ from plait.models.head_room import scores_held
 Gradients = Literal["none", "through", "full"]
 """What backward does in a part: nothing, gradients of inputs only (frozen weights), or of inputs and weights."""
 
+Attention = Literal["eager", "sdpa"] | int
+"""How scores are computed: all at once, fused, or (:mod:`plait.models.documents`) by document, of so many tokens."""
+
 Recompute = Literal["none", "full", "selective"]
 """What blocks do again in the backward pass (:mod:`plait.models.recompute`)."""
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime")
-"""Keys of ``Estimate.memory``."""
-
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes a number."""
-
-HEAP = 1.4
-"""RSS over live bytes, for activations: glibc's heap keeps freed blocks that it cannot hand back.
-
-Measured over SmolLM2's 30 layers and 640 tokens: 1.42 (float32, eager) and 1.39 (bfloat16, SDPA); with
-``MALLOC_MMAP_THRESHOLD_=65536`` 1.05 and 1.01, but a step took a third longer.
-"""
-
-RUNTIME_BYTES = 405 * 2**20
-"""Interpreter with torch, transformers and peft imported and their kernels once used, where nobody measured it.
-
-Linux x86-64, Python 3.11, torch 2.13, transformers 5.23, peft 0.21.
-"""
 
 EFFICIENCY: dict[str, tuple[float, float]] = {"float32": (0.40, 0.85), "bfloat16": (0.10, 0.40)}
 """Share of the measured matrix rate that a step of a small decoder reaches, low and high.
@@ -271,18 +258,20 @@ def decoder_activations(
     length: int,
     dtype: str,
     gradients: Gradients,
-    attention: Literal["eager", "sdpa"] = "sdpa",
+    attention: Attention = "sdpa",
     lora: Lora | None = None,
     recompute: Recompute = "none",
 ) -> int:
-    """Live bytes that Hugging Face's Llama keeps for backward, without logits and without :data:`HEAP`.
+    """Live bytes that Hugging Face's Llama keeps for backward, without logits and without what the heap adds.
 
     Counted tensor by tensor; ``tests/parity/test_cost_memory.py`` holds it to what autograd really saves. A block
     keeps, a token:
 
     - both norms: their input in float32 (8d) and 1/rms (8);
     - attention: q, k, v as wide as the queries (3s·h·d_head); then with SDPA the output (s·h·d_head), the log-sum (4h)
-      and the mask (s·t), with eager the float32 probabilities (4ht) and a copy in the working format;
+      and the mask (s·t), with eager the float32 probabilities (4ht) and a copy in the working format; document by
+      document the keys and values as wide as they are, the probabilities in the working format (s·h for each token of
+      the document), what came out and its place;
     - feed-forward: gate, SiLU of it, up (3sf).
 
     Trained weights also keep their inputs. In bfloat16 they are float32 masters under autocast, so each layer keeps a
@@ -303,12 +292,16 @@ def decoder_activations(
     if recompute != "none" and gradients != "none":
         kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
         kept = kept_between(shape, products=recompute == "selective", **kind)
-        block = decoder_activations(dataclasses.replace(shape, layers=1), rows=rows, length=length, **kind)
+        one = dataclasses.replace(shape, layers=1)
+        block = decoder_activations(one, rows=rows, length=length, **kind)
         return shape.layers * (rows * length * kept + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.top_k * shape.d_ff, shape.d_model, shape.d_attention
     token, copies = 8 * d + 8 + 3 * s * f, 0
     if attention == "sdpa":
         token += 4 * s * a + 4 * shape.heads + s * length
+    elif isinstance(attention, int):
+        token += s * (a + 2 * shape.d_kv + shape.heads * attention) + 8
+        token += (4 if gradients == "full" else s) * a  # of trained masters, rotary positions make it float32
     else:
         token += 3 * s * a + shape.heads * length * (4 if dtype == "float32" else 4 + s)
     if gradients == "full":
@@ -329,7 +322,7 @@ def kept_between(
     *,
     dtype: str,
     gradients: Gradients,
-    attention: str,
+    attention: Attention,
     lora: Lora | None,
     products: bool,
 ) -> int:
@@ -349,7 +342,7 @@ def kept_between(
     return token
 
 
-def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: str) -> int:
+def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: Attention) -> int:
     """Width of all inputs that trained linear layers of a block keep."""
     widths = {name: inputs for name, (inputs, _) in shape.matrices().items() if name in names}
     if dtype != "float32":
@@ -403,52 +396,6 @@ def head_bytes(
 def kv_cache_bytes(shape: DecoderShape, *, rows: int, length: int, dtype: str) -> int:
     """Keys and values of all layers."""
     return 2 * shape.layers * rows * length * shape.d_kv * BYTES[dtype]
-
-
-def peak_memory(
-    machine: Machine,
-    *,
-    frozen: int = 0,
-    frozen_dtype: str = "float32",
-    trainable: int = 0,
-    activations: int = 0,
-    caches: int = 0,
-    state: float = 8.0,
-    async_save: bool = False,
-) -> dict[str, int]:
-    """Peak memory in bytes by part (:data:`PARTS`) of a training step, or of inference when nothing is trainable.
-
-    Args:
-        machine: Tells the runtime baseline.
-        frozen: Number of weights without gradients.
-        frozen_dtype: Their format.
-        trainable: Number of trained weights: float32 masters, gradients and the optimizer's state.
-        activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
-        caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
-        state: Bytes of the optimizer's state by trained weight
-            (:meth:`plait.training.trainer.Trainer.state_bytes`); AdamW's by default.
-        async_save: Checkpoints are written beside training, from a copy of weights and state; it counts as a cache.
-    """
-    return {
-        "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
-        "gradients": 4 * trainable,
-        "optimizer": round(state * trainable),
-        "activations": int(HEAP * activations),
-        "caches": caches + (round((4 + state) * trainable) if async_save else 0),
-        "runtime": machine.runtime_bytes or RUNTIME_BYTES,
-    }
-
-
-def checkpoint_bytes(*, weights: int, trainable: int, keep: int = 1, state: float = 8.0) -> int:
-    """Disk for a stage's checkpoints: ``keep`` that stay and one being written, each with the optimizer's state.
-
-    Args:
-        weights: Bytes of the weights in one checkpoint.
-        trainable: Number of trained weights.
-        keep: Checkpoints that stay.
-        state: Bytes of the optimizer's state by trained weight; AdamW's by default.
-    """
-    return (keep + 1) * (weights + round(state * trainable))
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from plait.training.norm import Norm
 from plait.training.optimizers import build_part
 from plait.training.parallel.order import timeline_record
 from plait.training.parallel.twin import lay_out
-from plait.training.peak import peak_rate
+from plait.training.peak_rate import peak_rate
 from plait.training.precision import LossScale, autocast, hold_masters
 from plait.training.ranks import asked, patience, seed_step, start_alike
 from plait.training.rehearsal import Asked, rehearsal, rehearsing

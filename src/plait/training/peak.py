@@ -1,70 +1,110 @@
-"""What the device can do at most, measured once a run: the rate of large matrix products, which MFU is a share of."""
+"""What a stage holds at its highest moment, by part, and what its checkpoints take on disk.
+
+Activations come from :mod:`plait.training.cost`. ``benchmarks/plan.py`` compares the sums with processes that run.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Generator
-from pathlib import Path
-from typing import Any
+import math
 
-from plait.core.device import Compute
-from plait.core.errors import PlaitError
-from plait.core.events import Events
-from plait.core.files import read_json, write_json
+from plait.core.estimate import Machine
+from plait.training.cost import BYTES
 
-RATES = "rates.json"
-"""In the run folder: FLOP/s of matrix products by device, number format and threads."""
+PARTS = ("weights", "gradients", "optimizer", "activations", "caches", "runtime")
+"""Keys of ``Estimate.memory``."""
 
-_KEPT: contextvars.ContextVar[dict[str, float] | None] = contextvars.ContextVar("rates", default=None)
-_FILE: contextvars.ContextVar[Path | None] = contextvars.ContextVar("rates file", default=None)
-_PROCESS: dict[str, float] = {}  # where there is no run
+HEAP = 1.15
+"""RSS over live bytes, for activations: glibc's heap keeps freed blocks that it cannot hand back.
 
+Seen in ``benchmarks/plan.py``: 1.04 to 1.2 in bfloat16 and in towers, up to 1.5 in float32 with LoRA.
+"""
 
-@contextlib.contextmanager
-def keeping_rates(run: Path) -> Generator[None]:
-    """In the block what is measured is kept in a run's folder, and taken from there."""
-    file = run / RATES
-    tokens = _KEPT.set(_read(file)), _FILE.set(file)
-    try:
-        yield
-    finally:
-        _KEPT.reset(tokens[0])
-        _FILE.reset(tokens[1])
+LEFT_BYTES = 80 * 2**20
+"""What encoding, answering and earlier phases leave in the heap: RSS of a tune stage's second phase began 50 to 100 MiB
+above the sum of what is there."""
+
+TOKENIZER_BYTES = 950
+"""Of a token of the vocabulary, in the tokenizer's tables: SmolLM2's 49,152 take 45 MiB."""
+
+RUNTIME_BYTES = 416 * 2**20
+"""Interpreter with all that a stage imports, kernels once used, where nobody measured it.
+
+Linux x86-64, Python 3.11, torch 2.13, transformers 5.23, peft 0.21.
+"""
 
 
-def peak_rate(compute: Compute, *, events: Events) -> float:
-    """FLOP/s of matrix products in a number format with the threads of a run; about 0.6 s where it is not known yet.
+def peak_memory(
+    machine: Machine,
+    *,
+    frozen: int = 0,
+    frozen_dtype: str = "float32",
+    trainable: int = 0,
+    activations: int = 0,
+    caches: int = 0,
+    state: float = 8.0,
+    async_save: bool = False,
+) -> dict[str, int]:
+    """Peak memory in bytes by part (:data:`PARTS`) of a training step, or of inference when nothing is trainable.
 
-    Every run has a measurement of its own machine at its own time, and goes on with it when it is resumed; another
-    device, format or number of threads is measured anew.
+    Args:
+        machine: Tells the runtime baseline.
+        frozen: Number of weights without gradients.
+        frozen_dtype: Their format.
+        trainable: Number of trained weights: float32 masters, gradients and the optimizer's state.
+        activations: Live bytes kept for backward, with logits; :data:`HEAP` is applied here.
+        caches: Bytes of features, reference log-probabilities, keys and values that are held at the same time.
+        state: Bytes of the optimizer's state by trained weight
+            (:meth:`plait.training.trainer.Trainer.state_bytes`); AdamW's by default.
+        async_save: Checkpoints are written beside training, from a copy of weights and state; it counts as a cache.
     """
-    from plait.core.speed import gemm_peak
-
-    known, file = _KEPT.get(), _FILE.get()
-    known = _PROCESS if known is None else known
-    name = f"{_device(compute)}, {compute.dtype}, {compute.threads} threads"
-    if name not in known:
-        known[name] = gemm_peak(compute.dtype, device=compute.device)
-        events.note(
-            f"matrix products: {known[name] / 1e9:,.0f} GFLOP/s ({name}), which MFU is a share of", rate=known[name]
-        )
-        if file is not None:
-            write_json(file, known)
-    return known[name]
+    return {
+        "weights": frozen * BYTES[frozen_dtype] + 4 * trainable,
+        "gradients": 4 * trainable,
+        "optimizer": round(state * trainable),
+        "activations": int(HEAP * activations),
+        "caches": caches + (round((4 + state) * trainable) if async_save else 0),
+        "runtime": machine.runtime_bytes or RUNTIME_BYTES,
+    }
 
 
-def _read(file: Path) -> dict[str, float]:
-    try:
-        found: Any = read_json(file) if file.is_file() else {}
-    except PlaitError:  # measured again
-        return {}
-    return {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)} if isinstance(found, dict) else {}
+def in_turn(parts: dict[str, int], *, early: int = 0) -> dict[str, int]:
+    """The higher end of a backward pass: activations go as gradients come, so they are not all there at once.
+
+    In a stack of equal layers what is alive rises or falls all the way, and is highest at one of the ends. With several
+    micro-batches gradients stay from one to the next: there the plain sum holds.
+
+    Args:
+        parts: Of :func:`peak_memory`.
+        early: Bytes of the gradients that come first, with all activations still there: those of the output head.
+
+    Example:
+        >>> in_turn({"gradients": 4, "activations": 10})
+        {'gradients': 0, 'activations': 10}
+        >>> in_turn({"gradients": 40, "activations": 10}, early=5)
+        {'gradients': 40, 'activations': 0}
+    """
+    if parts["activations"] + early >= parts["gradients"]:
+        return parts | {"gradients": min(early, parts["gradients"])}
+    return parts | {"activations": 0}
 
 
-def _device(compute: Compute) -> str:
-    if compute.device != "cuda":
-        return compute.device
-    import torch
+def checkpoint_bytes(*, weights: int, trainable: int, state: float = 8.0) -> int:
+    """Disk for one checkpoint: the model's own files, trained weights to go on from, and the optimizer's state.
 
-    return torch.cuda.get_device_name()
+    Args:
+        weights: Bytes of the model's own files.
+        trainable: Number of trained weights.
+        state: Bytes of the optimizer's state by trained weight; AdamW's by default.
+    """
+    return weights + round((4 + state) * trainable)
+
+
+def checkpoints_left(steps: int, every: int, *, keep: int = 2) -> int:
+    """How many checkpoints a phase leaves.
+
+    Args:
+        steps: It has.
+        every: Steps between checkpoints; the last step has one, too. 0: that alone.
+        keep: At most.
+    """
+    return min(keep, math.ceil(steps / every) if every else 1)

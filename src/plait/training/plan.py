@@ -16,7 +16,7 @@ from plait.core.errors import ResourceError
 from plait.core.estimate import Estimate, Machine
 from plait.core.files import existing_parent
 from plait.core.packages import home
-from plait.training.cost import RUNTIME_BYTES
+from plait.training.peak import RUNTIME_BYTES
 
 DISK_LIMIT = 0.9
 """Share of the free disk that a run may ask for."""
@@ -45,6 +45,7 @@ class Total:
         peak_stage: Name of the stage with the highest memory.
         peak_bytes: Its memory.
         disk_bytes: What the run leaves in its folder.
+        spare_bytes: What it needs there besides for a moment.
         home_bytes: What it leaves under ``PLAIT_HOME``, as far as that is not there yet.
         flops: Operations in all.
         seconds: Shortest and longest expected time.
@@ -55,6 +56,7 @@ class Total:
     peak_stage: str
     peak_bytes: int
     disk_bytes: int
+    spare_bytes: int
     home_bytes: int
     flops: float
     seconds: tuple[float, float]
@@ -68,6 +70,7 @@ _SURVEY = """
 import dataclasses, json, sys
 from pathlib import Path
 import torch, peft, transformers.models.llama.modeling_llama
+import plait.recipes.run, plait.stages.tuning.phases, plait.assembly.pairs
 from plait.core.device import machine, rss
 torch.set_num_threads(1)
 for kind in (torch.float32, torch.bfloat16):
@@ -81,8 +84,8 @@ print(json.dumps(dataclasses.asdict(machine(Path(sys.argv[1]))) | {"runtime_byte
 def survey(folder: Path, *, probe: bool = True) -> Machine:
     """The machine as :func:`plait.core.device.machine` sees it, with the runtime baseline.
 
-    Measured in a fresh process, about 5 s: its RSS with torch, transformers and peft imported and their kernels once
-    used is the baseline, and this process stays as it was.
+    Measured in a fresh process, about 5 s: its RSS with all that a training stage imports, kernels once used, is the
+    baseline, and this process stays as it was.
 
     Args:
         folder: Where runs go; need not exist.
@@ -147,6 +150,7 @@ def total(estimates: Iterable[Estimate], machine: Machine) -> Total:
         peak_stage=peak_stage,
         peak_bytes=peaks.get(peak_stage, 0),
         disk_bytes=sum(e.disk_bytes for e in stages),
+        spare_bytes=max((e.spare_bytes for e in stages), default=0),
         home_bytes=sum(e.home_bytes for e in stages),
         flops=float(sum(e.flops for e in stages)),
         seconds=(float(sum(e.seconds[0] for e in stages)), float(sum(e.seconds[1] for e in stages))),
@@ -183,10 +187,11 @@ class Disk(NamedTuple):
 
 def disks(sums: Total, machine: Machine) -> tuple[Disk, ...]:
     """The run folder's disk, and that of ``PLAIT_HOME`` if it is another one."""
+    needed = sums.disk_bytes + sums.spare_bytes
     if machine.home_disk_bytes is None:
-        return (Disk("disk", sums.disk_bytes + sums.home_bytes, machine.disk_bytes),)
+        return (Disk("disk", needed + sums.home_bytes, machine.disk_bytes),)
     return (
-        Disk("disk", sums.disk_bytes, machine.disk_bytes),
+        Disk("disk", needed, machine.disk_bytes),
         Disk("disk of PLAIT_HOME", sums.home_bytes, machine.home_disk_bytes),
     )
 
@@ -207,7 +212,7 @@ def require(sums: Total, machine: Machine, *, place: Path) -> None:
         shared = 0 if others else 1
 
         def share(e: Estimate) -> int:
-            return e.disk_bytes + shared * e.home_bytes
+            return e.disk_bytes + e.spare_bytes + shared * e.home_bytes
 
         most = max(sums.stages, key=share)
         raise ResourceError(

@@ -282,7 +282,7 @@ class Hooks:
         tokenizer: Of the batches' token ids, for who reads them (``plait doctor gradients``); the loop does not.
         flops: Floating-point operations that the model asks for to learn from a batch
             (:mod:`plait.training.model_flops`); None: unknown, there is no MFU.
-        peak_flops: What one process's device can do in a second; 0 measures it (:mod:`plait.training.peak`).
+        peak_flops: What one process's device can do in a second; 0 measures it (:mod:`plait.training.peak_rate`).
     """
 
     save_model: Callable[[Path], None] = _nothing

@@ -29,7 +29,7 @@ def zero_bytes(
     bytes_gradient: float | int = 4,
     bytes_state: float | int = 8,
 ) -> dict[str, int]:
-    """What a process holds of the model between two steps, by part (:data:`plait.training.cost.PARTS`).
+    """What a process holds of the model between two steps, by part (:data:`plait.training.peak.PARTS`).
 
     What is gathered for a moment, activations and buffers of messages come on top.
 

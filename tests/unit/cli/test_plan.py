@@ -77,7 +77,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Se
 
 
 def arguments(*overrides: str) -> argparse.Namespace:
-    return argparse.Namespace(recipe="demo", overrides=list(overrides), runs=Path("runs"), no_probe=True)
+    return argparse.Namespace(recipe="demo", overrides=list(overrides), runs=Path("runs"), probe=False)
 
 
 def test_the_table_holds_every_number(

@@ -66,7 +66,7 @@ def test_checkpoints_beside_training_hold_a_copy_of_all_heads():
             )
             for on in (False, True)
         )
-        copy = beside.memory["caches"] - within.memory["caches"]
+        copy = beside.moments["training"] - within.moments["training"]
         assert copy == pytest.approx(12 * within.params_trainable, abs=2)
 
 

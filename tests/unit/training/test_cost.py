@@ -8,19 +8,16 @@ from hypothesis import strategies as st
 
 from plait.core.estimate import Machine
 from plait.training.cost import (
-    PARTS,
-    RUNTIME_BYTES,
     SMOLLM2_135M,
     DecoderShape,
     Lora,
-    checkpoint_bytes,
     decoder_activations,
     decoder_flops,
     kv_cache_bytes,
     logits_bytes,
-    peak_memory,
     time_range,
 )
+from plait.training.peak import PARTS, RUNTIME_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 pytestmark = pytest.mark.light
 
@@ -93,8 +90,25 @@ def test_adamw_holds_sixteen_bytes_a_trained_weight() -> None:
     assert peak_memory(machine(runtime_bytes=5))["runtime"] == 5
 
 
-def test_a_checkpoint_needs_room_for_the_one_being_written() -> None:
-    assert checkpoint_bytes(weights=100, trainable=10, keep=2) == 3 * 180
+def test_a_checkpoint_holds_the_model_its_masters_and_their_state() -> None:
+    assert checkpoint_bytes(weights=100, trainable=10) == 100 + 4 * 10 + 8 * 10
+    assert checkpoint_bytes(weights=100, trainable=10, state=0.0) == 140
+
+
+@given(st.integers(1, 60), st.integers(0, 20))
+def test_as_many_checkpoints_are_left_as_a_run_would_leave(steps: int, every: int) -> None:
+    saved = [step for step in range(1, steps + 1) if step == steps or (every and step % every == 0)]
+    assert checkpoints_left(steps, every) == len(saved[-2:])
+
+
+@given(st.integers(1, 30), st.integers(0, 9), st.integers(0, 9), st.integers(0, 30))
+def test_what_is_alive_in_a_backward_pass_is_highest_at_an_end(layers: int, kept: int, grown: int, early: int) -> None:
+    """Brute force: the head's gradient first, then layer after layer gives its activations back for a gradient."""
+    alive = [early + kept * (layers - done) + grown * done for done in range(layers + 1)]
+    parts = {"gradients": early + grown * layers, "activations": kept * layers, "weights": 7}
+    found = in_turn(parts, early=early)
+    assert found["gradients"] + found["activations"] == max(alive)
+    assert found["weights"] == 7
 
 
 def test_time_follows_the_rate_of_the_format() -> None:

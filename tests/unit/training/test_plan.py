@@ -9,7 +9,7 @@ import pytest
 
 from plait.core.errors import ResourceError
 from plait.core.estimate import Estimate, Machine
-from plait.training.cost import RUNTIME_BYTES
+from plait.training.peak import RUNTIME_BYTES
 from plait.training.plan import estimate_all, require, size, survey, total
 
 pytestmark = pytest.mark.light

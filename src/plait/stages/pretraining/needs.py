@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.core.errors import ConfigError
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, peak_of
 from plait.core.files import read_json
 from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
-from plait.training.cost import checkpoint_bytes, linear_flops, peak_memory, time_range
+from plait.training.cost import BYTES, linear_flops, time_range
+from plait.training.peak import LEFT_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
     from plait.models.measure import Account
@@ -33,17 +34,17 @@ _SECONDS_PER_SOUND = ((0.02, 0.004), (0.06, 0.03))  # to say one twice, and to e
 _IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
 _TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
 _TEXT_TOKENS = 8
+_WRITTEN = 5  # of them trained where a text is written
 # Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
 _SECONDS_PER_PICTURE_160 = (0.010, 0.025)
 _SECONDS_PER_TEXT = (0.002, 0.006)
-_SECONDS_START = (3.0, 15.0)  # imports and loading the towers
+_SECONDS_START = (1.0, 15.0)  # imports and loading the towers
 _HEAD_EFFICIENCY = (0.15, 0.7)
 
 _SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
 # Of a tower that learns, float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
-_TOWER_EFFICIENCY = (0.12, 0.6)
-# RSS of two runs (128 pictures of 17 tokens, 256 of 65) was 79 and 87 MiB above the sum of the parts.
-_TOWER_RUNTIME = 80 * 2**20
+_TOWER_EFFICIENCY = (0.12, 0.7)
+_AT_ONCE, _MAP = 16, 96  # pictures encoded at once, and channels of the tower's largest map, of half their side
 _QUERY_EFFICIENCY = (0.15, 0.8)  # 0.5 was measured, 20 steps of 128 pairs at width 128
 _JUDGED = 16  # nearest names of a picture that are judged again
 SCORES = 2**22  # of a batch with itself, in a block; a test compares it with the objective's
@@ -124,6 +125,8 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
         memory[part] = memory.get(part, 0) + round(head * times)
     copy = round((4 + state) * head) if spec.trainer.async_save else 0  # as in peak_memory
     memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH + copy
+    more = sum(memory.values()) - sum(found.memory.values())
+    one = checkpoint_bytes(weights=4 * head, trainable=head, state=state)
     features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
     flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
     low, high = (sounds * (once + window * second) for once, second in _SECONDS_PER_SOUND)
@@ -133,7 +136,9 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
         params_frozen=found.params_frozen + AUDIO_WEIGHTS,
         flops=found.flops + flops,
         memory=memory,
-        disk_bytes=found.disk_bytes + checkpoint_bytes(weights=8 * head, trainable=head, keep=2, state=state),
+        moments={name: size + more for name, size in found.moments.items()},
+        disk_bytes=found.disk_bytes + _left(spec, train) * one,
+        spare_bytes=found.spare_bytes + one,
         home_bytes=found.home_bytes + features,
         seconds=(found.seconds[0] + low, found.seconds[1] + high),
         notes=(
@@ -142,6 +147,27 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
             f"({features / 2**20:,.0f} MiB); sizes and speeds are those of whisper-tiny-en",
         ),
     )
+
+
+def _left(spec: Pretrain, train: int) -> int:
+    """Checkpoints that stay."""
+    return checkpoints_left(spec.steps_for(max(train, 1)), spec.save_every)
+
+
+def _encoding(spec: Pretrain, machine: Machine, *, image: bool) -> dict[str, int]:
+    """Parts of memory before the first step: the text tower comes from a file in float32, then pictures are encoded."""
+    dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
+    side = spec.resolution or 224
+    maps = 3 * _AT_ONCE * _MAP * (side // 2) ** 2 * BYTES[dtype] if image else 0
+    parts = peak_memory(
+        machine,
+        frozen=TEXT_WEIGHTS + (IMAGE_WEIGHTS if image else 0),
+        frozen_dtype=dtype,
+        activations=maps,
+    )
+    file = 0 if dtype == "float32" else 4 * TEXT_WEIGHTS  # is given back before pictures are encoded
+    more = max(0, file - parts["activations"])
+    return parts | ({"files": more} if more else {})
 
 
 def query_weights(spec: Pretrain, shape: QFormerShape, *, d_image: int, vocabulary: int) -> int:
@@ -191,10 +217,12 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         trainable=weights,
         state=state,
         async_save=spec.trainer.async_save,
-        activations=seen + 3 * 4 * batch * (_TEXT_TOKENS - 1) * VOCABULARY,
+        activations=seen + 3 * 4 * batch * _WRITTEN * VOCABULARY,
         caches=features,
     )
-    memory["runtime"] += _TOWER_RUNTIME
+    memory = in_turn(memory, early=4 * VOCABULARY * d)
+    memory["caches"] += LEFT_BYTES
+    one = checkpoint_bytes(weights=4 * weights, trainable=weights, state=state)
     return Estimate(
         stage=spec.kind,
         samples=samples,
@@ -203,11 +231,9 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         tokens=steps * batch * (tokens + 5 * cells),
         image_tokens=steps * batch * 5 * cells,
         flops=flops + pictures * _IMAGE_FLOPS_224 * side**2,
-        memory=memory,
-        disk_bytes=checkpoint_bytes(
-            weights=4 * weights * 2, trainable=weights, keep=2, state=spec.trainer.state_bytes()
-        )
-        + pictures * 600,
+        **peak_of({"before": _encoding(spec, machine, image=True), "training": memory}),
+        disk_bytes=_left(spec, train) * one + pictures * 600,
+        spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(
@@ -274,6 +300,9 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         activations=_head_activations(spec, widths, batch=batch),
         caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
     )
+    before = _encoding(spec, machine, image=True)
+    before["caches"] += features
+    one = checkpoint_bytes(weights=4 * heads, trainable=heads, state=state)
     return Estimate(
         stage=spec.kind,
         samples=samples,
@@ -282,8 +311,9 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         tokens=pictures * cells + texts * _TEXT_TOKENS,
         image_tokens=pictures * cells,
         flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
-        memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * heads * 2, trainable=heads, keep=2, state=state) + pictures * 600,
+        **peak_of({"before": before, "training": memory}),
+        disk_bytes=_left(spec, train) * one + pictures * 600,
+        spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(
@@ -326,10 +356,14 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         async_save=spec.trainer.async_save,
         activations=kept + _head_activations(spec, widths, batch=batch),
         # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
-        caches=2 * pixels * pictures + 6 * pixels * batch + 4 * texts * TEXT_WIDTH,
+        caches=LEFT_BYTES + 2 * pixels * pictures + 6 * pixels * batch + 4 * texts * TEXT_WIDTH,
     )
+    if micro == batch:
+        memory = in_turn(memory, early=4 * heads)
     memory["weights"] += 4 * still
-    memory["runtime"] += _TOWER_RUNTIME
+    before = _encoding(spec, machine, image=False)
+    before["weights"] += 4 * (trained + still)
+    one = checkpoint_bytes(weights=4 * (trained + still), trainable=trained, state=state)
     seen = batch * steps + tests
     return Estimate(
         stage=spec.kind,
@@ -339,11 +373,9 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         tokens=seen * tower.tokens + texts * _TEXT_TOKENS,
         image_tokens=seen * tower.tokens,
         flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
-        memory=memory,
-        disk_bytes=checkpoint_bytes(
-            weights=4 * (2 * trained + still), trainable=trained, keep=2, state=spec.trainer.state_bytes()
-        )
-        + pictures * 600,
+        **peak_of({"before": before, "training": memory}),
+        disk_bytes=_left(spec, train) * one + pictures * 600,
+        spare_bytes=one,
         home_bytes=2 * pixels * pictures,
         d_image=tower.d_out,
         cells=tower.tokens,

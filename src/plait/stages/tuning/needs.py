@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from plait.core.errors import ConfigError
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, peak_of
 from plait.models import specs
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import (
+    BYTES,
     SMOLLM2_135M,
     DecoderShape,
+    Gradients,
     Lora,
-    checkpoint_bytes,
     decoder_activations,
     decoder_flops,
     head_bytes,
     linear_flops,
-    peak_memory,
     time_range,
 )
+from plait.training.peak import LEFT_BYTES, TOKENIZER_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
     from plait.models.connectors.measure import ConnectorAccount
@@ -35,12 +38,17 @@ _IMAGE_REDUCTION = 32  # pixels a side of a cell
 _SECONDS_PER_PICTURE_128 = (0.005, 0.02)
 _WORDS = 1_500
 _CANVASES = 0.3  # canvases for each training picture
-_TEXT_TOKENS, _TRAINED_TOKENS = 24, 4  # of a sample
-_ROW, _FILLED = 64, 0.9  # what packing makes of them
-_SECONDS_START = (4.0, 20.0)
-_DECODER_EFFICIENCY = (0.12, 0.45)
+_TEXT_TOKENS, _TRAINED_TOKENS = 27, 3  # of a sample
+_QUESTIONS, _QUESTION_BYTES = 5, 6_000  # of each picture, and what one takes in memory
+_PACKED, _PADDED = 0.95, 0.9  # share of a row's places that are tokens
+_SECONDS_START = (2.0, 20.0)
+# Share of the measured matrix rate: where 16 bits are no more than a few times as fast, products take most of a step,
+# as in float32; AMX makes them so fast that everything else does.
+_DECODER_EFFICIENCY, _AMX_EFFICIENCY, _AMX = (0.12, 0.85), (0.12, 0.45), 4.0
 _WHISPER_WIDTH, _SOUND_TOKENS = 384, 140  # of tiny.en; a spoken question takes 2.8 s, 50 tokens a second
 _VOCABULARY = 49_152  # of a new decoder: the packaged tokenizer's
+_TOKENIZER_FILES = 3_600_000  # in each checkpoint
+_AT_ONCE, _MAP = 16, 96  # pictures encoded at once, and channels of the tower's largest map, of half their side
 
 
 class _Picture(NamedTuple):
@@ -81,26 +89,25 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
     adapter = shape.params if whole else _adapter(shape, lora)
     learns = of.parameters if spec.adapt.lr_connector else 0  # beside the adapter, in the phase that needs most
     rows, row = _rows(spec, of.slots)
-    flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
     dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
-    low, high = time_range(flops, machine, dtype=machine.dtype, efficiency=_DECODER_EFFICIENCY)
+    flops, words, trained = _work(spec, shape, of, rows=rows, row=row, adapter=0 if whole else adapter)
+    fast = dtype != "float32" and machine.gemm_bf16 > _AMX * machine.gemm_fp32
+    low, high = time_range(flops, machine, dtype=dtype, efficiency=_AMX_EFFICIENCY if fast else _DECODER_EFFICIENCY)
     spare = time_range(words, machine, dtype="float32", efficiency=(0.15, 0.7))
     side = (spec.resolution or 224) / 224
     area = side**2 / (128 / 224) ** 2
     seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_128[i] * area + spare[i] for i in (0, 1)]
-    tables = shape.vocab * shape.d_model * (1 if shape.tied else 2) if whole else 0
-    state = spec.trainer.state_bytes(tables=tables / max(1, adapter + learns))
-    memory = peak_memory(
-        machine,
-        frozen=IMAGE_WEIGHTS + (0 if whole else shape.params),
-        frozen_dtype=dtype,
-        trainable=adapter + learns,
-        state=state,
-        async_save=spec.trainer.async_save,
-        activations=_activations(spec, machine, shape, lora=lora, rows=rows, row=row, trained=trained),
-        caches=4 * _WORDS * shape.d_model,
+    parts = _Parts(
+        shape=shape,
+        lora=lora,
+        adapter=adapter,
+        connectors=of.parameters + sounds.parameters,
+        learn=learns,
+        pictures=kept * picture.side**2 * picture.width * 2 if spec.cache else 0,
+        questions=train * _QUESTIONS,
     )
-    memory["weights"] += 4 * (of.parameters - learns + sounds.parameters)
+    moments = _moments(spec, machine, parts, rows=rows, row=row, trained=trained)
+    disk, spare = _disk(spec, parts)
     trainable = adapter + of.parameters + sounds.parameters
     steps = spec.frozen.steps + spec.adapt.steps
     return Estimate(
@@ -111,42 +118,150 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         tokens=steps * rows * row,
         image_tokens=steps * spec.batch_size * of.slots,
         flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
-        memory=memory,
-        disk_bytes=checkpoint_bytes(weights=4 * trainable, trainable=trainable, keep=2, state=state) * 2,
+        **peak_of(moments),
+        disk_bytes=disk,
+        spare_bytes=spare,
         home_bytes=2 * picture.side**2 * picture.width * kept if spec.cache else 0,
         seconds=(low + seconds[0], high + seconds[1]),
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
         slots=of.slots,
+        decoder=asdict(shape),
+        adapter=0 if whole else adapter,
+        connectors=of.parameters + sounds.parameters,
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What a tune stage holds.
+
+    Attributes:
+        shape: Of the decoder.
+        lora: Its adapter; None where it learns as a whole.
+        adapter: Weights of the adapter, or of the decoder that learns as a whole.
+        connectors: Weights of all connectors.
+        learn: Those of them that learn beside the adapter.
+        pictures: Bytes of the features of pictures.
+        questions: How many there are.
+    """
+
+    shape: DecoderShape
+    lora: Lora | None
+    adapter: int
+    connectors: int
+    learn: int
+    pictures: int
+    questions: int
+
+
+def _moments(
+    spec: Tune, machine: Machine, parts: _Parts, *, rows: int, row: int, trained: int
+) -> dict[str, dict[str, int]]:
+    """Parts of memory before the first step, and in each phase."""
+    shape = parts.shape
+    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
+    drawn = not isinstance(spec.decoder, str)
+    # A decoder from scratch is float32 from the beginning; the tower has its own format.
+    decoder = shape.params * (4 if drawn else BYTES[dtype])
+    held = TOKENIZER_BYTES * shape.vocab + parts.questions * _QUESTION_BYTES + parts.pictures
+    words = 4 * _WORDS * shape.d_model if isinstance(spec.connector, specs.Words) else 0
+
+    def phase(learn: int, *, frozen: int, activations: int = 0, tables: int = 0) -> dict[str, int]:
+        found = peak_memory(
+            machine,
+            frozen=IMAGE_WEIGHTS,
+            frozen_dtype=dtype,
+            trainable=learn,
+            state=spec.trainer.state_bytes(tables=tables / max(1, learn)),
+            async_save=spec.trainer.async_save,
+            activations=activations,
+            caches=held + words + (LEFT_BYTES if learn else 0),
+        )
+        if spec.trainer.pieces(spec.batch_size) == 1:
+            # A table of words learns from the head on, before any block.
+            found = in_turn(found, early=4 * tables)
+        return found | {"weights": found["weights"] + frozen}
+
+    maps = 3 * _AT_ONCE * _MAP * ((spec.resolution or 224) // 2) ** 2 * BYTES[dtype]
+    before = phase(0, frozen=decoder + 4 * parts.connectors, activations=maps)
+    if dtype == "float32" and not drawn:
+        # The file's 16 bits are mapped until all weights are widened, which is before pictures are encoded.
+        before["files"] = max(0, 2 * shape.params - before["activations"])
+    moments = {"before": before}
+    sizes: dict[str, int] = {"rows": rows, "row": row, "trained": trained}
+    if isinstance(spec.connector, specs.Words):
+        seen = 4 * spec.words.batch_size * spec.connector.tokens * (3 * shape.d_model + _WORDS)
+        moments["words"] = phase(parts.connectors, frozen=decoder, activations=seen)
+    if spec.frozen.steps:
+        through = _activations(spec, machine, shape, lora=None, gradients="through", **sizes)
+        moments["connector"] = phase(parts.connectors, frozen=decoder, activations=through)
+    whole = parts.lora is None
+    tables = shape.vocab * shape.d_model * (1 if shape.tied else 2) if whole else 0
+    moments["decoder"] = phase(
+        parts.adapter + parts.learn,
+        frozen=(0 if whole else decoder) + 4 * (parts.connectors - parts.learn),
+        activations=_activations(
+            spec, machine, shape, lora=parts.lora, gradients="full" if whole else "through", **sizes
+        ),
+        tables=tables,
+    )
+    return moments
+
+
+def _disk(spec: Tune, parts: _Parts) -> tuple[int, int]:
+    """Bytes that the checkpoints of all phases leave, and those of the largest one, being written."""
+    whole, drawn = parts.lora is None, not isinstance(spec.decoder, str)
+    words = 4 * _WORDS * parts.shape.d_model if isinstance(spec.connector, specs.Words) else 0
+    own = 4 * parts.connectors + words + _TOKENIZER_FILES * parts.shape.vocab // _VOCABULARY
+    state = spec.trainer.state_bytes()
+    early = own + (parts.shape.params * (4 if drawn else 2) if whole else 0)
+    phases = {"words": (spec.words.steps, 0), "connector": (spec.frozen.steps, spec.save_every)}
+    if not words:
+        del phases["words"]
+    sizes = [
+        (checkpoint_bytes(weights=early, trainable=parts.connectors, state=state), checkpoints_left(steps, every))
+        for steps, every in phases.values()
+        if steps
+    ]
+    last = checkpoint_bytes(weights=own + 4 * parts.adapter, trainable=parts.adapter + parts.learn, state=state)
+    sizes.append((last, checkpoints_left(spec.adapt.steps, spec.save_every)))
+    return sum(size * left for size, left in sizes), max(size for size, _ in sizes)
+
+
 def _rows(spec: Tune, slots: int) -> tuple[int, int]:
-    """Rows of a batch, and places of a row."""
+    """Questions of a batch, and the places that each takes of a row, whether it has one of its own or not."""
     sample = _TEXT_TOKENS + slots
-    if not spec.packing:
-        return spec.batch_size, math.ceil(sample / _FILLED)
-    row = spec.row or max(_ROW, 2 * sample)
-    return math.ceil(spec.batch_size * sample / (_FILLED * row)), row
+    return spec.batch_size, math.ceil(sample / (_PACKED if spec.packing else _PADDED))
 
 
 def _activations(
-    spec: Tune, machine: Machine, shape: DecoderShape, *, lora: Lora | None, rows: int, row: int, trained: int
+    spec: Tune,
+    machine: Machine,
+    shape: DecoderShape,
+    *,
+    lora: Lora | None,
+    gradients: Gradients,
+    rows: int,
+    row: int,
+    trained: int,
 ) -> int:
     """Live bytes of a micro-batch, with what head and loss need."""
-    pieces, gradients = spec.trainer.pieces(spec.batch_size), "through" if lora else "full"
+    pieces = spec.trainer.pieces(spec.batch_size)
+    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
+    rows = math.ceil(rows / pieces)
     kept = decoder_activations(
         shape,
-        rows=math.ceil(rows / pieces),
+        rows=rows,
         length=row,
-        dtype=machine.dtype,
+        dtype=dtype,
         gradients=gradients,
-        attention="eager",
+        attention=row,
         lora=lora,
         recompute=spec.trainer.recompute,
     )
     at_once = math.ceil(trained / pieces)
     head = spec.trainer.head
-    return kept + head_bytes(shape, at_once, dtype=machine.dtype, gradients=gradients, head=head, device=machine.device)
+    return kept + head_bytes(shape, at_once, dtype=dtype, gradients=gradients, head=head, device=machine.device)
 
 
 def _work(
@@ -228,9 +343,10 @@ def _sounds(spec: Tune, shape: DecoderShape) -> _Sounds:
 
 
 def decoder_shape(spec: Tune) -> DecoderShape:
-    """Sizes of the decoder; of a folder, those of SmolLM2 are taken."""
+    """Sizes of the decoder; of a folder whose sizes have other names than Llama's, those of SmolLM2 are taken."""
     if isinstance(spec.decoder, str):
-        return SMOLLM2_135M
+        folder = Path(spec.decoder)
+        return (DecoderShape.of_folder(folder) if (folder / "config.json").is_file() else None) or SMOLLM2_135M
     new = spec.decoder
     return DecoderShape(
         layers=new.depth,
@@ -262,7 +378,7 @@ def _notes(spec: Tune, of: ConnectorAccount, picture: _Picture, *, steps: int, w
     ]
     if whole:
         notes.append("the decoder is trained as a whole")
-    decoder = isinstance(spec.decoder, str) and spec.decoder != "smollm2"
+    decoder = isinstance(spec.decoder, str) and spec.decoder != "smollm2" and decoder_shape(spec) == SMOLLM2_135M
     sizes = [name for name, guessed in (("the tower's", not picture.known), ("the decoder's", decoder)) if guessed]
     guessed = f"{' and '.join(sizes)} sizes and all " if sizes else ""
     notes.append(f"{guessed}speeds are those of efficientnet-lite0 and SmolLM2-135M")

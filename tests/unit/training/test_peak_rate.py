@@ -8,8 +8,8 @@ from plait.core import speed
 from plait.core.device import Compute
 from plait.core.events import Events
 from plait.core.files import read_json
-from plait.training import peak
-from plait.training.peak import RATES, keeping_rates, peak_rate
+from plait.training import peak_rate as peak
+from plait.training.peak_rate import RATES, keeping_rates, peak_rate
 
 CPU = Compute(device="cpu", dtype="float32", threads=1, why=())
 
