@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from plait.core.errors import DataError
-from plait.core.estimate import Estimate, Machine, made_before, peak_of, picture_slots
+from plait.core.estimate import Estimate, Machine
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.core.spec import defaults
@@ -20,7 +19,7 @@ from plait.data.choice import HELD_OUT
 from plait.data.sources import VALIDATION
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, Task, named_setting
-from plait.stages.validating import check_judged, judged_samples, judged_splits, outcome, said
+from plait.stages.validating import check_judged, judged_splits, outcome, said
 from plait.training.schedule import Cosine
 from plait.training.trainer import Trainer
 
@@ -39,14 +38,6 @@ REFERENCE = "reference.json"
 
 _SHOWN = 6  # held-out questions whose answers are kept before and after
 _SHOWN_TOKENS = 12
-
-# For the estimate, as in the tune stage: tokens of a prompt with its picture and answer, and of the answer alone.
-_ANSWER_TOKENS, _TRAINED_TOKENS, _PICTURE_TOKENS = 30, 4, 6
-_FILLED = 0.85  # share of a row that is not padding
-_RANK = 16
-_TOWER_WEIGHTS = 4_652_008  # efficientnet-lite0
-_FILES = 7_000_000  # of a checkpoint beside adapter and connector: tokenizer, word embeddings
-_SECONDS_START = (2.0, 12.0)  # reading the decoder, and a few answers before and after
 
 
 class Align(Stage):
@@ -198,67 +189,9 @@ class Align(Stage):
 
     def estimate(self, machine: Machine, before: Mapping[str, Estimate]) -> Estimate:
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
-        from plait.training import cost, peak
+        from plait.stages.aligning.needs import estimate
 
-        made = made_before(before)
-        shape = cost.DecoderShape(**dict[str, Any](made.decoder)) if made and made.decoder else cost.SMOLLM2_135M
-        lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
-        weights = made.adapter if made and made.adapter else lora.params(shape)
-        lora = cost.Lora(rank=max(1, round(_RANK * weights / lora.params(shape))), targets=lora.targets)
-        connectors = made.connectors if made else 0
-        slots = picture_slots(before, _PICTURE_TOKENS)
-        answer = _ANSWER_TOKENS - _PICTURE_TOKENS + slots
-        rows, length = 2 * self.batch_size, math.ceil(answer / _FILLED)
-        trained = 2 * self.batch_size * _TRAINED_TOKENS
-        passes = math.ceil((self._pairs() + judged_samples(self.trainer, self.steps)) / self.batch_size)
-        scored = 2 * math.ceil(self.test_pairs / self.batch_size)
-        sizes: dict[str, Any] = {"rows": rows, "length": length, "head_positions": trained, "lora": lora}
-        flops = self.steps * cost.decoder_flops(shape, gradients="through", recompute=self.trainer.recompute, **sizes)
-        # Without gradients an adapter costs a third of what it does in training, which is little enough to be left so.
-        flops += (passes + scored) * cost.decoder_flops(shape, gradients="none", **sizes)
-        low, high = cost.time_range(flops, machine)
-        kept = cost.decoder_activations(
-            shape,
-            rows=rows,
-            length=length,
-            dtype=machine.dtype,
-            gradients="through",
-            attention=answer,
-            lora=lora,
-            recompute=self.trainer.recompute,
-        )
-        learn, state = weights + (connectors if self.connector else 0), self.trainer.state_bytes()
-        memory = peak.peak_memory(
-            machine,
-            frozen=shape.params + _TOWER_WEIGHTS,
-            frozen_dtype=machine.dtype,
-            trainable=learn,
-            state=state,
-            activations=kept
-            + cost.head_bytes(shape, trained, dtype=machine.dtype, head=self.trainer.head, device=machine.device),
-            caches=peak.TOKENIZER_BYTES * shape.vocab + peak.LEFT_BYTES,
-            async_save=self.trainer.async_save,
-        )
-        memory = peak.in_turn(memory)
-        memory["weights"] += 4 * (weights + connectors - learn)
-        one = peak.checkpoint_bytes(weights=4 * (weights + connectors) + _FILES, trainable=learn, state=state)
-        tokens = (self.steps + passes + scored) * rows * length
-        return Estimate(
-            stage=self.kind,
-            params_trainable=learn,
-            params_frozen=shape.params,
-            tokens=tokens,
-            image_tokens=int(tokens * _FILLED * slots / answer),
-            flops=flops,
-            **peak_of({"training": memory}),
-            disk_bytes=one * peak.checkpoints_left(self.steps, self.save_every),
-            spare_bytes=one,
-            seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
-            notes=(
-                f"{self.steps:,} steps of {self.batch_size:,} pairs, after one pass for the reference",
-                f"sizes are those of smollm2 with adapters of rank {_RANK} on all projections",
-            ),
-        )
+        return estimate(self, machine, before, pairs=self._pairs())
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
