@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plait.cli import plan_size
 from plait.cli.output import Out
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from plait.core.spec import Resolved
     from plait.recipes.probe import Probed
     from plait.recipes.recipe import Recipe
+    from plait.stages.stage import Stage
     from plait.training.plan import Total
 
 _PROMPT, _SECONDS = 32, 3.0
@@ -24,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
         "recipe",
+        nargs="?",
         help="shipped recipe (quickstart), or a YAML file: a recipe, or a model (encoders, connectors, decoder)",
     )
     parser.add_argument(
@@ -40,6 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "each training stage, in a temporary folder (features and converted weights are kept under PLAIT_HOME, as by a "
         "run). --no-probe: nothing, the speed is guessed from the CPU's flags",
     )
+    plan_size.add(parser)
 
 
 def main(args: argparse.Namespace, out: Out) -> int:
@@ -48,8 +52,10 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.recipes.recipe import load_recipe
     from plait.training import plan
 
-    if _is_model(Path(args.recipe)):
-        return _plan_model(Path(args.recipe), args.overrides, out)
+    if plan_size.asked(args):
+        return plan_size.main(args, out)
+    if _is_model(_named(args)):
+        return _plan_model(_named(args), args.overrides, out)
 
     resolved = load_recipe(args.recipe, args.overrides)
     recipe = resolved.spec
@@ -70,11 +76,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
     sums = plan.total(plan.estimate_all(stages, machine), machine)
     for line in describe(sums, machine):
         out.line(line)
-    for name, stage in stages:
-        if (trainer := getattr(stage, "trainer", None)) is not None and (
-            trainer.parallel.spreads or trainer.parallel.divides
-        ):
-            out.line(f"note     {name}: trainer.parallel is for several processes, and all of this is for one")
+    for line in _for_one(stages):
+        out.line(line)
     probed: list[Probed] = []
     try:
         if refused is not None:
@@ -109,6 +112,31 @@ def _try(resolved: Resolved[Recipe], sums: Total, *, probed: list[Probed], out: 
     planned = {estimate.stage: estimate for estimate in sums.stages}
     for line in describe_probe(probed, planned):
         out.line(line)
+
+
+def _for_one(stages: Sequence[tuple[str, Stage]]) -> list[str]:
+    """Stages whose settings for several processes are not in the figures."""
+    trainers = [(name, getattr(stage, "trainer", None)) for name, stage in stages]
+    return [
+        f"note     {name}: trainer.parallel is for several processes, and all of this is for one"
+        for name, trainer in trainers
+        if trainer is not None and (trainer.parallel.spreads or trainer.parallel.divides)
+    ]
+
+
+def _named(args: argparse.Namespace) -> Path:
+    """What is to be planned.
+
+    Raises:
+        UsageError: Nothing is named.
+    """
+    from plait.core.errors import UsageError
+
+    if args.recipe is None:
+        raise UsageError(
+            "nothing to plan", remedy="name a recipe (`plait plan quickstart`), or give --params and --tokens"
+        )
+    return Path(args.recipe)
 
 
 def _is_model(path: Path) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from plait.cli import plan
 from plait.cli.output import Out
 from plait.core import device
-from plait.core.errors import ConfigError, PlaitError, ResourceError
+from plait.core.errors import ConfigError, PlaitError, ResourceError, UsageError
 from plait.core.estimate import Estimate, Machine
 from plait.training.trainer import Trainer
 
@@ -77,7 +77,13 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Se
 
 
 def arguments(*overrides: str) -> argparse.Namespace:
-    return argparse.Namespace(recipe="demo", overrides=list(overrides), runs=Path("runs"), probe=False)
+    return parsed("demo", *overrides, "--no-probe")
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan.add(parser)
+    return parser.parse_args(words)
 
 
 def test_the_table_holds_every_number(
@@ -175,3 +181,33 @@ def test_numbers_for_people(amount: float, text: str) -> None:
 )
 def test_durations_for_people(seconds: tuple[float, float], text: str) -> None:
     assert plan.duration(seconds) == text
+
+
+@pytest.mark.row("S4-59")
+def test_a_size_alone_is_planned_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--params", "175e9", "--tokens", "300e9", "--gpus", "64", "--memory-gib", "80"]
+    assert plan.main(parsed(*words), Out()) == 0
+    said = capsys.readouterr().out
+    assert "175 G weights, 300 G tokens: 1.71 tokens a weight" in said
+    assert "3.15e+23 = 6 N D" in said
+    assert "on 64 devices at 40% of 312 TFLOP/s" in said
+    assert "96 layers of 12,288" in said
+    assert "layouts fit 80 GiB" in said
+    assert "{zero: 3" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to plan"),
+        (["--params", "7e9"], "--tokens is missing"),
+        (["--params", "7e9", "--tokens", "-1"], "--tokens is -1, expected more than 0"),
+        (["--params", "7e9", "--tokens", "inf"], "--tokens is inf"),
+        (["--params", "7e9", "--tokens", "1e9", "--mfu", "3"], "at most 1"),
+        (["--params", "7e9", "--tokens", "1e9", "--gpus", "1.5"], "expected a whole number"),
+        (["quickstart", "--gpus", "3"], "quickstart and a size are both given"),
+    ],
+)
+def test_a_size_that_cannot_be_planned_is_said(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan.main(parsed(*words), Out())
