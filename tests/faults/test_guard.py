@@ -9,21 +9,27 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_run import VOCABULARY, Counted, Stream, rows, tiny_model, train
+from tests.tiny_run import CPU, VOCABULARY, Counted, Stream, rows, tiny_model, train
 from torch import nn
 
 from plait.core.errors import ConfigError, NumericsError, ResourceError, Stopped
+from plait.core.events import Events
 from plait.core.files import read_jsonl
 from plait.core.tensors import Batch
+from plait.training import interrupt as interrupt_module
 from plait.training.guard import Guard
+from plait.training.loop import fit
 from plait.training.monitor import TIMING
 from plait.training.optim import SGD, Rates
+from plait.training.settings import Hooks, Settings, Stopping
 
 STEPS = 40
 BAD = 33
@@ -141,6 +147,111 @@ def test_a_run_stopped_around_a_spike_ends_with_the_same_bits(tmp_path: Path, sp
     ran(tmp_path / "parts", {"spike": spike}, **how)
     assert same(weights(tmp_path / "parts", STEPS), weights(tmp_path / "whole", STEPS))
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+@pytest.mark.row("S4-63")
+def test_what_is_judged_best_where_a_run_goes_back_is_what_is_kept(tmp_path: Path) -> None:
+    """Evaluated in the very step that goes back: the value belongs to the weights of the checkpoint."""
+    model = tiny_model()
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def evaluate() -> float:
+        judged.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return -float(len(judged))
+
+    guarded = replace(settings(STEPS), guard=Guard(spike="rewind"), stopping=Stopping(every=BAD), save_every=30)
+    result = fit(
+        model,
+        planted(BAD),
+        Stream(),
+        settings=replace(guarded, steps=BAD),
+        folder=tmp_path,
+        events=Events(),
+        hooks=Hooks(evaluate=evaluate),
+    )
+    assert result.best == (BAD, -1.0)
+    assert same(judged[0], weights(tmp_path, 30))
+    assert same(weights(tmp_path, BAD), judged[0])
+    assert same(dict(model.state_dict()), judged[0])
+
+
+def settings(steps: int) -> Settings:
+    return Settings(steps=steps, compute=CPU, rates=Rates(lr=0.05))
+
+
+def test_a_new_usual_is_the_same_for_a_run_that_was_stopped(tmp_path: Path) -> None:
+    objective = planted(*range(25, 99))
+
+    def interrupt(step: int, _: object) -> None:
+        if step == 34:  # the tenth
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = ran(tmp_path / "whole", {}, objective=objective)
+    with pytest.raises(Stopped):
+        ran(tmp_path / "parts", {}, objective=objective, on_step=interrupt)
+    assert ran(tmp_path / "parts", {}, objective=objective).spikes == whole.spikes
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+def test_going_back_after_a_signal_in_an_evaluation_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation of the best step is given up, and made when resumed: to that step a spike goes back."""
+    monkeypatch.setattr(interrupt_module, "GRACE_S", 0.05)
+
+    def trained(folder: Path, *, stops: bool) -> None:
+        def evaluate() -> float:
+            if stops and not (folder / "stopped").exists() and (folder / "checkpoints/000030").exists():
+                (folder / "stopped").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            return 1.0 if (folder / "checkpoints/000030").exists() else 2.0
+
+        folder.mkdir(exist_ok=True)
+        how = replace(
+            settings(STEPS), guard=Guard(spike="rewind"), stopping=Stopping(every=8), save_every=15, keep_last=1
+        )
+        fit(
+            tiny_model(),
+            planted(35),
+            Stream(),
+            settings=how,
+            folder=folder,
+            events=Events(),
+            hooks=Hooks(evaluate=evaluate),
+        )
+
+    trained(tmp_path / "whole", stops=False)
+    with pytest.raises(Stopped):
+        trained(tmp_path / "parts", stops=True)
+    trained(tmp_path / "parts", stops=False)
+    assert same(weights(tmp_path / "parts", STEPS), weights(tmp_path / "whole", STEPS))
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_search_for_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt_module, "GRACE_S", 0.05)
+
+    class Slow(Spiked):
+        """Found with a signal on its way, and slow to look into."""
+
+        calls = 0
+
+        def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            if any(name in self.samples for name in batch.sample_ids):
+                self.calls += 1
+                if self.calls == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(30)
+            return super().__call__(model, batch)
+
+    seen: list[Any] = []
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        ran(tmp_path, {"spike": "skip"}, objective=Slow(f"{BAD - 1}-1"), seen=seen)
+    assert time.monotonic() - began < 20
+    assert any("not looked for any longer" in event.text for event in seen)
+    assert any("update left out" in event.text for event in seen)
 
 
 def test_going_back_too_often_or_nowhere_ends_the_run(tmp_path: Path) -> None:

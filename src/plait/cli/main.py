@@ -127,13 +127,15 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse; ``key=value`` settings may stand before and after options, which argparse alone does not take."""
+    """Parse; ``key=value`` settings, and runs, may stand before and after options, which argparse alone does not take."""
     parser = build_parser(words[:1])
     args, late = parser.parse_known_args(words)
-    if late and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in late)):
+    name = "overrides" if hasattr(args, "overrides") and all("=" in word for word in late) else "run"
+    taken = getattr(args, name, None)
+    if late and not (isinstance(taken, list) and all(word[0] != "-" for word in late)):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
-        args.overrides = [*args.overrides, *late]
+        setattr(args, name, [*taken, *late])
     return args
 
 

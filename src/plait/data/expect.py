@@ -132,20 +132,30 @@ def expect_pairs(choice: PairsChoice) -> Expected:
     """Counts from the rows and the sizes of their files; no picture is opened.
 
     Raises:
-        DataError: The file or folder cannot be read.
+        DataError: The file or folder cannot be read, or names fewer pictures that are there than are needed.
     """
     rows = usable = size = 0
+    first = ""
     folder = choice.path if choice.path.is_dir() else choice.path.parent
     for line in read_lines(choice.path):
         rows += 1
         if line.fault or not line.text:
+            first = first or (line.fault or f"{line.image} has no text")
             continue
         try:
             path = resolve_inside(folder / line.image, choice.root)
             size += path.stat().st_size
-        except (DataError, OSError):
+        except (DataError, OSError) as fault:
+            first = first or (fault.cause if isinstance(fault, DataError) else f"{fault.strerror}: {fault.filename}")
             continue
         usable += 1
+    if usable < max(choice.min_rows, 1):
+        raise DataError(
+            f"{usable:,} of {rows:,} rows name a picture that is there, at least {max(choice.min_rows, 1):,} are needed"
+            + (f"; the first that does not: {first}" if first else ""),
+            place=str(choice.path),
+            remedy="mend the paths, which are relative to the file's folder, or set data.source.min_rows lower",
+        )
     test = max(1, round(choice.test_fraction * usable)) if choice.test_fraction and usable else 0
     validation = max(1, round(choice.validation * usable)) if choice.validation and usable else 0
     train = usable - test - validation

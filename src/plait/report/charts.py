@@ -6,6 +6,7 @@ Colors are names of the page's own style (``var(--accent)``); ``page.js`` looks 
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,11 +154,8 @@ class Curve:
 
     def smoothed(self, window: int) -> Curve:
         """The mean of each value and those before it, ``window`` in all; fewer at the beginning."""
-        found, total = Curve(steps=self.steps), 0.0
-        for at, value in enumerate(self.values):
-            total += value - (self.values[at - window] if at >= window else 0.0)
-            found.values.append(total / min(at + 1, window))
-        return found
+        parts = [self.values[max(at + 1 - window, 0) : at + 1] for at in range(len(self.values))]
+        return Curve(steps=self.steps, values=array("d", (math.fsum(part) / len(part) for part in parts)))
 
 
 @dataclass(slots=True)

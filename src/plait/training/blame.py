@@ -20,6 +20,9 @@ from plait.training.contrast import join
 from plait.training.generators import rng_kept
 from plait.training.smaller import rows_apart, samples_of_rows
 
+_PARTED = 3
+"""Rows whose samples are told apart, where a loss is looked into."""
+
 Around = Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -76,7 +79,9 @@ def losses(
     counts: Mapping[str, float],
     around: Around,
 ) -> list[tuple[str, float]]:
-    """Each sample's part of the step's loss, highest first; parts of micro-batches that cannot be parted are one.
+    """Each sample's part of the step's loss, highest first; samples that were not told apart are one.
+
+    One pass goes over all rows, then one over each sample of the three rows with the highest loss.
 
     Args:
         model: What the objective runs.
@@ -98,10 +103,14 @@ def losses(
             each = [weighed(objective.loss(whole, rows=range(row, row + 1))) for row in range(whole.rows)]
             found += zip(ids, each, strict=True)
         else:
-            for batch in micro:
-                for part in _apart(objective, batch):
-                    for name, alone in _documents(part):
-                        found.append((name, weighed(objective(model, alone))))
+            rows = [part for batch in micro for part in _apart(objective, batch) if part.sample_ids]
+            whole = [weighed(objective(model, part)) for part in rows]
+            for rank, at in enumerate(sorted(range(len(rows)), key=lambda at: -whole[at])):
+                names = [*_documents(rows[at])] if rank < _PARTED else []
+                if len(names) > 1:
+                    found += [(name, weighed(objective(model, alone))) for name, alone in names]
+                else:
+                    found.append((", ".join(rows[at].sample_ids), whole[at]))
     return sorted(found, key=lambda one: -one[1])
 
 
@@ -176,8 +185,6 @@ def _sums(objective: Objective, model: nn.Module, batch: Batch) -> Mapping[str, 
 def _documents(batch: Batch) -> Iterable[tuple[str, Batch]]:
     """A row once for each sample in it, with the labels of that sample alone; preference pairs stay together."""
     owners = samples_of_rows(batch)
-    if not batch.sample_ids:
-        return []  # padding
     packed = owners is not None and len(owners) == 1 and len(owners[0]) > 1
     if not packed or any(name.endswith(("#chosen", "#rejected")) for name in batch.sample_ids):
         return [(", ".join(batch.sample_ids), batch)]

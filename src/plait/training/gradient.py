@@ -98,7 +98,8 @@ def accumulate(
         if isinstance(layout, Staged):
             share = run.staged(micro, layout)
         else:
-            share = run.in_step(micro, layout) if layout.in_step else run.each(micro)
+            apart = layout.grid.size("tensor") == 1
+            share = run.in_step(micro, layout) if layout.in_step else run.each(micro, apart=apart)
     totals = {name: _wide(share.sums[name]) for name in used}
     reached, broken_off, exhausted = collectives.all_reduce_sum(
         torch.tensor([int(share.reached), int(not share.complete), int(bool(share.exhausted))])
@@ -136,8 +137,13 @@ class _Pass:
         self.model, self.objective, self.weigh, self.used, self.around = model, objective, weigh, used, around
         self.totals: dict[str, Tensor] = {}
 
-    def each(self, micro: Sequence[Batch]) -> Share:
-        """Up to the first whose loss is not finite."""
+    def each(self, micro: Sequence[Batch], *, apart: bool) -> Share:
+        """Up to the first whose loss is not finite, or that does not fit the memory.
+
+        Args:
+            micro: Micro-batches of this rank.
+            apart: Whether a pass needs no other process, which would wait for one that gave up.
+        """
         reached = False
         for batch in micro:
             try:
@@ -148,7 +154,7 @@ class _Pass:
                     reached = True
                     loss.backward()
             except Exception as error:
-                if not out_of_memory(error):
+                if not (apart and out_of_memory(error)):
                     raise
                 sums = {name: torch.zeros(()) for name in self.used}
                 return Share(sums=sums, reached=reached, complete=False, exhausted=first_line(error))

@@ -29,9 +29,9 @@ class Guard(Spec):
     """What happens where a step goes wrong. The samples are named, and every step that is left out is counted."""
 
     spike: Literal["off", "warn", "skip", "rewind", "stop"] = "warn"
-    """A loss or gradient norm far above those before it: `warn` says so; `skip` leaves the update out, and ten in a row
-    end the run; `rewind` puts weights and optimizer back to the last checkpoint and goes on with the data after the
-    spike; `stop` ends the run."""
+    """A loss or gradient norm far above those before it: `warn` says so; `skip` leaves the update out, and ten left out
+    in a row end the run (or go back, where `not_finite` is `rewind`); `rewind` puts weights and optimizer back to the
+    last checkpoint and goes on with the data after the spike; `stop` ends the run."""
     sigma: float = Field(default=10.0, gt=0.0)
     """How far above, in standard deviations of the values before, computed so that outliers do not move them."""
     window: int = Field(default=128, ge=LEAST)

@@ -192,7 +192,8 @@ class _Run:
                     self._stop(stop)
                 step = self.progress.step
                 is_best = self.progress.best is not None and self.progress.best[0] == step
-                if step == self.settings.steps or self.keeper.due(step) or is_best or self._gave_up():
+                last = step == self.settings.steps or self._gave_up()
+                if last or self.keeper.due(step) or is_best or self.judge.went_back:
                     self.keeper.save(before=self.monitor.sync)
                 if asked(stop):
                     self._stop(stop)
@@ -214,13 +215,23 @@ class _Run:
         """What this device can do in a second; 0 where nobody tells what a step asks of it."""
         if self.hooks.flops is None or self.hooks.peak_flops:
             return self.hooks.peak_flops
-        return mesh.first(lambda: peak_rate(self.settings.compute, events=self.events))
+
+        def measured() -> float:
+            try:
+                return peak_rate(self.settings.compute, events=self.events)
+            except Exception as error:  # a figure for the eye never costs the run
+                self.events.note(f"matrix products could not be measured, so there is no MFU: {first_line(error)}")
+                return 0.0
+
+        return mesh.first(measured)
 
     def _catch_up(self, stop: StopRequest) -> None:
         """Evaluate and tell the step that a signal ended, as if nothing had happened."""
         progress = self.progress
         if progress.unjudged and (found := self._evaluate(stop)):
             self.monitor.amend(progress.step, found)
+            if progress.best is not None and progress.best[0] == progress.step:
+                progress.anchor = progress.step  # where nobody stops it, a run saves here
             if progress.untold is not None:
                 progress.untold |= found
         if progress.untold is not None and not asked(stop):
@@ -254,14 +265,12 @@ class _Run:
         micro, sums = self._gradient(micro, kept, stop)
         norms = self._clip() if sums.complete else Norm(math.nan)  # that of a part of the gradient says nothing
         self.progress.step += 1
-        skipped = self.progress.skipped
         found = self._values(sums, norms=norms, factor=factor)
-        self._update(kept, sums, norm=norms.total, micro=micro)
+        updated = self._update(kept, sums, norm=norms.total, micro=micro, stop=stop)
         self._note_timeline()
         self.optimizer.zero_grad(set_to_none=True)
         units = total_units(micro, self.layout.grid, placeholders=self.placeholders, flops=self.hooks.flops)
-        if self.progress.skipped == skipped:
-            self.progress.taken += units.samples
+        self.progress.taken += units.samples if updated else 0
         cost = Cost(
             samples=units.samples,
             tokens=units.tokens,
@@ -270,9 +279,12 @@ class _Run:
             work_s=time.perf_counter() - began,
             save_s=self.keeper.saver.take_stalled(),
         )
-        found |= {"skipped": self.progress.skipped} | units.shares() | self._went_wrong() | self._evaluate(stop)
+        self.judge.settle()  # before it is judged: what is saved is what was judged
+        found |= {"skipped": self.progress.skipped} | units.shares() | self._went_wrong()
+        found |= {} if self.judge.ends else self._evaluate(stop)
         values = self.monitor.step(self.progress.step, found, cost)
-        self.judge.settle(self.folder, before=self.monitor.sync)
+        if self.judge.ends:
+            self.judge.end(self.folder)
         if self.progress.unjudged:
             self.progress.untold = values  # told with its evaluation, when resumed
         else:
@@ -329,7 +341,7 @@ class _Run:
             except Exception as error:
                 if not (isinstance(error, Exhausted) or out_of_memory(error)):
                     raise
-                why, splits = first_line(error), isinstance(error, Exhausted)
+                why, passes = first_line(error), isinstance(error, Exhausted)
             # What the error held is free only here.
             self._buffers_back(kept)
             self.optimizer.zero_grad(set_to_none=True)
@@ -340,7 +352,8 @@ class _Run:
                 self.progress.pieces,
                 why=why,
                 step=self.progress.step + 1,
-                splits=splits and self.settings.guard.out_of_memory == "split",
+                passes=passes,
+                splits=self.settings.guard.out_of_memory == "split",
                 apart=not self.layout.objective.needs_global_batch or isinstance(self.layout.objective, Pairwise),
                 events=self.events,
             )
@@ -353,23 +366,25 @@ class _Run:
         counts = {"spikes": self.progress.spikes, "rewound": self.progress.rewound}
         return {name: count for name, count in counts.items() if count}
 
-    def _update(self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, micro: Sequence[Batch]) -> None:
-        """Move the weights, or leave the update out where something went wrong."""
+    def _update(
+        self, kept: Mapping[str, Tensor], sums: Sums, *, norm: float, micro: Sequence[Batch], stop: StopRequest
+    ) -> bool:
+        """Move the weights, or leave the update out where something went wrong; whether it was made."""
         finite = sums.complete and math.isfinite(sums.loss) and math.isfinite(norm)
         too_high = self.scaler is not None and math.isfinite(sums.loss) and not finite and self.scaler.scale > 1
         if self.scaler is not None and math.isfinite(sums.loss):
             self.scaler.update(finite=finite)
             self.progress.scale = (self.scaler.scale, self.scaler.good)
         if too_high:  # nothing is wrong with these samples: a smaller scale will do
-            self._buffers_back(kept)
             self.progress.overflowed += 1
-        elif self.judge.update(sums, norm=norm, micro=micro):
+        elif self.judge.update(sums, norm=norm, micro=micro, stop=stop):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
                 self.progress.averaged = self.average.updates
-        else:
-            self._buffers_back(kept)
+            return True
+        self._buffers_back(kept)
+        return False
 
     def _evaluate(self, stop: StopRequest) -> dict[str, float]:
         """Ask the hook if it is time, and remember the best; given up after a signal, it is asked when resumed."""

@@ -19,6 +19,9 @@ from plait.core.events import Events
 from plait.core.tensors import Batch, Patches
 from plait.core.types import Modality
 
+_SAID = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+"""What torch says on a CPU; on Apple's GPUs and from CUDA's driver; from CUDA's libraries."""
+
 
 class Exhausted(Exception):
     """Memory ran out in a forward or backward pass of any process; nothing but gradients has changed."""
@@ -28,7 +31,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on a GPU, in torch's allocator of the CPU, or in Python."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
 
 
 def first_line(error: BaseException) -> str:
@@ -45,7 +48,7 @@ def divided(micro: Sequence[Batch], pieces: int) -> list[Batch]:
 
 
 def smaller(
-    micro: Sequence[Batch], pieces: int, *, why: str, step: int, splits: bool, apart: bool, events: Events
+    micro: Sequence[Batch], pieces: int, *, why: str, step: int, passes: bool, splits: bool, apart: bool, events: Events
 ) -> int:
     """In how many parts to do micro-batches that did not fit the memory; every process calls this.
 
@@ -54,6 +57,7 @@ def smaller(
         pieces: Parts that they were done in.
         why: What the allocator said.
         step: Number of the step.
+        passes: Whether it was in a pass that can be made again: :class:`Exhausted` said so.
         splits: Whether parts may be made at all.
         apart: Whether the objective's loss is that of its rows' losses.
         events: Where to say so.
@@ -62,11 +66,16 @@ def smaller(
         ResourceError: They cannot be cut further, or are not to be.
     """
     rows = max(len(batch.token_ids) for batch in micro)
-    more = min((own for own in mesh.gather(_more(micro, pieces)) if own), default=0) if splits and apart else 0
+    able = passes and splits and apart
+    more = min((own for own in mesh.gather(_more(micro, pieces)) if own), default=0) if able else 0
     if not more:
-        why_not = "it cannot be cut further" if splits and apart else "it is not to be cut (trainer.guard)"
-        why_not = why_not if apart else "its loss compares all rows"
-        why_not = why_not if splits or not mesh.active() else "processes pass in step here"
+        why_not = "it cannot be cut further"
+        if not passes:
+            why_not = "processes pass in step here" if mesh.active() else "it was outside of a pass"
+        elif not apart:
+            why_not = "its loss compares all rows"
+        elif not splits:
+            why_not = "it is not to be cut (trainer.guard)"
         raise ResourceError(
             f"memory ran out ({why}): a micro-batch of {rows} rows; {why_not}",
             place=f"step {step}",

@@ -18,9 +18,11 @@ from plait.training import blame
 from plait.training.blame import Around
 from plait.training.gradient import Sums, named
 from plait.training.guard import Spike, Watch
+from plait.training.interrupt import StopRequest, Woken
 from plait.training.keeping import Keeper
 from plait.training.monitor import write_skipped
 from plait.training.parallel.layout import Whole
+from plait.training.ranks import patience
 from plait.training.settings import Settings
 from plait.training.state import Progress
 
@@ -35,6 +37,10 @@ class Judge:
         around: Entered around each forward, such as autocast.
         events: Where to say what went wrong.
 
+    Attributes:
+        ends: Why the run ends after this step; empty while it goes on.
+        went_back: Whether the last step ended with the weights of a checkpoint, so that it has to be saved.
+
     Raises:
         ConfigError: Training is to go back, and the batches hold a state that cannot.
     """
@@ -43,24 +49,31 @@ class Judge:
         self._settings, self._keeper, self._layout = settings, keeper, layout
         self._around, self._events = around, events
         self._guard = settings.guard
+        self._stop = StopRequest()
         self._watch = Watch(settings.guard, self._progress.watched)
-        self._ends = ""
-        self._goes_back = False
+        self.ends = ""
+        self.went_back = self._goes_back = False
+        if "rewind" in self._guard.actions and not 0 < settings.save_every < settings.steps and not settings.stopping:
+            events.warning(
+                f"guard is to rewind, and no checkpoint is made before the end ({settings.steps} steps, save_every "
+                f"{settings.save_every}): what it would take back ends the run; set save_every lower"
+            )
         _check_batches(keeper.trained.batches, goes_back="rewind" in self._guard.actions)
 
     @property
     def _progress(self) -> Progress:
         return self._keeper.trained.progress
 
-    def update(self, sums: Sums, *, norm: float, micro: Sequence[Batch]) -> bool:
+    def update(self, sums: Sums, *, norm: float, micro: Sequence[Batch], stop: StopRequest) -> bool:
         """Whether to make the update of a step; says so and counts where it went wrong.
 
         Args:
             sums: What the step computed.
             norm: Of its gradient.
             micro: This process's micro-batches of it.
+            stop: A signal ends the search for the sample.
         """
-        progress = self._progress
+        progress, self._stop = self._progress, stop
         if not (sums.complete and math.isfinite(sums.loss) and math.isfinite(norm)):
             self._not_finite(sums, norm=norm, micro=micro)
             return False
@@ -75,26 +88,36 @@ class Judge:
         progress.broken.clear()
         return True
 
-    def settle(self, folder: Path, *, before: Callable[[], None]) -> None:
-        """After the record of the step: go back, or end the run, if that is what it came to.
+    def settle(self) -> None:
+        """After the update or without it: go back, if that is what it came to. ``went_back`` says that it did."""
+        progress = self._progress
+        self.went_back = False
+        if not self.ends and progress.skipped_in_row >= self._settings.max_skipped_in_row:
+            if self._guard.not_finite == "rewind":
+                self._goes_back = True
+            else:
+                self.ends = f"{progress.skipped_in_row} steps in a row were left out"
+        if self._goes_back and not self.ends:
+            self._goes_back = False
+            self._rewind()
+
+    def end(self, folder: Path) -> NoReturn:
+        """End the run, after the record of its last step.
 
         Args:
-            folder: Of the stage; gets ``not_finite.json`` where the run ends.
-            before: Makes durable what a checkpoint must never be ahead of.
+            folder: Of the stage; gets ``not_finite.json``.
 
         Raises:
-            NumericsError: The run ends here; the last checkpoint stays.
+            NumericsError: Says why; the last checkpoint stays.
         """
-        progress, settings = self._progress, self._settings
-        if self._ends:
-            self._end(folder, self._ends)
-        if progress.skipped_in_row >= settings.max_skipped_in_row:
-            if self._guard.not_finite != "rewind":
-                self._end(folder, f"{progress.skipped_in_row} steps in a row were left out")
-            self._goes_back = True
-        if self._goes_back:
-            self._goes_back = False
-            self._rewind(folder, before=before)
+        progress = self._progress
+        last = progress.broken[-1] if progress.broken else {"samples": (), "loss": "", "grad_norm": ""}
+        raise NumericsError(
+            f"{self.ends} (loss {last['loss']}, gradient norm {last['grad_norm']})",
+            place=f"step {progress.step}, samples {named(last['samples'])}",
+            remedy=f"lower the rate or look at the samples in {write_skipped(folder, progress.broken)}; "
+            f"the last good state is {self._keeper.saver.last_good()}",
+        )
 
     # --- what went wrong -------------------------------------------------------------------------------------------
 
@@ -108,7 +131,7 @@ class Judge:
         said = f"loss {sums.loss}, gradient norm {norm}"
         self._leave_out(said + (f", {where}" if where else ""), culprits, loss=sums.loss, norm=norm)
         if self._guard.not_finite == "stop":
-            self._ends = f"{said} {where}".strip()
+            self.ends = f"{said} {where}".strip()
 
     def _spiked(self, spike: Spike, sums: Sums, micro: Sequence[Batch]) -> bool:
         """Count and name a spike; whether its update is made all the same."""
@@ -126,16 +149,22 @@ class Judge:
                 f"step {progress.step}: {said}; the update was made (trainer.guard.spike)",
                 step=progress.step,
                 spike=spike.name,
-                samples=culprits[:3],
+                samples=culprits[:3] if parts else culprits,
             )
             if progress.spikes_in_row >= self._settings.max_skipped_in_row:
                 self._events.note(f"{progress.spikes_in_row} steps in a row: what came is the new usual")
                 self._watch.forget()
+                progress.watched = self._watch.plain()
                 progress.spikes_in_row = 0
             return True
-        self._leave_out(said, culprits[:3], loss=sums.loss, norm=spike.value if spike.name == "grad_norm" else None)
+        self._leave_out(
+            said,
+            culprits[:3] if parts else culprits,
+            loss=sums.loss,
+            norm=spike.value if spike.name == "grad_norm" else None,
+        )
         if action == "stop":
-            self._ends = said
+            self.ends = said
         self._goes_back = action == "rewind"
         return False
 
@@ -159,11 +188,16 @@ class Judge:
 
         Looking must not cost the run: a fault of it is said.
         """
+        grid = self._layout.grid
         pairwise = isinstance(self._layout.objective, Pairwise) and mesh.world() > 1
-        if self._layout.in_step or self._layout.grid.size("pipeline") > 1 or pairwise:
+        if self._layout.in_step or grid.size("pipeline") > 1 or grid.size("tensor") > 1 or pairwise:
             return []
         try:
-            found = dict(look())
+            with patience(self._stop):
+                found = dict(look())
+        except Woken:
+            found = {}
+            self._events.note("which samples it was is not looked for any longer: a signal came")
         except Exception as error:
             found = {}
             self._events.note(f"which samples it was could not be told: {type(error).__name__}: {error}")
@@ -181,13 +215,16 @@ class Judge:
 
     # --- going back, ending ----------------------------------------------------------------------------------------
 
-    def _rewind(self, folder: Path, *, before: Callable[[], None]) -> None:
+    def _rewind(self) -> None:
         progress = self._progress
         if progress.rewinds >= self._guard.rewinds:
-            self._end(folder, f"it went wrong again after going back {progress.rewinds} times")
+            self.ends = f"it went wrong again after going back {progress.rewinds} times"
+            return
         then = self._keeper.rewind()
         if then is None:
-            self._end(folder, "there is no checkpoint to go back to: set save_every lower")
+            self.ends = "there is no checkpoint to go back to: set save_every lower"
+            return
+        self.went_back = True
         lost, samples = progress.step - then.step, progress.taken - then.taken
         progress.rewinds += 1
         progress.rewound += lost
@@ -201,17 +238,6 @@ class Judge:
             f"({progress.rewinds} of {self._guard.rewinds} times)",
             step=progress.step,
             rewound_to=then.step,
-        )
-        self._keeper.save(before=before)
-
-    def _end(self, folder: Path, why: str) -> NoReturn:
-        progress = self._progress
-        last = progress.broken[-1] if progress.broken else {"samples": (), "loss": "", "grad_norm": ""}
-        raise NumericsError(
-            f"{why} (loss {last['loss']}, gradient norm {last['grad_norm']})",
-            place=f"step {progress.step}, samples {named(last['samples'])}",
-            remedy=f"lower the rate or look at the samples in {write_skipped(folder, progress.broken)}; "
-            f"the last good state is {self._keeper.saver.last_good()}",
         )
 
 

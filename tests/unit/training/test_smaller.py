@@ -101,6 +101,8 @@ def test_what_says_that_memory_ran_out():
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58)
     assert out_of_memory(caught.value)
@@ -109,9 +111,10 @@ def test_what_says_that_memory_ran_out():
 def test_what_cannot_be_smaller_is_refused_with_a_way_out():
     batch = pairs([["a#chosen", "b#chosen"], ["b#rejected", "a#rejected"]])
     ways = {
-        "cannot be cut further": {"splits": True, "apart": True},
-        "compares all rows": {"splits": True, "apart": False},
-        "not to be cut": {"splits": False, "apart": True},
+        "cannot be cut further": {"passes": True, "splits": True, "apart": True},
+        "compares all rows": {"passes": True, "splits": True, "apart": False},
+        "not to be cut": {"passes": True, "splits": False, "apart": True},
+        "outside of a pass": {"passes": False, "splits": True, "apart": True},
     }
     for said, how in ways.items():
         with pytest.raises(ResourceError, match=said) as caught:
@@ -127,7 +130,7 @@ def test_it_doubles_until_something_is_cut():
 
     def again(pieces: int) -> int:
         events = Events(listeners=(seen.append,))
-        return smaller([pairs(rows)], pieces, why="x", step=1, splits=True, apart=True, events=events)
+        return smaller([pairs(rows)], pieces, why="x", step=1, passes=True, splits=True, apart=True, events=events)
 
     assert (again(1), again(2)) == (2, 4)
     with pytest.raises(ResourceError):
