@@ -28,7 +28,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     from plait.recipes.follower import Follower
     from plait.recipes.recipe import load_recipe
     from plait.recipes.trackers import READS
-    from plait.recipes.tracking import unsent
+    from plait.recipes.tracking import account
 
     run = find_run(args.run, args.runs)
     named = {tracker.name: tracker for tracker in load_recipe(str(run / "recipe.yaml")).spec.trackers}
@@ -39,20 +39,22 @@ def main(args: argparse.Namespace, out: Out) -> int:
     found: dict[str, dict[str, int]] = {}
     for name, tracker in named.items():
         tracker.check(place="--to" if args.to else "trackers")
-        follower = Follower(run, name, tracker.open, purges=tracker.purges)
+        follower = Follower(run, name, tracker.open, purges=tracker.purges, queues=tracker.queues)
         try:
-            count = follower.send()
-            follower.finish()
+            try:
+                count = follower.send()
+            finally:
+                follower.finish()
         except PlaitError:
             raise
         except Exception as error:  # of the tracker's library
-            came, missing, _ = unsent(run, name)
+            came = account(run, name)
             raise ResourceError(
                 f"{name}: {type(error).__name__}: {error}",
-                place=f"{came:,} of {came + missing:,} records were sent",
+                place=f"{came.sent:,} of {came.total:,} records were sent",
                 remedy=f"see that it answers, then `plait track {run.name}` goes on",
             ) from error
-        out.line(f"{name}: {count:,} records sent, {unsent(run, name)[0]:,} in all")
-        found[name] = {"sent": count, "in_all": unsent(run, name)[0]}
+        out.line(f"{name}: {count:,} records sent, {(in_all := account(run, name).sent):,} in all")
+        found[name] = {"sent": count, "in_all": in_all}
     out.result({"run": str(run), "trackers": found})
     return 0

@@ -9,72 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import math
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from plait.core.errors import PlaitError, ResourceError
-from plait.core.files import read_json, write_json
-from plait.core.yamltext import is_list, is_mapping, read_file
+from plait.core.files import write_json
+from plait.core.yamltext import read_file
+from plait.recipes.records import FOLDER, Record, Records, Sent, missing_scores, sent_file
 from plait.recipes.trackers import READS, Told, Tracker
 
-FOLDER = "trackers"
-"""In the run folder: for each tracker what it has been sent, and what its library said."""
-
-_METRICS = "metrics.jsonl"
-_STAGE = re.compile(r"\d{2,}-(.+)")
 _BATCH = 100
 _LOOKS_S = 1.0
 _LONGEST_S = 60.0
 _GRACE_S = 30.0
-
-
-@dataclass(slots=True)
-class Sent:
-    """What a tracker has been sent.
-
-    Attributes:
-        id: What it calls the run.
-        upto: Last step of each stage or phase.
-        scores: Stages whose scores it has.
-        sending: Stage, first and last step on their way.
-        error: What went wrong last; empty since it works.
-    """
-
-    id: str = ""
-    upto: dict[str, int] = field(default_factory=dict[str, int])
-    scores: list[str] = field(default_factory=list[str])
-    sending: tuple[str, int, int] | None = None
-    error: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> Sent:
-        """From the run folder; nothing was sent where there is no sound file."""
-        try:
-            found: Any = read_json(path) if path.is_file() else {}
-            sending = found.get("sending")
-            return cls(
-                id=str(found.get("id", "")),
-                upto={str(k): int(v) for k, v in found.get("upto", {}).items()},
-                scores=[str(one) for one in found.get("scores", [])],
-                sending=(str(sending[0]), int(sending[1]), int(sending[2])) if sending else None,
-                error=str(found.get("error", "")),
-            )
-        except (PlaitError, AttributeError, TypeError, ValueError, LookupError):
-            return cls()
-
-
-def sent_file(run: Path, name: str) -> Path:
-    """Where it stands what a tracker has been sent."""
-    return run / FOLDER / f"{name}.json"
 
 
 class Follower:
@@ -85,14 +37,18 @@ class Follower:
         name: Of the tracker.
         opens: Opens it.
         purges: Whether records that are sent again take the place of earlier ones.
+        queues: Whether its library only queues what it is given: nobody knows what came there until it is closed.
 
     Raises:
         ResourceError: Another process sends, too.
     """
 
-    def __init__(self, run: Path, name: str, opens: Callable[[Told], Tracker], *, purges: bool = False) -> None:
+    def __init__(
+        self, run: Path, name: str, opens: Callable[[Told], Tracker], *, purges: bool = False, queues: bool = False
+    ) -> None:
         self.run, self.name = run, name
         self._opens, self._tracker = opens, None
+        self._purges, self._queues = purges, queues
         (run / FOLDER).mkdir(exist_ok=True)
         self._lock = (run / FOLDER / f"{name}.lock").open("a")
         try:
@@ -102,31 +58,35 @@ class Follower:
             raise ResourceError(
                 f"another process is sending to {name}", place=str(run), remedy="wait until the run has ended"
             ) from error
+        self._records = Records(run, whole=purges)
         self.sent = Sent.read(sent_file(run, name))
-        if self.sent.sending:  # it was killed on the way: nobody knows which of these came there
-            stage, first, last = self.sent.sending
-            self.sent.upto[stage] = first - 1 if purges else max(last, self.sent.upto.get(stage, 0))
-            self.sent.sending = None
+        if self.sent.sending and not purges:  # it was killed on the way: nobody knows which of these came there
+            stage, _, last = self.sent.sending
+            self.sent.upto[stage] = max(last, self.sent.upto.get(stage, 0))
+            self.sent.had.pop(stage, None)
+        self.sent.sending = None
+        if not self.sent.finished:
+            self._unsure()
 
     def send(self) -> int:
         """Send all that is there and was not sent; returns how many records.
 
         Raises:
-            Exception: Whatever the tracker raises; what came there before is noted.
+            Exception: Whatever the tracker raises; what came there before is noted. The next call opens it anew.
         """
         count = 0
         try:
-            for stage, records in waiting(self.run, self.sent):
+            if not self.sent.finished:  # it was not closed, which is also done again
+                self._opened()
+            for stage, records in self._records.waiting(self.sent):
                 for at in range(0, len(records), _BATCH):
                     count += self._batch(stage, records[at : at + _BATCH])
-            for stage, values in self._scores():
+            for stage, values in missing_scores(self.run, self.sent):
                 self._opened().scores(stage, values)
                 self.sent.scores.append(stage)
                 self._note()
         except Exception as error:
-            self.sent.sending = None
-            self.sent.error = f"{type(error).__name__}: {error}"[:500]
-            self._note()
+            self._fault(error)
             raise
         if self.sent.error:
             self.sent.error = ""
@@ -134,71 +94,97 @@ class Follower:
         return count
 
     def finish(self) -> None:
-        """Close the tracker, if it was ever opened, and let others send."""
+        """Close the tracker, if it is open, and let others send.
+
+        Raises:
+            Exception: Whatever the tracker raises, which is noted.
+        """
         try:
             if self._tracker is not None:
-                self._tracker.finish()
+                self._close(self._tracker)
+                self._note()
+        except Exception as error:
+            self.sent.error = _short(error)
+            with contextlib.suppress(PlaitError):
+                self._note()
+            raise
         finally:
+            self._tracker = None
             self._lock.close()
 
-    def _batch(self, stage: str, records: list[tuple[int, dict[str, float]]]) -> int:
+    def _batch(self, stage: str, records: list[Record]) -> int:
         tracker = self._opened()
-        self.sent.sending = (stage, records[0][0], records[-1][0])
+        before = dict(self.sent.upto), dict(self.sent.had)
+        first, last = records[0][0], records[-1][0]
+        if first <= self.sent.sure.get(stage, 0):  # it was amended
+            self.sent.sure[stage] = first - 1
+        self.sent.sending = (stage, first, last)
         self._note()
-        for step, values in records:
-            tracker.log(stage, step, values)
-            self.sent.upto[stage] = step
-        tracker.flush()
+        flushing = False
+        try:
+            for step, values in records:
+                tracker.log(stage, step, values)
+                self._given(stage, step, values)
+            flushing = True
+            tracker.flush()
+        except Exception:
+            if flushing or self._purges:
+                self.sent.upto, self.sent.had = before
+            raise
         self.sent.sending = None
         self._note()
         return len(records)
 
+    def _given(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        had, names = self.sent.had.get(stage, (0, []))
+        self.sent.had[stage] = step, sorted({*values, *(names if had == step else [])})
+        self.sent.upto[stage] = step
+
     def _opened(self) -> Tracker:
         if self._tracker is None:
             config = read_file(self.run / "recipe.yaml").plain()
-            self._tracker = self._opens(Told(run=self.run, id=self.sent.id, config=config))
-            self.sent.id = self._tracker.id
+            self._tracker = self._opens(Told(run=self.run, id=self.sent.id, config=config, keep=self._keep))
+            self._keep(self._tracker.id)
         return self._tracker
 
-    def _scores(self) -> Iterator[tuple[str, dict[str, float]]]:
-        for done in sorted(self.run.glob("*/done.json")):
-            path, match = done.with_name("scores.json"), _STAGE.fullmatch(done.parent.name)
-            if match and match[1] not in self.sent.scores and path.is_file():
-                found: Any = read_json(path)
-                values = {str(one["name"]): one["value"] for one in found if is_mapping(one)} if is_list(found) else {}
-                yield match[1], _numbers(values)
+    def _keep(self, name: str) -> None:
+        self.sent.id, self.sent.finished = name, False
+        self._note()
+
+    def _fault(self, error: Exception) -> None:
+        """Note it, and give the tracker up: one that failed may stay broken."""
+        tracker, self._tracker = self._tracker, None
+        self.sent.sending, self.sent.error = None, _short(error)
+        self._records.again()
+        with contextlib.suppress(PlaitError):  # a full disk; closing may last, and what is noted is what will be said
+            self._note()
+        if tracker is None:
+            return
+        try:
+            self._close(tracker)
+        except Exception as second:
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} when it was closed: {_short(second)}\n")
+            self._unsure()
+        with contextlib.suppress(PlaitError):
+            self._note()
+
+    def _close(self, tracker: Tracker) -> None:
+        tracker.finish()
+        self.sent.finished = True
+        self.sent.sure, self.sent.sure_scores = dict(self.sent.upto), list(self.sent.scores)
+
+    def _unsure(self) -> None:
+        if self._queues:
+            self.sent.upto, self.sent.scores = dict(self.sent.sure), list(self.sent.sure_scores)
 
     def _note(self) -> None:
+        if not self._queues:
+            self.sent.sure, self.sent.sure_scores = dict(self.sent.upto), list(self.sent.scores)
         write_json(sent_file(self.run, self.name), asdict(self.sent))
 
 
-def waiting(run: Path, sent: Sent) -> Iterator[tuple[str, list[tuple[int, dict[str, float]]]]]:
-    """Records that were not sent, by stage and phase (``tune/decoder``); a line that is being written is not there yet.
-
-    A resumed run makes the records after its checkpoint again, with equal values: those that were sent are not new.
-    """
-    for path in sorted([*run.glob(f"*/{_METRICS}"), *run.glob(f"*/*/{_METRICS}")]):
-        top, *inside = path.relative_to(run).parts[:-1]
-        if not (match := _STAGE.fullmatch(top)):
-            continue
-        stage = "/".join([match[1], *inside])
-        found: list[tuple[int, dict[str, float]]] = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    if (step := int(record.pop("step"))) > sent.upto.get(stage, 0):
-                        found.append((step, _numbers(record)))
-        if found:
-            yield stage, found
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def follow(follower: Follower, *, ended: Callable[[float], bool]) -> None:
@@ -239,13 +225,13 @@ def until_input_closes(grace_s: float = _GRACE_S) -> Callable[[float], bool]:
     return over.wait
 
 
-def serve(run: Path, name: str, opens: Callable[[Told], Tracker], *, purges: bool = False) -> int:
+def serve(run: Path, name: str, opens: Callable[[Told], Tracker], *, purges: bool = False, queues: bool = False) -> int:
     """Follow a run until the input closes; one of a run that was killed may be on its last words still."""
     os.nice(10)
     ended = until_input_closes()
     while True:
         try:
-            follower = Follower(run, name, opens, purges=purges)
+            follower = Follower(run, name, opens, purges=purges, queues=queues)
             break
         except ResourceError as error:
             sys.stderr.write(f"{error}\n")
@@ -258,7 +244,7 @@ def serve(run: Path, name: str, opens: Callable[[Told], Tracker], *, purges: boo
 def main(arguments: list[str]) -> int:
     """Follow a run."""
     spec = READS.validate_json(arguments[1])
-    return serve(Path(arguments[0]), spec.name, spec.open, purges=spec.purges)
+    return serve(Path(arguments[0]), spec.name, spec.open, purges=spec.purges, queues=spec.queues)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ What they are sent is what ``metrics.jsonl`` has; :mod:`plait.recipes.follower` 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -32,11 +33,13 @@ class Told:
         run: Its folder.
         id: What the tracker called it when it was first told; empty then.
         config: The recipe.
+        keep: Told what the tracker calls the run, as soon as that is known: what fails later goes on with it.
     """
 
     run: Path
     id: str
     config: Mapping[str, Any]
+    keep: Callable[[str], None]
 
 
 @runtime_checkable
@@ -67,6 +70,8 @@ class _Tracker(Spec):
     """Import name of its library."""
     purges: ClassVar[bool] = False
     """Whether what is sent again takes the place of what was sent before."""
+    queues: ClassVar[bool] = False
+    """Whether its library only queues what it is given, until it is closed."""
 
     @property
     def name(self) -> str:
@@ -108,6 +113,7 @@ class Wandb(_Tracker):
     """Weights & Biases."""
 
     package: ClassVar[str] = "wandb"
+    queues: ClassVar[bool] = True
     kind: Literal["wandb"] = "wandb"
     """Weights & Biases."""
     project: str = "plait"
@@ -142,6 +148,7 @@ class Trackio(_Tracker):
     """Trackio, Hugging Face's local tracker."""
 
     package: ClassVar[str] = "trackio"
+    queues: ClassVar[bool] = True
     kind: Literal["trackio"] = "trackio"
     """Trackio."""
     project: str = "plait"
@@ -169,6 +176,7 @@ class _Board:
         self._new: Callable[..., Any] = SummaryWriter
         self._root = told.run / "tensorboard"
         self._writers: dict[str, Any] = {}
+        self._steps: dict[str, int] = {}
         if not told.id:
             writer = SummaryWriter(str(self._root))
             writer.add_text("recipe", "\n".join(f"    {k}: {v}" for k, v in flat(told.config).items()))
@@ -176,14 +184,17 @@ class _Board:
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Records of these steps that are there already are hidden by those that come."""
+        if step <= self._steps.get(stage, 0):
+            self._writers.pop(stage).close()
         if stage not in self._writers:
             self._writers[stage] = self._new(str(self._root / stage), purge_step=step)
+        self._steps[stage] = step
         for name, value in values.items():
             self._writers[stage].add_scalar(name, value, step)
 
     def scores(self, stage: str, values: Mapping[str, float]) -> None:
         """Each a point at step 0."""
-        writer = self._new(str(self._root / stage / "scores"))
+        writer = self._new(str(self._root / stage / "scores"), purge_step=0)
         for name, value in values.items():
             writer.add_scalar(name, value, 0)
         writer.close()
@@ -194,9 +205,10 @@ class _Board:
             writer.flush()
 
     def finish(self) -> None:
-        """Close the files."""
-        for writer in self._writers.values():
-            writer.close()
+        """Close the files, each, whatever becomes of the others."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers.values():
+                stack.callback(writer.close)
 
 
 class _Wandb:
@@ -204,6 +216,7 @@ class _Wandb:
         import wandb
 
         self.id = told.id or secrets.token_hex(4)
+        told.keep(self.id)
         self._stages: set[str] = set()
         self._run = wandb.init(
             project=spec.project,
@@ -234,24 +247,34 @@ class _Wandb:
         self._run.finish()
 
 
+_PARAMS = 100
+"""As many a server of MLflow takes at once."""
+
+
 class _Mlflow:
     def __init__(self, spec: Mlflow, told: Told) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the follower tries again
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         where = spec.uri or f"sqlite:///{told.run / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=where)
-        self.id = told.id
-        if self.id:
-            self._client.update_run(self.id, status="RUNNING")
-            return
+        self.id = told.id or self._begin(spec, told)
+        self._client.update_run(self.id, status="RUNNING")
+        there = self._client.get_run(self.id).data.params
+        values = {name: str(value)[:500] for name, value in flat(told.config).items() if name not in there}
+        params = [Param(name, value) for name, value in values.items()]
+        for at in range(0, len(params), _PARAMS):
+            self._client.log_batch(self.id, params=params[at : at + _PARAMS])
+
+    def _begin(self, spec: Mlflow, told: Told) -> str:
         found = self._client.get_experiment_by_name(spec.experiment)
         folder = None if spec.uri else (told.run / "mlflow").as_uri()
         experiment = found.experiment_id if found else self._client.create_experiment(spec.experiment, folder)
-        self.id = self._client.create_run(experiment, run_name=told.run.name).info.run_id
-        for name, value in flat(told.config).items():
-            self._client.log_param(self.id, name, str(value)[:500])
+        name = str(self._client.create_run(experiment, run_name=told.run.name).info.run_id)
+        told.keep(name)
+        return name
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -274,6 +297,7 @@ class _Trackio:
         import trackio
 
         self.id = told.id or f"{told.run.name}-{secrets.token_hex(3)}"  # names are all that tells its runs apart
+        told.keep(self.id)
         config = {name: value for name, value in flat(told.config).items() if not name.startswith("_")}
         self._run = trackio.init(project=spec.project, name=self.id, config=config, resume="allow", embed=False)
 

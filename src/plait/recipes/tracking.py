@@ -15,7 +15,7 @@ from typing import IO
 
 from plait.core.errors import PlaitError
 from plait.core.events import Events
-from plait.recipes.follower import FOLDER, Sent, sent_file, waiting
+from plait.recipes.records import FOLDER, Sent, missing_scores, sent_file, waiting
 
 PATIENCE_S = 20.0
 """How long a run that is done waits for its trackers; one that was told to stop waits a quarter of it."""
@@ -101,24 +101,75 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> Non
             process.wait()
 
 
-def unsent(run: Path, name: str) -> tuple[int, int, str]:
-    """How many records a tracker was sent of a run, how many it was not, and what went wrong last."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What a tracker has of a run.
+
+    Attributes:
+        total: Records of the run.
+        sent: Those that it surely has.
+        missing: Those that it was not given.
+        scores: Stages whose scores it may not have.
+        finished: Whether it was closed.
+        error: What went wrong last.
+    """
+
+    total: int
+    sent: int
+    missing: int
+    scores: tuple[str, ...]
+    finished: bool
+    error: str
+
+    def fault(self) -> str:
+        """What is not as it should be; empty if all is."""
+        unsure = self.total - self.sent - self.missing
+        parts = [f"{self.missing:,} of {self.total:,} records were not sent"] if self.missing else []
+        if unsure:
+            parts.append(f"{unsure:,} of {self.total:,} records may not have come there")
+        if self.scores:
+            parts.append(f"scores of {', '.join(self.scores)} may not have come there")
+        if not parts and not self.finished:
+            parts.append(f"{self.sent:,} records were sent, but it was not closed")
+        if not parts and self.error:
+            parts.append(f"{self.sent:,} records were sent, but it failed")
+        return f"{', '.join(parts)} ({self.error or 'it did not answer in time'})" if parts else ""
+
+
+def account(run: Path, name: str) -> Account:
+    """What a tracker has of a run, by its note.
+
+    Raises:
+        DataError: A stage's scores cannot be read.
+    """
     sent = Sent.read(sent_file(run, name))
-    missing = sum(len(records) for _, records in waiting(run, sent))
-    everything = sum(len(records) for _, records in waiting(run, Sent()))
-    return everything - missing, missing, sent.error
+    sure = Sent(upto=sent.sure, had=sent.had, scores=sent.sure_scores)
+
+    def count(given: Sent) -> int:
+        return sum(len(records) for _, records in waiting(run, given))
+
+    total = count(Sent())
+    return Account(
+        total=total,
+        sent=total - count(sure),
+        missing=count(sent),
+        scores=tuple(stage for stage, _ in missing_scores(run, sure)),
+        finished=sent.finished,
+        error=sent.error,
+    )
 
 
 def _tell(run: Path, name: str, events: Events) -> None:
-    came, missing, error = unsent(run, name)
-    if not missing:
-        events.note(f"{name}: {came:,} records sent", tracker=name, sent=came)
+    found = account(run, name)
+    if not (fault := found.fault()):
+        events.note(f"{name}: {found.sent:,} records sent", tracker=name, sent=found.sent)
         return
-    why = error or "it did not answer in time"
+    lost = found.sent < found.total or found.scores
+    remedy = "metrics.jsonl has all: `plait track {}` sends them later" if lost else "`plait track {}` does it again"
     events.warning(
-        f"{name}: {missing:,} of {came + missing:,} records were not sent ({why}). metrics.jsonl has all: "
-        f"`plait track {run.name}` sends them later",
+        f"{name}: {fault}. {remedy.format(run.name)}",
         tracker=name,
-        sent=came,
-        missing=missing,
+        sent=found.sent,
+        missing=found.missing,
+        unsure=found.total - found.sent - found.missing,
     )

@@ -12,8 +12,9 @@ from plait.cli.main import main
 from plait.core.errors import ConfigError, ResourceError
 from plait.core.files import read_json
 from plait.recipes import trackers as module
-from plait.recipes.follower import Follower, Sent, sent_file, waiting
+from plait.recipes.follower import Follower
 from plait.recipes.recipe import load_recipe
+from plait.recipes.records import Sent, sent_file, waiting
 from plait.recipes.trackers import READS, TensorBoard
 
 
