@@ -127,15 +127,16 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse; ``key=value`` settings, and runs, may stand before and after options, which argparse alone does not take."""
+    """Parse; settings (``key=value``) and runs may stand before and after options, unlike with argparse alone."""
     parser = build_parser(words[:1])
     args, late = parser.parse_known_args(words)
     name = "overrides" if hasattr(args, "overrides") and all("=" in word for word in late) else "run"
-    taken = getattr(args, name, None)
-    if late and not (isinstance(taken, list) and all(word[0] != "-" for word in late)):
+    taken: object = getattr(args, name, None)
+    if not late:
+        return args
+    if not isinstance(taken, list) or any(word[0] == "-" for word in late):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
-    if late:
-        setattr(args, name, [*taken, *late])
+    setattr(args, name, [*taken, *late])
     return args
 
 

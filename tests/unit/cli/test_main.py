@@ -119,3 +119,9 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+def test_runs_may_stand_after_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words in (["runs", "show", "--json", "mine"], ["runs", "compare", "--json", "one", "two"]):
+        assert main([*words, "--runs", str(tmp_path)]) != 0
+        assert "no run" in capsys.readouterr().out
