@@ -140,13 +140,13 @@ def expect_pairs(choice: PairsChoice) -> Expected:
     for line in read_lines(choice.path):
         rows += 1
         if line.fault or not line.text:
-            first = first or (line.fault or f"{line.image} has no text")
+            first = first or f"{line.image}: {line.fault or 'no text'}"
             continue
         try:
             path = resolve_inside(folder / line.image, choice.root)
             size += path.stat().st_size
         except (DataError, OSError) as fault:
-            first = first or (fault.cause if isinstance(fault, DataError) else f"{fault.strerror}: {fault.filename}")
+            first = first or f"{line.image}: {fault.cause if isinstance(fault, DataError) else fault.strerror}"
             continue
         usable += 1
     if usable < max(choice.min_rows, 1):

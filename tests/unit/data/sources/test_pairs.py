@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from plait.core.errors import DataError
+from plait.data.expect import expect_pairs
 from plait.data.ledger import Ledger
 from plait.data.media import LIMITS, Limits, encode_png
 from plait.data.sources import Gathered, Picture
@@ -384,3 +385,15 @@ def test_animations_and_all_formats_are_taken_as_they_are(tmp_path: Path) -> Non
     assert len(gathered.pictures) == 5
     for picture in gathered.pictures:
         assert Image.open(io.BytesIO(picture.read())).size == (9, 7)
+
+
+def test_what_is_expected_of_a_table_without_its_pictures_is_refused_with_the_first(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,text\n" + "".join(f"no{i}.png,a thing {i}\n" for i in range(30)), encoding="utf-8")
+    with pytest.raises(DataError, match="0 of 30 rows name a picture that is there, at least 2 are needed") as caught:
+        expect_pairs(choice_of(table))
+    assert "no0.png" in caught.value.cause
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError):
+        expect_pairs(choice_of(empty))
