@@ -13,13 +13,13 @@ from plait.core.errors import ConfigError, DataError, PlaitError, UsageError
 from plait.core.events import Event, Events
 from plait.core.files import lock, new_run, read_json, stage_folder, write_atomic, write_json
 from plait.core.launch import launched
-from plait.core.spec import load, to_yaml
-from plait.core.yamltext import write_text
+from plait.core.spec import Resolved, load, to_yaml
+from plait.core.yamltext import Node, Source, put, read_override, write_text
 from plait.recipes import run as runner
-from plait.recipes.recipe import shipped
+from plait.recipes.recipe import Recipe, load_recipe, shipped
 from plait.recipes.search import folder as files
 from plait.recipes.search.draw import Running, Trial, best_of, importance
-from plait.recipes.search.sweep import Plan, Sweep, check, metrics_file
+from plait.recipes.search.sweep import Plan, Sweep, check, from_folders, metrics_file
 from plait.recipes.search.work import LOG, Ended, Watcher, fields, read_values, work
 from plait.report.sweep_page import SweepFacts, write_sweep_page
 
@@ -72,7 +72,7 @@ def start(sweep: Sweep, *, root: Path = SWEEPS, listeners: Listeners = (), worke
     _refuse_processes()
     if sweep.recipe not in shipped():
         sweep = sweep.model_copy(update={"recipe": str(Path(sweep.recipe).resolve())})
-    plan = check(sweep)
+    plan = check(from_folders(sweep, lambda part, key: Path()))
     Running(plan.sweep, [])  # a library that is missing is said now
     runner.check_first(plan.base.spec, root)
     env = runner.environment() | {"threads": runner.usual_threads(), "processes": 1}
@@ -301,16 +301,16 @@ class _Sweeping:
     # --- what is written -------------------------------------------------------------------------------------------
 
     def _write_best(self, best: Trial) -> None:
-        """``best.yaml``: what was found, on top of the original recipe."""
-        sweep = self.plan.sweep
-        tree: dict[str, Any] = {"extends": sweep.recipe, "name": f"{self.plan.base.spec.name}-best"}
-        for key, value in {**sweep.set, **best.values}.items():
-            *above, last = key.split(".")
-            place = tree
-            for part in above:
-                place = place.setdefault(part, {})
-            place[last] = value
-        write_atomic(self.folder / files.BEST, write_text(tree))
+        """``best.yaml``: what was found, on top of the original recipe; all of the recipe, where that says less."""
+        tree = Node({}, Source("override"))
+        for word in self.plan.overrides(best.values):
+            tree = put(tree, *read_override(word))
+        name = f"{self.plan.base.spec.name}-best"
+        path, whole = self.folder / files.BEST, self.plan.whole(best.values)
+        write_atomic(path, write_text({"extends": self.plan.sweep.recipe, "name": name, **tree.plain()}))
+        if not _is(path, whole.spec):  # such as an item of a list, which no file that extends another can set alone
+            alone = Resolved(whole.spec.model_copy(update={"name": name}), whole.sources)
+            write_atomic(path, alone.to_yaml())
 
     def _write(self, final: Path | None) -> None:
         files.write_table(self.folder / files.TABLE, self.plan.sweep, self.trials)
@@ -370,6 +370,14 @@ def _metrics_path(plan: Plan) -> str:
     """Where a trial's metrics are, from its folder."""
     names = (*plan.shared, *plan.middle)
     return metrics_file(plan, stage_folder(Path(), len(names), names[-1])).as_posix()
+
+
+def _is(path: Path, recipe: Recipe) -> bool:
+    """Whether a file is this recipe, but for its name."""
+    try:
+        return load_recipe(str(path)).spec.model_copy(update={"name": recipe.name}) == recipe
+    except ConfigError:
+        return False
 
 
 def _finished(run: Path) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, load, resolve
 from plait.core.yamltext import Keys, Node, Source, read_file, read_override
-from plait.recipes.recipe import Recipe, find_recipe, load_recipe, shipped
+from plait.recipes.recipe import Recipe, find_recipe, load_recipe, rooted, shipped
 from plait.stages.stage import Stage
 
 PHASES = ("words", "connector", "decoder")
@@ -212,7 +212,8 @@ def load_sweep(target: str, words: Sequence[str] = ()) -> Sweep:
         below = Node({**held.value, ".".join(keys): node}, node.source)
         tree = Node({**tree.value, part: below}, tree.source)
     if is_sweep:
-        found = load(Sweep, path, mine, paths=(("recipe",),), names=tuple(shipped())).spec
+        read = load(Sweep, path, mine, paths=(("recipe",),), names=tuple(shipped()))
+        found = from_folders(read.spec, lambda part, key: _folder(read, f"{part}.{key}"))
         if isinstance(tree.value, dict) and tree.value:
             more = resolve(Sweep, _over(found, tree)).spec
             found = more
@@ -221,6 +222,31 @@ def load_sweep(target: str, words: Sequence[str] = ()) -> Sweep:
     assert isinstance(tree.value, dict)
     source = Source("override", target)
     return resolve(Sweep, Node({**tree.value, "recipe": Node(target, source)}, source), mine).spec
+
+
+def from_folders(sweep: Sweep, folder: Callable[[str, str], Path]) -> Sweep:
+    """A sweep whose paths of own data are absolute, so that it means the same wherever it is read.
+
+    Args:
+        sweep: Any.
+        folder: Of ``set`` or ``search``, and a setting there: what its relative paths are relative to.
+    """
+    fixed = {key: rooted(assignment(key, value), folder("set", key)) for key, value in sweep.set.items()}
+    tried = {
+        key: given
+        if isinstance(given, Range)
+        else tuple(rooted(assignment(key, value), folder("search", key)) for value in given)
+        for key, given in sweep.search.items()
+    }
+    return sweep.model_copy(update={"set": fixed, "search": tried})
+
+
+def _folder(read: Resolved[Sweep], at: str) -> Path:
+    """Folder of the file that gives a setting; the working directory if the command line does."""
+    for path, source in read.sources.items():
+        if source.kind == "file" and (path == at or path.startswith(f"{at}.")):
+            return Path(source.place).parent
+    return Path()
 
 
 def _over(found: Sweep, tree: Node) -> Node:

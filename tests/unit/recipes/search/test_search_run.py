@@ -119,6 +119,36 @@ def test_a_grid_is_tried_and_the_best_goes_on(target: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.row("S3-28")
+def test_paths_mean_the_same_wherever_the_sweep_is_read(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("data.source.path=data/pairs.csv", "data.source.root=data", "trials=1")
+    found = sweeping.start(target(*GRID, *words), root=tmp_path / "s", worker=Fake())
+    best = load_recipe(str(found.folder / "best.yaml")).spec
+    assert best.data == found.plan.trial({}).spec.data
+    assert best.data.model_dump()["source"]["path"] == tmp_path / "data" / "pairs.csv"
+    monkeypatch.chdir(tmp_path / "data")
+    assert len(sweeping.resume(found.folder, trials=2, worker=Fake()).trials) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stages.tune.adapt.drop.least=0.2", "stages.tune.adapt.drop=[{most: 0.4}, {most: 0.5}]", f"{LR}=1e-3"),
+        ("stages.align.tasks.1=group",),  # an item of a list
+        ("stages.align=null",),
+    ],
+)
+def test_the_best_recipe_is_that_of_the_best_trial(target: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
+    metric = "metric=tune.loss" if "drop" in words[0] else "metric=pretrain.loss"
+    found = sweeping.start(target("method=grid", metric, *words), root=tmp_path / "s", worker=Fake())
+    assert found.best is not None
+    best = load_recipe(str(found.folder / "best.yaml")).spec
+    assert best == found.plan.whole(found.best.values).spec.model_copy(update={"name": "tiny-best"})
+
+
+@pytest.mark.row("S3-28")
 def test_poor_trials_end_early_and_are_no_failures(target: Any, tmp_path: Path) -> None:
     worker = Fake()
     rates = f"{LR}=[3e-3, 1e-4, 1e-3, 3e-2, 2e-3]"

@@ -51,6 +51,17 @@ def test_a_recipe_and_words_are_a_sweep_too() -> None:
     assert list(plan.begin().spec.stages) == []
 
 
+def test_a_path_in_a_sweep_file_is_seen_from_its_folder(tmp_path: Path) -> None:
+    text = f"{GOOD}set: {{data.source: {{kind: pairs, path: mine.csv}}}}\n"
+    assert load_sweep(write(tmp_path, text)).set["data.source"]["path"] == str(tmp_path / "mine.csv")
+    named = load_sweep(write(tmp_path, f"{GOOD}set: {{data.source: emoji}}\n"), ["data.questions.groups=false"])
+    assert named.set == {"data.source": "emoji", "data.questions.groups": False}
+    listed = load_sweep(
+        write(tmp_path, f"{GOOD}  \n".replace("  stages.tune.frozen", "  data.source: [a, b]\n  stages.tune.frozen"))
+    )
+    assert listed.search["data.source"] == (str(tmp_path / "a"), str(tmp_path / "b"))
+
+
 def test_what_is_before_the_first_searched_setting_is_shared(tmp_path: Path) -> None:
     plan = check(load_sweep(write(tmp_path)))
     assert (plan.shared, plan.middle, plan.phase, plan.field) == (
