@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from plait.core.errors import ConfigError, DataError, PlaitError, UsageError
+from plait.core.errors import ConfigError, DataError, PlaitError, ResourceError, Stopped, UsageError
 from plait.core.events import Event, Events
 from plait.core.files import lock, new_run, read_json, stage_folder, write_atomic, write_json
 from plait.core.launch import launched
@@ -22,6 +23,7 @@ from plait.recipes.search.draw import Running, Trial, best_of, importance
 from plait.recipes.search.sweep import Plan, Sweep, check, from_folders, metrics_file
 from plait.recipes.search.work import LOG, Ended, Watcher, fields, read_values, work
 from plait.report.sweep_page import SweepFacts, write_sweep_page
+from plait.training import plan as machine_plan
 
 SWEEPS = Path("sweeps")
 """Where sweeps go unless told otherwise, relative to the working directory."""
@@ -67,6 +69,8 @@ def start(sweep: Sweep, *, root: Path = SWEEPS, listeners: Listeners = (), worke
     Raises:
         ConfigError: The sweep does not fit its recipe; nothing was created.
         DataError: No trial ran to its end.
+        ResourceError: The disk does not hold the checkpoints of all trials, and nothing was created; or the machine
+            failed in a trial, which a resumed sweep goes on with.
         Stopped: Ctrl-C or SIGTERM; what is finished is kept, the trial at work saved its state.
     """
     _refuse_processes()
@@ -75,6 +79,7 @@ def start(sweep: Sweep, *, root: Path = SWEEPS, listeners: Listeners = (), worke
     plan = check(from_folders(sweep, lambda part, key: Path()))
     Running(plan.sweep, [])  # a library that is missing is said now
     runner.check_first(plan.base.spec, root)
+    _require_disk(plan, root)
     env = runner.environment() | {"threads": runner.usual_threads(), "processes": 1}
     contents = {
         files.SWEEP: to_yaml(plan.sweep),
@@ -207,7 +212,26 @@ class _Sweeping:
         path = metrics_file(plan, stage)
         seen = _Seen(path, plan.field, running)
         ended = self.worker(run, seen.look)
+        self._check_machine(number, ended, run)
         return self._judge(number, running, seen, ended=ended, path=path)
+
+    def _check_machine(self, number: int, ended: Ended, run: Path) -> None:
+        """End the sweep where a trial ended by no fault of its settings; it has no result then, and is gone on with.
+
+        Raises:
+            Stopped: Somebody ended the trial by a signal.
+            ResourceError: The machine is at fault.
+        """
+        if ended.signal:
+            text = f"trial {number} was ended by {signal.Signals(ended.signal).name} from outside; it has no result"
+            self.events.warning(f"{text}: `plait sweep --resume` goes on with it")
+            raise Stopped(ended.signal, text)
+        if ended.machine:
+            raise ResourceError(
+                f"trial {number} failed by the machine, not by its settings; it has no result: {ended.error}",
+                place=str(run),
+                remedy="mend that, and `plait sweep --resume`: the trial goes on from its checkpoint",
+            )
 
     def _judge(self, number: int, running: Running, seen: _Seen, *, ended: Ended, path: Path) -> Trial:
         trial = Trial(number=number, values=running.values, state="failed", step=seen.step, rungs=running.rungs)
@@ -378,6 +402,31 @@ def _is(path: Path, recipe: Recipe) -> bool:
         return load_recipe(str(path)).spec.model_copy(update={"name": recipe.name}) == recipe
     except ConfigError:
         return False
+
+
+def _require_disk(plan: Plan, root: Path) -> None:
+    """Refuse a sweep whose trials, which are all kept, would fill the disk.
+
+    Raises:
+        ResourceError: As of a run; a trial is taken to need what the recipe needs as it is.
+    """
+    machine = machine_plan.survey(root, probe=False)
+    number, last = plan.sweep.number, int(plan.sweep.final)
+    times = dict.fromkeys(plan.middle, number + last) | dict.fromkeys(plan.shared[1:], 1 + last)
+    times |= dict.fromkeys(plan.later, last)
+    named = [(name, stage) for name, stage, _ in runner.stages(plan.base.spec, root)]
+    all_of = [
+        replace(needs, disk_bytes=needs.disk_bytes * times.get(needs.stage, 1))
+        for needs in machine_plan.estimate_all(named, machine)
+    ]
+    try:
+        machine_plan.require(machine_plan.total(all_of, machine), machine, place=root)
+    except ResourceError as fault:
+        raise ResourceError(
+            f"{number} trials, of which all checkpoints are kept: {fault.cause}",
+            place=fault.place,
+            remedy=f"fewer trials; or {fault.remedy}",
+        ) from fault
 
 
 def _finished(run: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.tiny_recipe import write_recipe
 
 from plait.cli.main import main
 from plait.core import held_out
-from plait.core.errors import ConfigError, DataError, UsageError
+from plait.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
 from plait.core.files import mark_done, read_json
 from plait.data.shards import ShardReader
 from plait.recipes import run as runner
@@ -21,6 +22,7 @@ from plait.recipes.recipe import load_recipe
 from plait.recipes.search import run as sweeping
 from plait.recipes.search.sweep import load_sweep
 from plait.recipes.search.work import Ended, Watcher
+from plait.training import plan
 
 LR = "stages.pretrain.lr"
 STEPS = 8
@@ -35,14 +37,21 @@ class Fake:
 
     Args:
         kill: Die in the trial of this number, after so many steps.
+        ends: How the process of a trial ends, by its number.
         fail: Rates at which a trial fails.
         field: What is reported.
     """
 
     def __init__(
-        self, *, kill: tuple[int, int] | None = None, fail: tuple[float, ...] = (), field: str = "loss"
+        self,
+        *,
+        kill: tuple[int, int] | None = None,
+        fail: tuple[float, ...] = (),
+        field: str = "loss",
+        ends: Mapping[int, Ended] | None = None,
     ) -> None:
         self.kill, self.fail, self.field = kill, fail, field
+        self.ends = {f"trial-{number:04d}": ended for number, ended in (ends or {}).items()}
         self.worked: list[str] = []
 
     def __call__(self, run: Path, watch: Watcher | None) -> Ended:
@@ -75,6 +84,8 @@ class Fake:
                 raise Killed
             if watch is not None and not watch(False):
                 return Ended(code=143, stopped=True)
+            if step == 3 and folder.parent.name in self.ends:
+                return self.ends[folder.parent.name]
         return Ended(code=5, error="out of memory") if lr in self.fail else None
 
 
@@ -254,6 +265,60 @@ def test_a_trial_that_fails_is_told_and_the_sweep_goes_on(target: Any, tmp_path:
     assert found.trials[0].error == "out of memory"
     assert found.best is not None
     assert found.best.number == 1
+
+
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (Ended(code=143), "trial 1 was ended by SIGTERM"),
+        (Ended(code=130), "trial 1 was ended by SIGINT"),
+        (Ended(code=-15, error="its process was killed by signal 15"), "trial 1 was ended by SIGTERM"),
+        (Ended(code=5, error="cannot write: No space left on device (0 MiB free)"), "No space left"),
+        (Ended(code=1, error="OSError(28, 'No space left on device')"), "No space left"),
+        (Ended(code=5, error="device 'cuda' was asked for, but torch finds none"), "device 'cuda'"),
+    ],
+)
+def test_a_trial_that_the_machine_ended_is_gone_on_with(target: Any, tmp_path: Path, ended: Ended, said: str) -> None:
+    whole = sweeping.start(target(*HALVED), root=tmp_path / "whole", worker=Fake())
+    kind = Stopped if ended.signal else ResourceError
+    with pytest.raises(kind, match=said):
+        sweeping.start(target(*HALVED), root=tmp_path / "s", worker=Fake(ends={1: ended}))
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    assert not (folder / "trials" / "trial-0001" / "result.json").exists()
+    worker = Fake()
+    sweeping.resume(folder, worker=worker)
+    assert worker.worked[0] == "trial-0001"
+    assert table(folder) == table(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        Ended(code=5, error="memory ran out (CUDA out of memory): a micro-batch of 8 rows; it cannot be cut further"),
+        Ended(code=-9, error="its process was killed by signal 9 (out of memory?)"),
+        Ended(code=6, error="the loss is not finite"),
+        Ended(code=1, error="KeyError('x')"),
+    ],
+)
+def test_a_fault_that_settings_may_make_fails_the_trial_alone(target: Any, tmp_path: Path, ended: Ended) -> None:
+    found = sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(ends={1: ended}))
+    assert [t.state for t in found.trials] == ["complete", "failed", "complete", "complete", "complete"]
+    assert found.trials[1].error == ended.error
+
+
+def test_a_disk_that_holds_one_trial_and_not_all_is_refused(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = target(*GRID, "final=false")
+    machine = plan.survey(tmp_path, probe=False)
+    named = [(name, stage) for name, stage, _ in runner.stages(load_recipe(sweep.recipe).spec, tmp_path)]
+    disk = plan.disks(plan.total(plan.estimate_all(named, machine), machine), machine)[0]
+    room = replace(machine, disk_bytes=math.ceil(disk.needed / plan.DISK_LIMIT) + 1)  # for one run
+    monkeypatch.setattr(plan, "survey", lambda *args, **kwargs: room)
+    with pytest.raises(ResourceError, match=r"5 trials, of which all checkpoints are kept"):
+        sweeping.start(sweep, root=tmp_path / "s", worker=Fake())
+    assert not (tmp_path / "s").exists()
 
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(target: Any, tmp_path: Path) -> None:
