@@ -284,6 +284,7 @@ def check(sweep: Sweep) -> Plan:
     names = list(base.spec.stages)
     stage, phase, field = _metric(sweep.metric, base.spec)
     order = ["data", *names]
+    _check_before(names[: names.index(stage)], base.spec, stage)
     firsts: list[int] = []
     for key, given in sweep.search.items():
         at = _place(key, order)
@@ -312,6 +313,23 @@ def check(sweep: Sweep) -> Plan:
         middle=tuple(order[cut : order.index(stage) + 1]),
         later=tuple(order[order.index(stage) + 1 :]),
     )
+
+
+def _check_before(names: Sequence[str], recipe: Recipe, stage: str) -> None:
+    """See that no stage before the one that is judged reads test splits: they are shut in trials, and it would fail.
+
+    Raises:
+        ConfigError: One does.
+    """
+    tests = [name for name in names if recipe.stages[name].kind not in _TRAINS]
+    if tests:
+        which = " and ".join(tests)
+        raise ConfigError(
+            f"every trial would make {which} before {stage}, and ask the test splits there, which are shut in trials",
+            place=", ".join(f"stages.{name}" for name in tests),
+            remedy=f"put {which} behind {stage} in the recipe, so that only the last run makes it; or take it out: "
+            + " ".join(f"stages.{name}=null" for name in tests),
+        )
 
 
 def metrics_file(plan: Plan, folder: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from plait.core.errors import ConfigError
+from plait.recipes.recipe import load_recipe
 from plait.recipes.search.sweep import Range, check, load_sweep
 
 pytestmark = pytest.mark.light
@@ -105,6 +106,20 @@ def test_bad_input_is_refused_with_what_would_do(tmp_path: Path, words: list[str
     with pytest.raises(ConfigError) as caught:
         check(load_sweep(write(tmp_path), words))
     assert said in str(caught.value)
+
+
+@pytest.mark.row("S3-28")
+def test_a_stage_that_reads_test_splits_before_the_one_that_is_judged_is_refused(tmp_path: Path) -> None:
+    words = ["stages.tune.frozen.lr=[1e-3, 3e-3]", "metric=second.loss", "method=grid"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("extends: quickstart\nstages: {align: null, compress: null, second: {kind: align}}\n")
+    assert "evaluate" in load_recipe(str(path)).spec.stages
+    with pytest.raises(ConfigError, match=r"every trial would make evaluate before second") as caught:
+        check(load_sweep(str(path), words))
+    assert "stages.evaluate=null" in caught.value.remedy
+    assert check(load_sweep(str(path), [*words, "stages.evaluate=null"])).middle == ("tune", "second")
+    behind = check(load_sweep("quickstart", [*words[::2], "metric=tune.loss"]))
+    assert "evaluate" in behind.later
 
 
 def test_no_search_and_no_metric(tmp_path: Path) -> None:
