@@ -34,6 +34,7 @@ class Trial:
         state: Ran to its end; was stopped early; ended by a fault or without a value.
         value: The metric; None of a failed one.
         step: Of that value.
+        reached: The last step at which it told a value; 0 in trials from before this was kept.
         rungs: Values at which it was compared, by Optuna's name of the rung.
         error: Why it failed.
     """
@@ -43,6 +44,7 @@ class Trial:
     state: State
     value: float | None = None
     step: int = 0
+    reached: int = 0
     rungs: dict[str, float] = field(default_factory=dict[str, float])
     error: str = ""
 
@@ -72,10 +74,12 @@ class Running:
             self._trial._suggest(key, distribution)
         self.values = {key: _outer(sweep, key, self._trial.params[key]) for key in sweep.search}
         self.best: float | None = None
+        self.best_step = 0
 
     def goes_on(self, step: int, value: float) -> bool:
         """Tell a value; False if the trial is to end. A value that is not finite ends it."""
-        self.best = value if self.best is None else self._better(self.best, value)
+        if self.best is None or self._is_better(value, self.best):
+            self.best, self.best_step = value, step
         if self.sweep.halving is None:
             return True
         judged = self.best if self.sweep.take == "best" else value
@@ -88,10 +92,10 @@ class Running:
         found = self._study.get_trials(deepcopy=False)[-1].system_attrs
         return {key: value for key, value in found.items() if key.startswith("completed_rung_")}
 
-    def _better(self, one: float, other: float) -> float:
-        if math.isnan(other):
-            return one
-        return min(one, other) if self.sweep.direction == "minimize" else max(one, other)
+    def _is_better(self, one: float, other: float) -> bool:
+        if math.isnan(one) or math.isnan(other):
+            return math.isnan(other) and not math.isnan(one)
+        return one < other if self.sweep.direction == "minimize" else one > other
 
 
 def best_of(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
@@ -140,14 +144,16 @@ def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
     states = library.trial.TrialState
     space = _space(sweep)
     for trial in trials:
-        told = trial.value is not None and trial.state != "failed"
+        told = {} if trial.value is None else {trial.reached or trial.step: trial.value}
         study.add_trial(
             library.trial.create_trial(
                 state={"complete": states.COMPLETE, "pruned": states.PRUNED}.get(trial.state, states.FAIL),
                 value=trial.value if trial.state == "complete" else None,
                 params={key: _inner(sweep, key, trial.values[key]) for key in space},
                 distributions=space,
-                intermediate_values={trial.step: trial.value} if told and trial.state == "pruned" else {},
+                intermediate_values={trial.reached or trial.step: trial.value}
+                if told and trial.state == "pruned"
+                else {},
                 system_attrs=dict(trial.rungs),
             )
         )

@@ -117,7 +117,7 @@ def drawn_file(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def keep(sweep: Path, trial: Trial) -> None:
     """Write down how a trial ended."""
-    names = ("number", "values", "state", "value", "step", "rungs", "error")
+    names = ("number", "values", "state", "value", "step", "reached", "rungs", "error")
     folder = trial_folder(sweep, trial.number)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _RESULT, {name: getattr(trial, name) for name in names})

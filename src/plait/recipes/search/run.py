@@ -234,8 +234,10 @@ class _Sweeping:
             )
 
     def _judge(self, number: int, running: Running, seen: _Seen, *, ended: Ended, path: Path) -> Trial:
-        trial = Trial(number=number, values=running.values, state="failed", step=seen.step, rungs=running.rungs)
-        value = running.best if self.plan.sweep.take == "best" else seen.value
+        best = self.plan.sweep.take == "best"
+        value, step = (running.best, running.best_step) if best else (seen.value, seen.step)
+        trial = Trial(number=number, values=running.values, state="failed", step=step, reached=seen.step)
+        trial.rungs = running.rungs
         if ended.code and not ended.stopped:
             trial.error = ended.error
         elif value is None and not ended.stopped:

@@ -175,6 +175,27 @@ def test_poor_trials_end_early_and_are_no_failures(target: Any, tmp_path: Path) 
     assert found.best.number == 0
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_step_beside_a_value_is_that_of_the_value(target: Any, tmp_path: Path, direction: str) -> None:
+    losses = {1e-4: [3.0, 1.0, 2.0, 4.0], 1e-3: [math.nan, 5.0, 4.5, 4.5]}
+
+    class Told(Fake):
+        def pretrain(self, lr: float, folder: Path, watch: Watcher | None) -> Ended | None:
+            lines = [json.dumps({"step": at, "loss": value}) for at, value in enumerate(losses[lr], 1)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines).replace("NaN", "null") + "\n")
+            return None
+
+    words = ("method=grid", "metric=pretrain.loss", f"direction={direction}", f"{LR}=[1e-4, 1e-3]")
+    found = {
+        take: sweeping.start(target(*words, f"take={take}"), root=tmp_path / take, worker=Told()).trials
+        for take in ("best", "last")
+    }
+    best = [(1.0, 2), (4.5, 3)] if direction == "minimize" else [(4.0, 4), (5.0, 2)]
+    assert [(t.value, t.step) for t in found["best"]] == best
+    assert [(t.value, t.step) for t in found["last"]] == [(4.0, 4), (4.5, 4)]
+    assert all(t.reached == 4 for trials in found.values() for t in trials)
+
+
 def test_a_trial_at_its_last_step_is_done_however_soon_anybody_looks(target: Any, tmp_path: Path) -> None:
     found = sweeping.start(
         target(*GRID, f"{LR}=[3e-3, 1e-4]", "halving={least: 8, reduction: 2}"), root=tmp_path / "s", worker=Fake()
