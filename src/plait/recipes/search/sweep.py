@@ -17,7 +17,10 @@ from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, load, resolve
 from plait.core.yamltext import Keys, Node, Source, read_file, read_override
 from plait.recipes.recipe import Recipe, find_recipe, load_recipe, rooted, shipped
+from plait.stages.align import Align
+from plait.stages.pretrain import Pretrain
 from plait.stages.stage import Stage
+from plait.stages.tune import Tune
 
 PHASES = ("words", "connector", "decoder")
 """Of a tune stage, each with its own metrics; the last one is meant where none is named."""
@@ -295,13 +298,15 @@ def check(sweep: Sweep) -> Plan:
                 remedy=f"judge by a number of {order[at]} or of a later stage",
             )
         firsts.append(at)
+        found: list[Recipe] = []
         for value in (given.low, given.high) if isinstance(given, Range) else given:
             try:
-                load_recipe(sweep.recipe, [*fixed, assignment(key, value)])
+                found.append(load_recipe(sweep.recipe, [*fixed, assignment(key, value)]).spec)
             except ConfigError as fault:
                 if any(word in fault.cause for word in ("unknown setting", "expected", "cannot set")):
                     raise ConfigError(f"search: {fault.cause}", place=fault.place, remedy=fault.remedy) from fault
                 # Settings that do not go together may do so with another one of the same trial.
+        _check_measure(key, found, stage, field=field)
     cut = min(firsts)
     return Plan(
         sweep=sweep if sweep.name else sweep.model_copy(update={"name": base.spec.name}),
@@ -330,6 +335,59 @@ def _check_before(names: Sequence[str], recipe: Recipe, stage: str) -> None:
             remedy=f"put {which} behind {stage} in the recipe, so that only the last run makes it; or take it out: "
             + " ".join(f"stages.{name}=null" for name in tests),
         )
+
+
+def _check_measure(key: str, tried: Sequence[Recipe], stage: str, *, field: str) -> None:
+    """See that a searched setting changes what is trained, and not what it is measured by.
+
+    Args:
+        key: The setting.
+        tried: Recipes with its values.
+        stage: That is judged.
+        field: Of its metrics.
+
+    Raises:
+        ConfigError: Values of the metric would not compare.
+    """
+    for what, of, why in _MEASURES:
+        if len({of(recipe, stage, field) for recipe in tried}) > 1:
+            raise ConfigError(
+                f"search.{key} changes {what}: {why}: trials would not compare".format(stage=stage),
+                place=f"search.{key}",
+                remedy="take it out, or give it one value under `set`",
+            )
+
+
+def _samples(recipe: Recipe, stage: str, field: str) -> int:
+    part = recipe.stages[stage]
+    judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) else None
+    return judged.samples if judged else 0
+
+
+def _compared(recipe: Recipe, stage: str, field: str) -> int:
+    """Pairs that a contrastive loss tells apart in a step; 0 where that does not judge."""
+    part = recipe.stages[stage]
+    return part.batch_size if isinstance(part, Pretrain) and field == "loss" else 0
+
+
+_MEASURES: tuple[tuple[str, Callable[[Recipe, str, str], float], str], ...] = (
+    (
+        "data.source.validation",
+        lambda recipe, stage, field: recipe.data.source.validation,
+        "another split would judge, and less be left to train on",
+    ),
+    (
+        "stages.{stage}.trainer.validation.samples",
+        _samples,
+        "other samples would judge, and a contrastive loss grows with their number",
+    ),
+    (
+        "stages.{stage}.batch_size",
+        _compared,
+        "a contrastive loss grows with the pairs it tells apart (judge by {stage}.evaluation, which has its own)",
+    ),
+)
+"""What trials are measured by: it must be the same in all. The setting, its value, why it may not differ."""
 
 
 def metrics_file(plan: Plan, folder: Path) -> Path:

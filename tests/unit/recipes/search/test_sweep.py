@@ -122,6 +122,33 @@ def test_a_stage_that_reads_test_splits_before_the_one_that_is_judged_is_refused
     assert "evaluate" in behind.later
 
 
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.source.validation=[50, 100]"], "data.source.validation: another split"),
+        (["data.source.validation={low: 50, high: 100}"], "data.source.validation: another split"),
+        (["data.source=[{validation: 50}, {validation: 100}]"], "data.source.validation: another split"),
+        (["stages.pretrain.trainer.validation.samples=[64, 128]"], "trainer.validation.samples: other samples"),
+        (["stages.pretrain.trainer.validation=[{samples: 64}, {samples: 32}]"], "trainer.validation.samples: other"),
+        (["stages.pretrain.batch_size=[64, 128]", "metric=pretrain.loss"], "pretrain.batch_size: a contrastive loss"),
+        (["stages.pretrain.batch_size=[64, 128]"], ""),
+        (["stages.tune.batch_size=[4, 8]", "metric=tune.loss"], ""),
+        (["stages.pretrain.trainer.validation.every=[5, 10]"], ""),
+        (["data.source.held_out=[200, 300]"], ""),
+    ],
+)
+def test_what_trials_are_measured_by_is_not_searched(words: list[str], said: str) -> None:
+    fixed = [] if any(w.startswith("data.source") for w in words) else ["data.source.validation=100"]
+    given = ["metric=pretrain.evaluation", "method=random", *fixed, *words]
+    if not said:
+        assert check(load_sweep("quickstart", given)).sweep.search
+        return
+    with pytest.raises(ConfigError) as caught:
+        check(load_sweep("quickstart", given))
+    assert said in str(caught.value)
+
+
 def test_no_search_and_no_metric(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="search"):
         load_sweep("quickstart", ["metric=pretrain.loss"])
