@@ -377,6 +377,17 @@ def test_a_recipe_that_changed_since_is_refused(target: Any, tmp_path: Path) -> 
         sweeping.resume(sweeping.find_sweep("latest", tmp_path / "s"), worker=Fake())
 
 
+def test_what_a_kill_left_of_a_trial_is_cleared_away(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(kill=(1, 2)))
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    left = [folder / "trials" / f".trial-{number}.4711.tmp" / "01-data" for number in ("0001", "0002")]
+    for each in (*left, folder / ".shared.4711.tmp" / "01-data", folder / "final" / ".final-0001.4711.tmp"):
+        each.mkdir(parents=True)
+    sweeping.resume(folder, worker=Fake())
+    assert sorted(folder.rglob("*.tmp")) == []
+
+
 def test_a_sweep_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="no sweep called 'x'"):
         sweeping.find_sweep("x", tmp_path)
