@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 State = Literal["complete", "pruned", "failed"]
 
 _LEAST_FOR_IMPORTANCE = 8
+_REDRAWS = 20
+_EVEN_REDRAWS = 100
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,12 +71,43 @@ class Running:
             values = sweep.grid()[number]
         if values is not None:
             self._study.enqueue_trial({key: _inner(sweep, key, value) for key, value in values.items()})
-        self._trial = self._study.ask()
-        for key, distribution in _space(sweep).items():
-            self._trial._suggest(key, distribution)
-        self.values = {key: _outer(sweep, key, self._trial.params[key]) for key in sweep.search}
+        self._trial = self._ask()
+        if values is None:
+            self._draw_anew([trial.values for trial in before], seed=_seed(sweep, number))
+        self.values = self._drawn()
         self.best: float | None = None
         self.best_step = 0
+
+    def _ask(self) -> optuna.Trial:
+        trial = self._study.ask()
+        for key, distribution in _space(self.sweep).items():
+            trial._suggest(key, distribution)
+        return trial
+
+    def _drawn(self) -> dict[str, Any]:
+        return {key: _outer(self.sweep, key, self._trial.params[key]) for key in self.sweep.search}
+
+    def _draw_anew(self, known: Sequence[Mapping[str, Any]], *, seed: int) -> None:
+        """Draw until the settings are none that were tried, which would only give the same value; lists to their end.
+
+        The sampler draws first, then chance. Where a range has hardly another number left, one is tried again.
+        """
+        for number in range(_REDRAWS + _EVEN_REDRAWS):
+            if self._drawn() not in known:
+                return
+            if number == _REDRAWS:
+                self._study.sampler = _optuna().samplers.RandomSampler(seed=seed)
+            self._drop()
+            self._trial = self._ask()
+        rest = [] if any(isinstance(given, Range) for given in self.sweep.search.values()) else self.sweep.grid()
+        left = next((values for values in rest if values not in known), None)
+        if left is not None and self._drawn() in known:
+            self._drop()
+            self._study.enqueue_trial({key: _inner(self.sweep, key, value) for key, value in left.items()})
+            self._trial = self._ask()
+
+    def _drop(self) -> None:
+        self._study.tell(self._trial, state=_optuna().trial.TrialState.FAIL)
 
     def goes_on(self, step: int, value: float) -> bool:
         """Tell a value; False if the trial is to end. A value that is not finite ends it."""
@@ -137,7 +170,7 @@ def _optuna() -> Any:
 def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
     """A study that knows these trials and draws the next one."""
     library = _optuna()
-    seed = (sweep.seed * 1_000_003 + len(trials)) % 2**32
+    seed = _seed(sweep, len(trials))
     samplers = library.samplers
     sampler = samplers.TPESampler(seed=seed) if sweep.method == "tpe" else samplers.RandomSampler(seed=seed)
     study = library.create_study(direction=sweep.direction, sampler=sampler, pruner=_pruner(library, sweep.halving))
@@ -158,6 +191,11 @@ def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
             )
         )
     return study
+
+
+def _seed(sweep: Sweep, number: int) -> int:
+    """Of the draw of a trial."""
+    return (sweep.seed * 1_000_003 + number) % 2**32
 
 
 def _pruner(library: Any, halving: Halving | None) -> Any:

@@ -157,6 +157,8 @@ class _Sweeping:
         sweep = self.plan.sweep
         if self.trials:
             self.events.note(f"{len(self.trials)} trials were finished before")
+        if sweep.trials and sweep.number < sweep.trials:
+            self.events.note(f"the lists have {sweep.number} combinations: as many trials, not {sweep.trials}")
         base = None
         while len(self.trials) < sweep.number:
             base = base or self._shared()
@@ -199,6 +201,9 @@ class _Sweeping:
         running = Running(plan.sweep, self.trials, values=files.drawn(run))
         values = running.values
         said = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        same = next((trial.number for trial in self.trials if trial.values == values), None)
+        if same is not None:
+            said += f" (again: those of trial {same}, there is hardly anything else to try)"
         try:
             recipe = plan.trial(values)
         except ConfigError as fault:  # settings that do not go together

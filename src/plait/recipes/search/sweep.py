@@ -85,7 +85,7 @@ class Sweep(Spec):
     """`grid` tries every combination of lists; `random` draws; `tpe` (tree-structured Parzen estimators, Bergstra et
     al. 2011) draws where good trials lie more densely than others, after ten random ones."""
     trials: int | None = Field(default=None, ge=1)
-    """How many; by default 20, or all combinations of a grid."""
+    """How many; by default 20, or all combinations of a grid. Lists have no more than their combinations."""
     metric: str
     """`STAGE.FIELD`, or `STAGE.PHASE.FIELD` in tune: a field of that `metrics.jsonl`, such as `pretrain.evaluation`."""
     direction: Literal["minimize", "maximize"] = "minimize"
@@ -128,9 +128,10 @@ class Sweep(Spec):
     @property
     def number(self) -> int:
         """How many trials there are to be."""
-        if self.method == "grid":
-            return min(self.trials or len(self.grid()), len(self.grid()))
-        return self.trials or 20
+        if any(isinstance(given, Range) for given in self.search.values()):
+            return self.trials or 20
+        there = math.prod(len(given) for given in self.search.values() if not isinstance(given, Range))
+        return min(self.trials or (there if self.method == "grid" else 20), there)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of listed values, the last setting changing fastest."""

@@ -368,6 +368,16 @@ def test_a_metric_that_nobody_reports_is_said_after_the_first_trial(target: Any,
     assert worker.worked == ["shared", "trial-0000"]
 
 
+def test_more_trials_than_there_are_combinations_is_said(target: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    words = ("method=random", "metric=pretrain.loss", "trials=9")
+    found = sweeping.start(
+        target(*words), root=tmp_path / "s", worker=Fake(), listeners=(lambda event: said.append(event.text),)
+    )
+    assert sorted(t.values[LR] for t in found.trials) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    assert "the lists have 5 combinations: as many trials, not 9" in said
+
+
 def test_a_recipe_that_changed_since_is_refused(target: Any, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(kill=(1, 2)))
