@@ -172,7 +172,7 @@ def load(
     """
 
     def read(file: Path) -> Node:
-        return _from_folder(read_file(file), file.parent, paths, names=names)
+        return from_folder(read_file(file), file.parent, paths, names=names)
 
     tree = _read_chain(path, find or (lambda name, folder: folder / name), (), read=read)
     return resolve(kind, tree, overrides)
@@ -198,7 +198,7 @@ def resolve(kind: type[S], tree: Node, overrides: Iterable[str] = ()) -> Resolve
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
-def _from_folder(tree: Node, folder: Path, paths: Collection[Keys], *, names: Collection[str]) -> Node:
+def from_folder(tree: Node, folder: Path, paths: Collection[Keys], *, names: Collection[str]) -> Node:
     """Settings of a file with its relative paths seen from its folder."""
     for keys in paths:
         node, depth = tree.nearest(keys)

@@ -13,8 +13,8 @@ from pydantic_core import CoreSchema
 
 from plait.core.catalogue import file_schema
 from plait.core.errors import ConfigError
-from plait.core.spec import Derived, Resolved, Spec, catalogue, load
-from plait.core.yamltext import Keys, Node, Source
+from plait.core.spec import Derived, Resolved, Spec, catalogue, from_folder, load
+from plait.core.yamltext import Keys, Node, Source, put, read_override
 from plait.models.specs import QFormer
 from plait.recipes.trackers import AnyTracker
 from plait.stages.align import Align
@@ -32,6 +32,7 @@ _MOVED_FROM: Mapping[str, type[Spec]] = {"pretrain": Pretrain, "align": Align}
 
 _FOLDER = Path(__file__).parent
 _PATHS = (("data", "source"), ("data", "source", "path"), ("data", "source", "root"))
+_NO_PATHS = ("emoji",)
 _NAME = r"^[a-z0-9][a-z0-9._-]*$"
 
 
@@ -211,13 +212,27 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Resolved[Recipe]:
         ConfigError: Anything about it is wrong.
     """
     path = find_recipe(name)
-    resolved = load(Recipe, path, overrides, find=find_recipe, paths=_PATHS, names=("emoji",))
+    resolved = load(Recipe, path, overrides, find=find_recipe, paths=_PATHS, names=_NO_PATHS)
     given = resolved.sources["name"]
     own = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._")
     if given.kind != "file" or Path(given.place) == path or not own:
         return resolved
     spec = resolved.spec.model_copy(update={"name": own})
     return Resolved(spec, {**resolved.sources, "name": Source("derived", "the file's name")})
+
+
+def rooted(override: str, folder: Path) -> Any:
+    """The value of an override, its relative paths of own data seen from a folder.
+
+    Args:
+        override: Such as ``data.source=pairs.csv``.
+        folder: What they are relative to.
+    """
+    keys, node = read_override(override)
+    if keys[0] != "data":
+        return node.plain()
+    tree = from_folder(put(Node({}, node.source), keys, node), folder.absolute(), _PATHS, names=_NO_PATHS)
+    return tree.nearest(keys)[0].plain()
 
 
 def _list(known: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ class Side:
     """One run in a comparison.
 
     Attributes:
-        name: Of its folder; with the folder above, where two are called alike.
+        name: Of its folder; with as many folders above as it takes, where two are called alike.
         run: Everything of it.
         settings: Of its recipe, by dotted path; empty where it cannot be read.
         machine: Versions, threads and processes.
@@ -66,11 +66,20 @@ class Side:
 
 def read_sides(paths: Sequence[Path]) -> list[Side]:
     """Read runs; what cannot be read of one is a fault of its folder, and the rest takes part."""
-    names = [path.name for path in paths]
-    return [
-        read_side(path, name=path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
-        for path in paths
-    ]
+    return [read_side(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Each by the end of its path, as long as it takes to tell it from all others."""
+    parts = [path.resolve().parts for path in paths]
+    lengths = [1] * len(parts)
+    while True:
+        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        alike = [at for at, name in enumerate(names) if names.count(name) > 1 and lengths[at] < len(parts[at])]
+        if not alike:
+            return names
+        for at in alike:
+            lengths[at] += 1
 
 
 def read_side(path: Path, *, name: str = "") -> Side:

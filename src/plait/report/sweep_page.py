@@ -222,7 +222,7 @@ def _curves(run: RunFolder, facts: SweepFacts, charts: Charts) -> Html | None:
             for record in run.lines(path)
             if (value := number_of(record.get(facts.judged))) is not None
             and (step := number_of(record.get("step"))) is not None
-            and (trial["state"] != "pruned" or step <= trial["step"])
+            and (trial["state"] != "pruned" or step <= (trial["reached"] or trial["step"]))
         ]
         if not found:
             continue

@@ -67,6 +67,15 @@ def test_only_what_differs_is_told(two: list[Path]) -> None:
     assert (found.sides[0].costs["pretrain"].steps, found.sides[0].costs["pretrain"].tokens) == (4, 40)
 
 
+def test_runs_that_are_called_alike_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make(tmp_path / sweep / "final", "final-0001", lr=1e-3) for sweep in ("lr-0001", "lr-0002")]
+    runs.append(make(tmp_path / "runs", "tiny-0001", lr=1e-3))
+    wanted = ["lr-0001/final/final-0001", "lr-0002/final/final-0001", "tiny-0001"]
+    assert [side.name for side in compare(runs).sides] == wanted
+    monkeypatch.chdir(runs[0])
+    assert [side.name for side in compare([Path(), *runs[1:]]).sides] == wanted
+
+
 def test_scores_are_paired_by_sample(two: list[Path]) -> None:
     found = compare(two)
     first, second = ([float(max(1, rank - less) <= 1) for rank in RANKS] for less in (0, 2))

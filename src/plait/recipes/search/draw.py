@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 State = Literal["complete", "pruned", "failed"]
 
 _LEAST_FOR_IMPORTANCE = 8
+_REDRAWS = 20
+_EVEN_REDRAWS = 100
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class Trial:
         state: Ran to its end; was stopped early; ended by a fault or without a value.
         value: The metric; None of a failed one.
         step: Of that value.
+        reached: The last step at which it told a value; 0 in trials from before this was kept.
         rungs: Values at which it was compared, by Optuna's name of the rung.
         error: Why it failed.
     """
@@ -43,6 +46,7 @@ class Trial:
     state: State
     value: float | None = None
     step: int = 0
+    reached: int = 0
     rungs: dict[str, float] = field(default_factory=dict[str, float])
     error: str = ""
 
@@ -67,15 +71,48 @@ class Running:
             values = sweep.grid()[number]
         if values is not None:
             self._study.enqueue_trial({key: _inner(sweep, key, value) for key, value in values.items()})
-        self._trial = self._study.ask()
-        for key, distribution in _space(sweep).items():
-            self._trial._suggest(key, distribution)
-        self.values = {key: _outer(sweep, key, self._trial.params[key]) for key in sweep.search}
+        self._trial = self._ask()
+        if values is None:
+            self._draw_anew([trial.values for trial in before], seed=_seed(sweep, number))
+        self.values = self._drawn()
         self.best: float | None = None
+        self.best_step = 0
+
+    def _ask(self) -> optuna.Trial:
+        trial = self._study.ask()
+        for key, distribution in _space(self.sweep).items():
+            trial._suggest(key, distribution)
+        return trial
+
+    def _drawn(self) -> dict[str, Any]:
+        return {key: _outer(self.sweep, key, self._trial.params[key]) for key in self.sweep.search}
+
+    def _draw_anew(self, known: Sequence[Mapping[str, Any]], *, seed: int) -> None:
+        """Draw until the settings are none that were tried, which would only give the same value; lists to their end.
+
+        The sampler draws first, then chance. Where a range has hardly another number left, one is tried again.
+        """
+        for number in range(_REDRAWS + _EVEN_REDRAWS):
+            if self._drawn() not in known:
+                return
+            if number == _REDRAWS:
+                self._study.sampler = _optuna().samplers.RandomSampler(seed=seed)
+            self._drop()
+            self._trial = self._ask()
+        rest = [] if any(isinstance(given, Range) for given in self.sweep.search.values()) else self.sweep.grid()
+        left = next((values for values in rest if values not in known), None)
+        if left is not None and self._drawn() in known:
+            self._drop()
+            self._study.enqueue_trial({key: _inner(self.sweep, key, value) for key, value in left.items()})
+            self._trial = self._ask()
+
+    def _drop(self) -> None:
+        self._study.tell(self._trial, state=_optuna().trial.TrialState.FAIL)
 
     def goes_on(self, step: int, value: float) -> bool:
         """Tell a value; False if the trial is to end. A value that is not finite ends it."""
-        self.best = value if self.best is None else self._better(self.best, value)
+        if self.best is None or self._is_better(value, self.best):
+            self.best, self.best_step = value, step
         if self.sweep.halving is None:
             return True
         judged = self.best if self.sweep.take == "best" else value
@@ -88,10 +125,10 @@ class Running:
         found = self._study.get_trials(deepcopy=False)[-1].system_attrs
         return {key: value for key, value in found.items() if key.startswith("completed_rung_")}
 
-    def _better(self, one: float, other: float) -> float:
-        if math.isnan(other):
-            return one
-        return min(one, other) if self.sweep.direction == "minimize" else max(one, other)
+    def _is_better(self, one: float, other: float) -> bool:
+        if math.isnan(one) or math.isnan(other):
+            return math.isnan(other) and not math.isnan(one)
+        return one < other if self.sweep.direction == "minimize" else one > other
 
 
 def best_of(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
@@ -133,25 +170,32 @@ def _optuna() -> Any:
 def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
     """A study that knows these trials and draws the next one."""
     library = _optuna()
-    seed = (sweep.seed * 1_000_003 + len(trials)) % 2**32
+    seed = _seed(sweep, len(trials))
     samplers = library.samplers
     sampler = samplers.TPESampler(seed=seed) if sweep.method == "tpe" else samplers.RandomSampler(seed=seed)
     study = library.create_study(direction=sweep.direction, sampler=sampler, pruner=_pruner(library, sweep.halving))
     states = library.trial.TrialState
     space = _space(sweep)
     for trial in trials:
-        told = trial.value is not None and trial.state != "failed"
+        told = {} if trial.value is None else {trial.reached or trial.step: trial.value}
         study.add_trial(
             library.trial.create_trial(
                 state={"complete": states.COMPLETE, "pruned": states.PRUNED}.get(trial.state, states.FAIL),
                 value=trial.value if trial.state == "complete" else None,
                 params={key: _inner(sweep, key, trial.values[key]) for key in space},
                 distributions=space,
-                intermediate_values={trial.step: trial.value} if told and trial.state == "pruned" else {},
+                intermediate_values={trial.reached or trial.step: trial.value}
+                if told and trial.state == "pruned"
+                else {},
                 system_attrs=dict(trial.rungs),
             )
         )
     return study
+
+
+def _seed(sweep: Sweep, number: int) -> int:
+    """Of the draw of a trial."""
+    return (sweep.seed * 1_000_003 + number) % 2**32
 
 
 def _pruner(library: Any, halving: Halving | None) -> Any:

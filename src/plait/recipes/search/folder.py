@@ -49,6 +49,8 @@ def make_run(
 ) -> Path:
     """Create a run folder with everything it is born with, or leave the one that is there.
 
+    Only whoever has the sweep's lock makes runs, so that what another process began to make is left over from a kill.
+
     Args:
         folder: Of the run.
         recipe: Its recipe.
@@ -58,10 +60,11 @@ def make_run(
         begun: Stages of another run that go on: copied without their seals, so that they are judged again.
         shut: Keep test splits shut.
     """
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
     if folder.is_dir():
         return folder
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     write_atomic(temp / "recipe.yaml", recipe.to_yaml())
     write_json(temp / ENV, env)
@@ -117,7 +120,7 @@ def drawn_file(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def keep(sweep: Path, trial: Trial) -> None:
     """Write down how a trial ended."""
-    names = ("number", "values", "state", "value", "step", "rungs", "error")
+    names = ("number", "values", "state", "value", "step", "reached", "rungs", "error")
     folder = trial_folder(sweep, trial.number)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _RESULT, {name: getattr(trial, name) for name in names})

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from plait.core.errors import ConfigError, DataError, PlaitError, UsageError
+from plait.core.errors import ConfigError, DataError, PlaitError, ResourceError, Stopped, UsageError
 from plait.core.events import Event, Events
 from plait.core.files import lock, new_run, read_json, stage_folder, write_atomic, write_json
 from plait.core.launch import launched
-from plait.core.spec import load, to_yaml
-from plait.core.yamltext import write_text
+from plait.core.spec import Resolved, load, to_yaml
+from plait.core.yamltext import Node, Source, put, read_override, write_text
 from plait.recipes import run as runner
-from plait.recipes.recipe import shipped
+from plait.recipes.recipe import Recipe, load_recipe, shipped
 from plait.recipes.search import folder as files
 from plait.recipes.search.draw import Running, Trial, best_of, importance
-from plait.recipes.search.sweep import Plan, Sweep, check, metrics_file
+from plait.recipes.search.sweep import Plan, Sweep, check, from_folders, metrics_file
 from plait.recipes.search.work import LOG, Ended, Watcher, fields, read_values, work
 from plait.report.sweep_page import SweepFacts, write_sweep_page
+from plait.training import plan as machine_plan
 
 SWEEPS = Path("sweeps")
 """Where sweeps go unless told otherwise, relative to the working directory."""
@@ -67,14 +69,17 @@ def start(sweep: Sweep, *, root: Path = SWEEPS, listeners: Listeners = (), worke
     Raises:
         ConfigError: The sweep does not fit its recipe; nothing was created.
         DataError: No trial ran to its end.
+        ResourceError: The disk does not hold the checkpoints of all trials, and nothing was created; or the machine
+            failed in a trial, which a resumed sweep goes on with.
         Stopped: Ctrl-C or SIGTERM; what is finished is kept, the trial at work saved its state.
     """
     _refuse_processes()
     if sweep.recipe not in shipped():
         sweep = sweep.model_copy(update={"recipe": str(Path(sweep.recipe).resolve())})
-    plan = check(sweep)
+    plan = check(from_folders(sweep, lambda part, key: Path()))
     Running(plan.sweep, [])  # a library that is missing is said now
     runner.check_first(plan.base.spec, root)
+    _require_disk(plan, root)
     env = runner.environment() | {"threads": runner.usual_threads(), "processes": 1}
     contents = {
         files.SWEEP: to_yaml(plan.sweep),
@@ -152,6 +157,8 @@ class _Sweeping:
         sweep = self.plan.sweep
         if self.trials:
             self.events.note(f"{len(self.trials)} trials were finished before")
+        if sweep.trials and sweep.number < sweep.trials:
+            self.events.note(f"the lists have {sweep.number} combinations: as many trials, not {sweep.trials}")
         base = None
         while len(self.trials) < sweep.number:
             base = base or self._shared()
@@ -194,6 +201,9 @@ class _Sweeping:
         running = Running(plan.sweep, self.trials, values=files.drawn(run))
         values = running.values
         said = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        same = next((trial.number for trial in self.trials if trial.values == values), None)
+        if same is not None:
+            said += f" (again: those of trial {same}, there is hardly anything else to try)"
         try:
             recipe = plan.trial(values)
         except ConfigError as fault:  # settings that do not go together
@@ -207,11 +217,32 @@ class _Sweeping:
         path = metrics_file(plan, stage)
         seen = _Seen(path, plan.field, running)
         ended = self.worker(run, seen.look)
+        self._check_machine(number, ended, run)
         return self._judge(number, running, seen, ended=ended, path=path)
 
+    def _check_machine(self, number: int, ended: Ended, run: Path) -> None:
+        """End the sweep where a trial ended by no fault of its settings; it has no result then, and is gone on with.
+
+        Raises:
+            Stopped: Somebody ended the trial by a signal.
+            ResourceError: The machine is at fault.
+        """
+        if ended.signal:
+            text = f"trial {number} was ended by {signal.Signals(ended.signal).name} from outside; it has no result"
+            self.events.warning(f"{text}: `plait sweep --resume` goes on with it")
+            raise Stopped(ended.signal, text)
+        if ended.machine:
+            raise ResourceError(
+                f"trial {number} failed by the machine, not by its settings; it has no result: {ended.error}",
+                place=str(run),
+                remedy="mend that, and `plait sweep --resume`: the trial goes on from its checkpoint",
+            )
+
     def _judge(self, number: int, running: Running, seen: _Seen, *, ended: Ended, path: Path) -> Trial:
-        trial = Trial(number=number, values=running.values, state="failed", step=seen.step, rungs=running.rungs)
-        value = running.best if self.plan.sweep.take == "best" else seen.value
+        best = self.plan.sweep.take == "best"
+        value, step = (running.best, running.best_step) if best else (seen.value, seen.step)
+        trial = Trial(number=number, values=running.values, state="failed", step=step, reached=seen.step)
+        trial.rungs = running.rungs
         if ended.code and not ended.stopped:
             trial.error = ended.error
         elif value is None and not ended.stopped:
@@ -301,16 +332,16 @@ class _Sweeping:
     # --- what is written -------------------------------------------------------------------------------------------
 
     def _write_best(self, best: Trial) -> None:
-        """``best.yaml``: what was found, on top of the original recipe."""
-        sweep = self.plan.sweep
-        tree: dict[str, Any] = {"extends": sweep.recipe, "name": f"{self.plan.base.spec.name}-best"}
-        for key, value in {**sweep.set, **best.values}.items():
-            *above, last = key.split(".")
-            place = tree
-            for part in above:
-                place = place.setdefault(part, {})
-            place[last] = value
-        write_atomic(self.folder / files.BEST, write_text(tree))
+        """``best.yaml``: what was found, on top of the original recipe; all of the recipe, where that says less."""
+        tree = Node({}, Source("override"))
+        for word in self.plan.overrides(best.values):
+            tree = put(tree, *read_override(word))
+        name = f"{self.plan.base.spec.name}-best"
+        path, whole = self.folder / files.BEST, self.plan.whole(best.values)
+        write_atomic(path, write_text({"extends": self.plan.sweep.recipe, "name": name, **tree.plain()}))
+        if not _is(path, whole.spec):  # such as an item of a list, which no file that extends another can set alone
+            alone = Resolved(whole.spec.model_copy(update={"name": name}), whole.sources)
+            write_atomic(path, alone.to_yaml())
 
     def _write(self, final: Path | None) -> None:
         files.write_table(self.folder / files.TABLE, self.plan.sweep, self.trials)
@@ -370,6 +401,39 @@ def _metrics_path(plan: Plan) -> str:
     """Where a trial's metrics are, from its folder."""
     names = (*plan.shared, *plan.middle)
     return metrics_file(plan, stage_folder(Path(), len(names), names[-1])).as_posix()
+
+
+def _is(path: Path, recipe: Recipe) -> bool:
+    """Whether a file is this recipe, but for its name."""
+    try:
+        return load_recipe(str(path)).spec.model_copy(update={"name": recipe.name}) == recipe
+    except ConfigError:
+        return False
+
+
+def _require_disk(plan: Plan, root: Path) -> None:
+    """Refuse a sweep whose trials, which are all kept, would fill the disk.
+
+    Raises:
+        ResourceError: As of a run; a trial is taken to need what the recipe needs as it is.
+    """
+    machine = machine_plan.survey(root, probe=False)
+    number, last = plan.sweep.number, int(plan.sweep.final)
+    times = dict.fromkeys(plan.middle, number + last) | dict.fromkeys(plan.shared[1:], 1 + last)
+    times |= dict.fromkeys(plan.later, last)
+    named = [(name, stage) for name, stage, _ in runner.stages(plan.base.spec, root)]
+    all_of = [
+        replace(needs, disk_bytes=needs.disk_bytes * times.get(needs.stage, 1))
+        for needs in machine_plan.estimate_all(named, machine)
+    ]
+    try:
+        machine_plan.require(machine_plan.total(all_of, machine), machine, place=root)
+    except ResourceError as fault:
+        raise ResourceError(
+            f"{number} trials, of which all checkpoints are kept: {fault.cause}",
+            place=fault.place,
+            remedy=f"fewer trials; or {fault.remedy}",
+        ) from fault
 
 
 def _finished(run: Path) -> bool:

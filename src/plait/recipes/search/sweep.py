@@ -6,7 +6,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,11 @@ from pydantic import Field, model_validator
 from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, load, resolve
 from plait.core.yamltext import Keys, Node, Source, read_file, read_override
-from plait.recipes.recipe import Recipe, find_recipe, load_recipe, shipped
+from plait.recipes.recipe import Recipe, find_recipe, load_recipe, rooted, shipped
+from plait.stages.align import Align
+from plait.stages.pretrain import Pretrain
 from plait.stages.stage import Stage
+from plait.stages.tune import Tune
 
 PHASES = ("words", "connector", "decoder")
 """Of a tune stage, each with its own metrics; the last one is meant where none is named."""
@@ -82,7 +85,7 @@ class Sweep(Spec):
     """`grid` tries every combination of lists; `random` draws; `tpe` (tree-structured Parzen estimators, Bergstra et
     al. 2011) draws where good trials lie more densely than others, after ten random ones."""
     trials: int | None = Field(default=None, ge=1)
-    """How many; by default 20, or all combinations of a grid."""
+    """How many; by default 20, or all combinations of a grid. Lists have no more than their combinations."""
     metric: str
     """`STAGE.FIELD`, or `STAGE.PHASE.FIELD` in tune: a field of that `metrics.jsonl`, such as `pretrain.evaluation`."""
     direction: Literal["minimize", "maximize"] = "minimize"
@@ -125,9 +128,10 @@ class Sweep(Spec):
     @property
     def number(self) -> int:
         """How many trials there are to be."""
-        if self.method == "grid":
-            return min(self.trials or len(self.grid()), len(self.grid()))
-        return self.trials or 20
+        if any(isinstance(given, Range) for given in self.search.values()):
+            return self.trials or 20
+        there = math.prod(len(given) for given in self.search.values() if not isinstance(given, Range))
+        return min(self.trials or (there if self.method == "grid" else 20), there)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of listed values, the last setting changing fastest."""
@@ -212,7 +216,8 @@ def load_sweep(target: str, words: Sequence[str] = ()) -> Sweep:
         below = Node({**held.value, ".".join(keys): node}, node.source)
         tree = Node({**tree.value, part: below}, tree.source)
     if is_sweep:
-        found = load(Sweep, path, mine, paths=(("recipe",),), names=tuple(shipped())).spec
+        read = load(Sweep, path, mine, paths=(("recipe",),), names=tuple(shipped()))
+        found = from_folders(read.spec, lambda part, key: _folder(read, f"{part}.{key}"))
         if isinstance(tree.value, dict) and tree.value:
             more = resolve(Sweep, _over(found, tree)).spec
             found = more
@@ -221,6 +226,31 @@ def load_sweep(target: str, words: Sequence[str] = ()) -> Sweep:
     assert isinstance(tree.value, dict)
     source = Source("override", target)
     return resolve(Sweep, Node({**tree.value, "recipe": Node(target, source)}, source), mine).spec
+
+
+def from_folders(sweep: Sweep, folder: Callable[[str, str], Path]) -> Sweep:
+    """A sweep whose paths of own data are absolute, so that it means the same wherever it is read.
+
+    Args:
+        sweep: Any.
+        folder: Of ``set`` or ``search``, and a setting there: what its relative paths are relative to.
+    """
+    fixed = {key: rooted(assignment(key, value), folder("set", key)) for key, value in sweep.set.items()}
+    tried = {
+        key: given
+        if isinstance(given, Range)
+        else tuple(rooted(assignment(key, value), folder("search", key)) for value in given)
+        for key, given in sweep.search.items()
+    }
+    return sweep.model_copy(update={"set": fixed, "search": tried})
+
+
+def _folder(read: Resolved[Sweep], at: str) -> Path:
+    """Folder of the file that gives a setting; the working directory if the command line does."""
+    for path, source in read.sources.items():
+        if source.kind == "file" and (path == at or path.startswith(f"{at}.")):
+            return Path(source.place).parent
+    return Path()
 
 
 def _over(found: Sweep, tree: Node) -> Node:
@@ -258,6 +288,7 @@ def check(sweep: Sweep) -> Plan:
     names = list(base.spec.stages)
     stage, phase, field = _metric(sweep.metric, base.spec)
     order = ["data", *names]
+    _check_before(names[: names.index(stage)], base.spec, stage)
     firsts: list[int] = []
     for key, given in sweep.search.items():
         at = _place(key, order)
@@ -268,13 +299,15 @@ def check(sweep: Sweep) -> Plan:
                 remedy=f"judge by a number of {order[at]} or of a later stage",
             )
         firsts.append(at)
+        found: list[Recipe] = []
         for value in (given.low, given.high) if isinstance(given, Range) else given:
             try:
-                load_recipe(sweep.recipe, [*fixed, assignment(key, value)])
+                found.append(load_recipe(sweep.recipe, [*fixed, assignment(key, value)]).spec)
             except ConfigError as fault:
                 if any(word in fault.cause for word in ("unknown setting", "expected", "cannot set")):
                     raise ConfigError(f"search: {fault.cause}", place=fault.place, remedy=fault.remedy) from fault
                 # Settings that do not go together may do so with another one of the same trial.
+        _check_measure(key, found, stage, field=field)
     cut = min(firsts)
     return Plan(
         sweep=sweep if sweep.name else sweep.model_copy(update={"name": base.spec.name}),
@@ -286,6 +319,76 @@ def check(sweep: Sweep) -> Plan:
         middle=tuple(order[cut : order.index(stage) + 1]),
         later=tuple(order[order.index(stage) + 1 :]),
     )
+
+
+def _check_before(names: Sequence[str], recipe: Recipe, stage: str) -> None:
+    """See that no stage before the one that is judged reads test splits: they are shut in trials, and it would fail.
+
+    Raises:
+        ConfigError: One does.
+    """
+    tests = [name for name in names if recipe.stages[name].kind not in _TRAINS]
+    if tests:
+        which = " and ".join(tests)
+        raise ConfigError(
+            f"every trial would make {which} before {stage}, and ask the test splits there, which are shut in trials",
+            place=", ".join(f"stages.{name}" for name in tests),
+            remedy=f"put {which} behind {stage} in the recipe, so that only the last run makes it; or take it out: "
+            + " ".join(f"stages.{name}=null" for name in tests),
+        )
+
+
+def _check_measure(key: str, tried: Sequence[Recipe], stage: str, *, field: str) -> None:
+    """See that a searched setting changes what is trained, and not what it is measured by.
+
+    Args:
+        key: The setting.
+        tried: Recipes with its values.
+        stage: That is judged.
+        field: Of its metrics.
+
+    Raises:
+        ConfigError: Values of the metric would not compare.
+    """
+    for what, of, why in _MEASURES:
+        if len({of(recipe, stage, field) for recipe in tried}) > 1:
+            raise ConfigError(
+                f"search.{key} changes {what}: {why}: trials would not compare".format(stage=stage),
+                place=f"search.{key}",
+                remedy="take it out, or give it one value under `set`",
+            )
+
+
+def _samples(recipe: Recipe, stage: str, field: str) -> int:
+    part = recipe.stages[stage]
+    judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) else None
+    return judged.samples if judged else 0
+
+
+def _compared(recipe: Recipe, stage: str, field: str) -> int:
+    """Pairs that a contrastive loss tells apart in a step; 0 where that does not judge."""
+    part = recipe.stages[stage]
+    return part.batch_size if isinstance(part, Pretrain) and field == "loss" else 0
+
+
+_MEASURES: tuple[tuple[str, Callable[[Recipe, str, str], float], str], ...] = (
+    (
+        "data.source.validation",
+        lambda recipe, stage, field: recipe.data.source.validation,
+        "another split would judge, and less be left to train on",
+    ),
+    (
+        "stages.{stage}.trainer.validation.samples",
+        _samples,
+        "other samples would judge, and a contrastive loss grows with their number",
+    ),
+    (
+        "stages.{stage}.batch_size",
+        _compared,
+        "a contrastive loss grows with the pairs it tells apart (judge by {stage}.evaluation, which has its own)",
+    ),
+)
+"""What trials are measured by: it must be the same in all. The setting, its value, why it may not differ."""
 
 
 def metrics_file(plan: Plan, folder: Path) -> Path:

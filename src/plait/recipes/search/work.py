@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.core.errors import UsageError
+from plait.core.errors import ResourceError, UsageError
 from plait.core.files import lock
 
 _POLL_S = 0.2
@@ -21,6 +22,9 @@ _GRACE_S = 120.0
 """A checkpoint of a large model takes its time; then the process is killed, and its last checkpoint stays."""
 
 _LOCK_S = 60.0
+_STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_NO_MEMORY = ("out of memory", "memory ran out", "memory does not suffice")
+_NO_DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Input/output error")
 LOG = "output.txt"
 """In a run folder: what its process printed."""
 
@@ -38,6 +42,21 @@ class Ended:
     code: int
     stopped: bool = False
     error: str = ""
+
+    @property
+    def signal(self) -> int:
+        """Number of the signal by which somebody else ended it; 0 if nobody did."""
+        found = next((s for s in _STOPS if self.code in (-s, 128 + s)), 0)
+        return 0 if self.stopped else int(found)
+
+    @property
+    def machine(self) -> bool:
+        """Whether the machine is at fault: disk, a device, a package. Memory is not: settings may ask for too much."""
+        if self.stopped or not self.code:
+            return False
+        if any(said in self.error for said in _NO_DISK):
+            return True
+        return self.code == ResourceError.exit_code and not any(said in self.error for said in _NO_MEMORY)
 
 
 Watcher = Callable[[bool], bool]

@@ -132,6 +132,38 @@ def test_what_is_drawn_follows_from_the_trials_before(method: str) -> None:
     assert Running(sweep(method=method, seed=1), []).values != trials[0].values
 
 
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize("method", ["random", "tpe"])
+def test_nothing_is_tried_twice(method: str) -> None:
+    lists = sweep(method=method, search={LR: [1e-3, 1e-2, 3e-2], RANK: [4, 8, 16], "data.questions": [{"yes_no": 1}]})
+    assert lists.number == 9
+    assert sweep(method=method, search=lists.search, trials=4).number == 4
+    numbers = sweep(method=method, search={RANK: {"low": 1, "high": 12}, LR: [1e-3]}, trials=12)
+    for search in (lists, numbers):
+        trials: list[Trial] = []
+        for number in range(search.number):
+            values = Running(search, trials).values
+            assert values not in [trial.values for trial in trials]
+            assert Running(search, trials).values == values
+            trials.append(Trial(number=number, values=values, state="complete", value=float(values[RANK]), step=1))
+    again = Running(numbers, trials)
+    assert again.values in [trial.values for trial in trials], "there is nothing else"
+    assert Running(numbers, trials[:3], values=trials[0].values).values == trials[0].values
+
+
+@pytest.mark.row("S3-28")
+def test_settings_that_are_drawn_anew_leave_the_rungs_alone() -> None:
+    search = sweep(halving={"least": 2, "reduction": 2}, search={RANK: [4, 8]}, method="random", trials=2)
+    for seed in range(8):
+        first = Running(search.model_copy(update={"seed": seed}), [])
+        assert first.goes_on(2, 1.0)
+        done = Trial(number=0, values=first.values, state="complete", value=1.0, step=2, rungs=first.rungs)
+        second = Running(search.model_copy(update={"seed": seed}), [done])
+        assert second.values != first.values
+        assert not second.goes_on(2, 2.0)
+        assert list(second.rungs.values()) == [2.0]
+
+
 def test_parzen_estimators_look_where_it_was_good() -> None:
     search = sweep(method="tpe", search={LR: {"low": 1e-4, "high": 1e-2, "log": True}})
     trials: list[Trial] = []

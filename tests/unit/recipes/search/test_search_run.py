@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.tiny_recipe import write_recipe
 
 from plait.cli.main import main
 from plait.core import held_out
-from plait.core.errors import ConfigError, DataError, UsageError
+from plait.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
 from plait.core.files import mark_done, read_json
 from plait.data.shards import ShardReader
 from plait.recipes import run as runner
@@ -21,6 +22,7 @@ from plait.recipes.recipe import load_recipe
 from plait.recipes.search import run as sweeping
 from plait.recipes.search.sweep import load_sweep
 from plait.recipes.search.work import Ended, Watcher
+from plait.training import plan
 
 LR = "stages.pretrain.lr"
 STEPS = 8
@@ -35,14 +37,21 @@ class Fake:
 
     Args:
         kill: Die in the trial of this number, after so many steps.
+        ends: How the process of a trial ends, by its number.
         fail: Rates at which a trial fails.
         field: What is reported.
     """
 
     def __init__(
-        self, *, kill: tuple[int, int] | None = None, fail: tuple[float, ...] = (), field: str = "loss"
+        self,
+        *,
+        kill: tuple[int, int] | None = None,
+        fail: tuple[float, ...] = (),
+        field: str = "loss",
+        ends: Mapping[int, Ended] | None = None,
     ) -> None:
         self.kill, self.fail, self.field = kill, fail, field
+        self.ends = {f"trial-{number:04d}": ended for number, ended in (ends or {}).items()}
         self.worked: list[str] = []
 
     def __call__(self, run: Path, watch: Watcher | None) -> Ended:
@@ -75,6 +84,8 @@ class Fake:
                 raise Killed
             if watch is not None and not watch(False):
                 return Ended(code=143, stopped=True)
+            if step == 3 and folder.parent.name in self.ends:
+                return self.ends[folder.parent.name]
         return Ended(code=5, error="out of memory") if lr in self.fail else None
 
 
@@ -119,6 +130,36 @@ def test_a_grid_is_tried_and_the_best_goes_on(target: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.row("S3-28")
+def test_paths_mean_the_same_wherever_the_sweep_is_read(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("data.source.path=data/pairs.csv", "data.source.root=data", "trials=1")
+    found = sweeping.start(target(*GRID, *words), root=tmp_path / "s", worker=Fake())
+    best = load_recipe(str(found.folder / "best.yaml")).spec
+    assert best.data == found.plan.trial({}).spec.data
+    assert best.data.model_dump()["source"]["path"] == tmp_path / "data" / "pairs.csv"
+    monkeypatch.chdir(tmp_path / "data")
+    assert len(sweeping.resume(found.folder, trials=2, worker=Fake()).trials) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stages.tune.adapt.drop.least=0.2", "stages.tune.adapt.drop=[{most: 0.4}, {most: 0.5}]", f"{LR}=1e-3"),
+        ("stages.align.tasks.1=group",),  # an item of a list
+        ("stages.align=null",),
+    ],
+)
+def test_the_best_recipe_is_that_of_the_best_trial(target: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
+    metric = "metric=tune.loss" if "drop" in words[0] else "metric=pretrain.loss"
+    found = sweeping.start(target("method=grid", metric, *words), root=tmp_path / "s", worker=Fake())
+    assert found.best is not None
+    best = load_recipe(str(found.folder / "best.yaml")).spec
+    assert best == found.plan.whole(found.best.values).spec.model_copy(update={"name": "tiny-best"})
+
+
+@pytest.mark.row("S3-28")
 def test_poor_trials_end_early_and_are_no_failures(target: Any, tmp_path: Path) -> None:
     worker = Fake()
     rates = f"{LR}=[3e-3, 1e-4, 1e-3, 3e-2, 2e-3]"
@@ -132,6 +173,27 @@ def test_poor_trials_end_early_and_are_no_failures(target: Any, tmp_path: Path) 
     ]
     assert found.best is not None
     assert found.best.number == 0
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_step_beside_a_value_is_that_of_the_value(target: Any, tmp_path: Path, direction: str) -> None:
+    losses = {1e-4: [3.0, 1.0, 2.0, 4.0], 1e-3: [math.nan, 5.0, 4.5, 4.5]}
+
+    class Told(Fake):
+        def pretrain(self, lr: float, folder: Path, watch: Watcher | None) -> Ended | None:
+            lines = [json.dumps({"step": at, "loss": value}) for at, value in enumerate(losses[lr], 1)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines).replace("NaN", "null") + "\n")
+            return None
+
+    words = ("method=grid", "metric=pretrain.loss", f"direction={direction}", f"{LR}=[1e-4, 1e-3]")
+    found = {
+        take: sweeping.start(target(*words, f"take={take}"), root=tmp_path / take, worker=Told()).trials
+        for take in ("best", "last")
+    }
+    best = [(1.0, 2), (4.5, 3)] if direction == "minimize" else [(4.0, 4), (5.0, 2)]
+    assert [(t.value, t.step) for t in found["best"]] == best
+    assert [(t.value, t.step) for t in found["last"]] == [(4.0, 4), (4.5, 4)]
+    assert all(t.reached == 4 for trials in found.values() for t in trials)
 
 
 def test_a_trial_at_its_last_step_is_done_however_soon_anybody_looks(target: Any, tmp_path: Path) -> None:
@@ -226,6 +288,60 @@ def test_a_trial_that_fails_is_told_and_the_sweep_goes_on(target: Any, tmp_path:
     assert found.best.number == 1
 
 
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (Ended(code=143), "trial 1 was ended by SIGTERM"),
+        (Ended(code=130), "trial 1 was ended by SIGINT"),
+        (Ended(code=-15, error="its process was killed by signal 15"), "trial 1 was ended by SIGTERM"),
+        (Ended(code=5, error="cannot write: No space left on device (0 MiB free)"), "No space left"),
+        (Ended(code=1, error="OSError(28, 'No space left on device')"), "No space left"),
+        (Ended(code=5, error="device 'cuda' was asked for, but torch finds none"), "device 'cuda'"),
+    ],
+)
+def test_a_trial_that_the_machine_ended_is_gone_on_with(target: Any, tmp_path: Path, ended: Ended, said: str) -> None:
+    whole = sweeping.start(target(*HALVED), root=tmp_path / "whole", worker=Fake())
+    kind = Stopped if ended.signal else ResourceError
+    with pytest.raises(kind, match=said):
+        sweeping.start(target(*HALVED), root=tmp_path / "s", worker=Fake(ends={1: ended}))
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    assert not (folder / "trials" / "trial-0001" / "result.json").exists()
+    worker = Fake()
+    sweeping.resume(folder, worker=worker)
+    assert worker.worked[0] == "trial-0001"
+    assert table(folder) == table(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        Ended(code=5, error="memory ran out (CUDA out of memory): a micro-batch of 8 rows; it cannot be cut further"),
+        Ended(code=-9, error="its process was killed by signal 9 (out of memory?)"),
+        Ended(code=6, error="the loss is not finite"),
+        Ended(code=1, error="KeyError('x')"),
+    ],
+)
+def test_a_fault_that_settings_may_make_fails_the_trial_alone(target: Any, tmp_path: Path, ended: Ended) -> None:
+    found = sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(ends={1: ended}))
+    assert [t.state for t in found.trials] == ["complete", "failed", "complete", "complete", "complete"]
+    assert found.trials[1].error == ended.error
+
+
+def test_a_disk_that_holds_one_trial_and_not_all_is_refused(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = target(*GRID, "final=false")
+    machine = plan.survey(tmp_path, probe=False)
+    named = [(name, stage) for name, stage, _ in runner.stages(load_recipe(sweep.recipe).spec, tmp_path)]
+    disk = plan.disks(plan.total(plan.estimate_all(named, machine), machine), machine)[0]
+    room = replace(machine, disk_bytes=math.ceil(disk.needed / plan.DISK_LIMIT) + 1)  # for one run
+    monkeypatch.setattr(plan, "survey", lambda *args, **kwargs: room)
+    with pytest.raises(ResourceError, match=r"5 trials, of which all checkpoints are kept"):
+        sweeping.start(sweep, root=tmp_path / "s", worker=Fake())
+    assert not (tmp_path / "s").exists()
+
+
 def test_settings_that_do_not_go_together_are_a_failed_trial(target: Any, tmp_path: Path) -> None:
     drop = "stages.tune.adapt.drop"
     words = ("method=grid", "metric=tune.loss", f"{drop}.least=[0.2, 0.5]", f"{drop}.most=[0.4, 0.9]", f"{LR}=1e-3")
@@ -252,6 +368,16 @@ def test_a_metric_that_nobody_reports_is_said_after_the_first_trial(target: Any,
     assert worker.worked == ["shared", "trial-0000"]
 
 
+def test_more_trials_than_there_are_combinations_is_said(target: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    words = ("method=random", "metric=pretrain.loss", "trials=9")
+    found = sweeping.start(
+        target(*words), root=tmp_path / "s", worker=Fake(), listeners=(lambda event: said.append(event.text),)
+    )
+    assert sorted(t.values[LR] for t in found.trials) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    assert "the lists have 5 combinations: as many trials, not 9" in said
+
+
 def test_a_recipe_that_changed_since_is_refused(target: Any, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(kill=(1, 2)))
@@ -259,6 +385,17 @@ def test_a_recipe_that_changed_since_is_refused(target: Any, tmp_path: Path) -> 
     recipe.write_text(recipe.read_text().replace("seed: 3", "seed: 4"))
     with pytest.raises(ConfigError, match="not what it was when the sweep began"):
         sweeping.resume(sweeping.find_sweep("latest", tmp_path / "s"), worker=Fake())
+
+
+def test_what_a_kill_left_of_a_trial_is_cleared_away(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(kill=(1, 2)))
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    left = [folder / "trials" / f".trial-{number}.4711.tmp" / "01-data" for number in ("0001", "0002")]
+    for each in (*left, folder / ".shared.4711.tmp" / "01-data", folder / "final" / ".final-0001.4711.tmp"):
+        each.mkdir(parents=True)
+    sweeping.resume(folder, worker=Fake())
+    assert sorted(folder.rglob("*.tmp")) == []
 
 
 def test_a_sweep_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from plait.core.errors import ConfigError
+from plait.recipes.recipe import load_recipe
 from plait.recipes.search.sweep import Range, check, load_sweep
 
 pytestmark = pytest.mark.light
@@ -51,6 +52,17 @@ def test_a_recipe_and_words_are_a_sweep_too() -> None:
     assert list(plan.begin().spec.stages) == []
 
 
+def test_a_path_in_a_sweep_file_is_seen_from_its_folder(tmp_path: Path) -> None:
+    text = f"{GOOD}set: {{data.source: {{kind: pairs, path: mine.csv}}}}\n"
+    assert load_sweep(write(tmp_path, text)).set["data.source"]["path"] == str(tmp_path / "mine.csv")
+    named = load_sweep(write(tmp_path, f"{GOOD}set: {{data.source: emoji}}\n"), ["data.questions.groups=false"])
+    assert named.set == {"data.source": "emoji", "data.questions.groups": False}
+    listed = load_sweep(
+        write(tmp_path, f"{GOOD}  \n".replace("  stages.tune.frozen", "  data.source: [a, b]\n  stages.tune.frozen"))
+    )
+    assert listed.search["data.source"] == (str(tmp_path / "a"), str(tmp_path / "b"))
+
+
 def test_what_is_before_the_first_searched_setting_is_shared(tmp_path: Path) -> None:
     plan = check(load_sweep(write(tmp_path)))
     assert (plan.shared, plan.middle, plan.phase, plan.field) == (
@@ -93,6 +105,47 @@ def test_what_is_before_the_first_searched_setting_is_shared(tmp_path: Path) -> 
 def test_bad_input_is_refused_with_what_would_do(tmp_path: Path, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check(load_sweep(write(tmp_path), words))
+    assert said in str(caught.value)
+
+
+@pytest.mark.row("S3-28")
+def test_a_stage_that_reads_test_splits_before_the_one_that_is_judged_is_refused(tmp_path: Path) -> None:
+    words = ["stages.tune.frozen.lr=[1e-3, 3e-3]", "metric=second.loss", "method=grid"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("extends: quickstart\nstages: {align: null, compress: null, second: {kind: align}}\n")
+    assert "evaluate" in load_recipe(str(path)).spec.stages
+    with pytest.raises(ConfigError, match=r"every trial would make evaluate before second") as caught:
+        check(load_sweep(str(path), words))
+    assert "stages.evaluate=null" in caught.value.remedy
+    assert check(load_sweep(str(path), [*words, "stages.evaluate=null"])).middle == ("tune", "second")
+    behind = check(load_sweep("quickstart", [*words[::2], "metric=tune.loss"]))
+    assert "evaluate" in behind.later
+
+
+@pytest.mark.row("S3-28")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.source.validation=[50, 100]"], "data.source.validation: another split"),
+        (["data.source.validation={low: 50, high: 100}"], "data.source.validation: another split"),
+        (["data.source=[{validation: 50}, {validation: 100}]"], "data.source.validation: another split"),
+        (["stages.pretrain.trainer.validation.samples=[64, 128]"], "trainer.validation.samples: other samples"),
+        (["stages.pretrain.trainer.validation=[{samples: 64}, {samples: 32}]"], "trainer.validation.samples: other"),
+        (["stages.pretrain.batch_size=[64, 128]", "metric=pretrain.loss"], "pretrain.batch_size: a contrastive loss"),
+        (["stages.pretrain.batch_size=[64, 128]"], ""),
+        (["stages.tune.batch_size=[4, 8]", "metric=tune.loss"], ""),
+        (["stages.pretrain.trainer.validation.every=[5, 10]"], ""),
+        (["data.source.held_out=[200, 300]"], ""),
+    ],
+)
+def test_what_trials_are_measured_by_is_not_searched(words: list[str], said: str) -> None:
+    fixed = [] if any(w.startswith("data.source") for w in words) else ["data.source.validation=100"]
+    given = ["metric=pretrain.evaluation", "method=random", *fixed, *words]
+    if not said:
+        assert check(load_sweep("quickstart", given)).sweep.search
+        return
+    with pytest.raises(ConfigError) as caught:
+        check(load_sweep("quickstart", given))
     assert said in str(caught.value)
 
 
