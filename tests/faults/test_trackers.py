@@ -48,10 +48,15 @@ def beside(run: Path, fault: str, finish: str = "pass", *, scores: str = "pass",
     return Beside(name="scripted", command=[sys.executable, "-c", script, str(run)])
 
 
-def work(run: Path, one: Beside, *, patience_s: float = 8.0) -> tuple[list[Any], float]:
-    """What is said in the end of a run that takes no time, and how long the end took."""
+def work(run: Path, one: Beside, *, patience_s: float = 8.0, until: int = 0) -> tuple[list[Any], float]:
+    """What is said in the end of a run that takes until so many records came, and how long the end took."""
     seen: list[Any] = []
+    came, begun = run / "came.txt", time.monotonic()
     with tracking(run, [one], events=Events(listeners=(seen.append,)), patience_s=patience_s):
+        while (
+            until and time.monotonic() - begun < 60.0 and not (came.is_file() and came.read_text().count("\n") == until)
+        ):
+            time.sleep(0.05)
         begun = time.monotonic()
     return seen, time.monotonic() - begun
 
@@ -101,7 +106,7 @@ def test_a_fault_costs_no_more_than_the_patience_and_is_said_with_counts_t17(
 def test_one_that_fails_when_it_is_closed_is_ended_and_said_t17(
     run: Path, finish: str, why: str, *, queues: bool
 ) -> None:
-    (said,), took = work(run, beside(run, "pass", finish=finish, queues=queues), patience_s=4.0)
+    (said,), took = work(run, beside(run, "pass", finish=finish, queues=queues), patience_s=3.0, until=10)
     assert took < 8.0
     assert said.kind == "warning"
     expected = (
@@ -125,10 +130,14 @@ def test_one_that_fails_when_it_is_closed_is_ended_and_said_t17(
 def test_scores_that_were_not_sent_are_said_t17(run: Path) -> None:
     (run / "03-tune" / "done.json").write_text("{}")
     (said,), _ = work(run, beside(run, "pass", scores="1 / 0"))
-    assert said.text == (
-        "scripted: scores of tune may not have come there (ZeroDivisionError: division by zero). metrics.jsonl has "
-        "all: `plait track tiny-0001` sends them later"
-    )
+    end = ". metrics.jsonl has all: `plait track tiny-0001` sends them later"
+    assert said.text == (f"scripted: scores of tune may not have come there (ZeroDivisionError: division by zero){end}")
+    (run / "03-tune" / "scores.json").write_text("[")  # damaged
+    (said,), _ = work(run, beside(run, "pass"))
+    assert said.text.startswith("scripted: scores of tune may not have come there (DataError: ")
+    (run / "03-tune" / "scores.json").write_text("[]")
+    (said,), _ = work(run, beside(run, "pass"))
+    assert said.text == "scripted: 10 records sent"
 
 
 def test_a_program_that_is_not_there_costs_nothing_t17(run: Path) -> None:

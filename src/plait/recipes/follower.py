@@ -20,7 +20,7 @@ from pathlib import Path
 from plait.core.errors import PlaitError, ResourceError
 from plait.core.files import write_json
 from plait.core.yamltext import read_file
-from plait.recipes.records import FOLDER, Record, Records, Sent, missing_scores, sent_file
+from plait.recipes.records import FOLDER, Record, Records, Sent, missing_scores, read_scores, sent_file
 from plait.recipes.trackers import READS, Told, Tracker
 
 _BATCH = 100
@@ -81,8 +81,8 @@ class Follower:
             for stage, records in self._records.waiting(self.sent):
                 for at in range(0, len(records), _BATCH):
                     count += self._batch(stage, records[at : at + _BATCH])
-            for stage, values in missing_scores(self.run, self.sent):
-                self._opened().scores(stage, values)
+            for stage, path in missing_scores(self.run, self.sent):
+                self._opened().scores(stage, read_scores(path))
                 self.sent.scores.append(stage)
                 self._note()
         except Exception as error:

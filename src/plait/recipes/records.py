@@ -174,14 +174,22 @@ def waiting(run: Path, sent: Sent) -> Iterator[tuple[str, list[Record]]]:
     return Records(run).waiting(sent)
 
 
-def missing_scores(run: Path, sent: Sent) -> Iterator[tuple[str, dict[str, float]]]:
-    """Final scores of stages that are done and whose scores a tracker was not sent."""
+def missing_scores(run: Path, sent: Sent) -> Iterator[tuple[str, Path]]:
+    """Stages that are done and whose final scores a tracker was not sent, each with their file."""
     for done in sorted(run.glob("*/done.json")):
         path, match = done.with_name("scores.json"), _STAGE.fullmatch(done.parent.name)
         if match and match[1] not in sent.scores and path.is_file():
-            found: Any = read_json(path)
-            values = {str(one["name"]): one["value"] for one in found if is_mapping(one)} if is_list(found) else {}
-            yield match[1], _numbers(values)
+            yield match[1], path
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Final scores of a stage by name.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    found: Any = read_json(path)
+    return _numbers({str(one["name"]): one["value"] for one in found if is_mapping(one)} if is_list(found) else {})
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -137,11 +137,7 @@ class Account:
 
 
 def account(run: Path, name: str) -> Account:
-    """What a tracker has of a run, by its note.
-
-    Raises:
-        DataError: A stage's scores cannot be read.
-    """
+    """What a tracker has of a run, by its note."""
     sent = Sent.read(sent_file(run, name))
     sure = Sent(upto=sent.sure, had=sent.had, scores=sent.sure_scores)
 
