@@ -48,6 +48,7 @@ SMALL = ("stages.pretrain=null", "stages.align=null")
 def test_a_sound_recipe_passes_alone_and_in_two_processes(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "kept").mkdir()
     code, result = asked(capsys, str(recipe), *SMALL, "--stage", "tune-2", "--processes", "2", "--keep", "kept")
     found = by_name(result)
     assert code == 0, json.dumps(result["checks"], indent=1)
@@ -114,6 +115,18 @@ def test_pretrain_and_align_pass_in_lines_for_a_person(recipe: Path, capsys: pyt
     assert "split 2 + 1" in said
     assert "«gray tree<|im_end|>»" in said or "<|im_end|>»" in said
     assert " 0 failed, in " in said
+
+
+def test_a_folder_to_keep_that_is_not_empty_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("there")
+    assert main(["doctor", "gradients", "quickstart-ci", "--keep", "kept"]) == 2
+    told = capsys.readouterr()
+    assert "the target is there and not empty" in told.err
+    assert not told.out  # nothing was begun
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
