@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.cli.output import Out
 from plait.core.errors import NumericsError, PlaitError, UsageError
+from plait.core.files import check_empty
 
 if TYPE_CHECKING:
     from plait.core.device import Compute
@@ -46,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="gradients: number format of the comparison (default: float64 for small models, else float32)",
     )
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="gradients: keep the rehearsal's run folder there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="gradients: keep the rehearsal in this new folder")
 
 
 def main(args: argparse.Namespace, out: Out) -> int:
@@ -63,6 +64,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
     counts = _counts(args.processes)
     recipe = load_recipe(args.recipe, args.overrides).spec
     check_stage(recipe, args.stage)
+    if args.keep is not None:
+        check_empty(args.keep)
     begun = time.monotonic()
     out.line(f"gradients of {recipe.name}, on a part of its data; nothing of it is kept")
     ticker = _Ticker(silent=out.json or out.silent)
@@ -89,7 +92,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
 
         rehearse(small(recipe, samples=args.samples), run, only=args.stage, visit=visit, after=after, events=events)
         if args.keep is not None:
-            shutil.copytree(run, args.keep)
+            shutil.copytree(run, args.keep, dirs_exist_ok=True)
     finally:
         ticker.clear()
         shutil.rmtree(work, ignore_errors=True)

@@ -113,7 +113,7 @@ def measure(run: Path, number: int, *, steps: int, events: Events) -> dict[str, 
     """Run a stage in its folder, and say what it took.
 
     Args:
-        run: Run folder with ``recipe.yaml``; the stages before are finished.
+        run: Run folder with ``recipe.yaml``; of the stages before, those that this one needs are finished.
         number: Which stage, from 1 on.
         steps: At most, in each phase; 0 takes all.
         events: Told what the stage says.
@@ -123,12 +123,13 @@ def measure(run: Path, number: int, *, steps: int, events: Events) -> dict[str, 
     recipe = load_recipe(str(run / "recipe.yaml")).spec
     named = stages(recipe, run)
     name, stage, folder = named[number - 1]
+    before = [at for _, _, at in named[: number - 1] if at.is_dir()]  # what scores or compresses was left out
     folder.mkdir(exist_ok=True)
     write_json(folder / "spec.json", stage.model_dump(mode="json"))
     rehearsal = Rehearsal(folder, steps)
     began = time.perf_counter()
     with rehearsing(rehearsal):
-        stage.run(named[number - 2][2] if number > 1 else None, folder, events=events)
+        stage.run(before[-1] if before else None, folder, events=events)
     rehearsal.meter.enter("")
     return {
         "stage": name,

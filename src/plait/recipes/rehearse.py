@@ -204,8 +204,19 @@ def _train(
 
 def _phase(name: str, stage: Stage, asked: Asked, *, folder: Path, data: Path) -> Phase:
     phase = "" if asked.folder == folder else asked.folder.name
-    kept = data.parent / "reference" / (f"{name}-{phase}" if phase else name)
+    kept = reference_folder(data.parent, name, phase)
     return Phase(stage=name, spec=stage, name=phase, asked=asked, data=data, folder=kept)
+
+
+def reference_folder(run: Path, stage: str, phase: str) -> Path:
+    """Where a rehearsal keeps what is known of one phase; stage and phase apart, since names of both may have dashes.
+
+    Args:
+        run: The rehearsal.
+        stage: Name of the stage.
+        phase: Of the phase; "" where the stage has one alone.
+    """
+    return run / "reference" / stage / (phase or "training")
 
 
 def _keep(phase: Phase, when: str) -> None:

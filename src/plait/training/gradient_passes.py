@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from plait.core.errors import PlaitError
 from plait.core.events import Events
 from plait.core.protocols import Objective, Pairwise
 from plait.core.tensors import Batch
+from plait.core.types import Modality
 from plait.models.multimodal import MultimodalLM
 from plait.models.recompute import blocks_of
 from plait.models.wrapped.vlm import WrappedVLM
@@ -23,6 +24,8 @@ from plait.training.finding import Finding, Reference, named, percent, recipe_dt
 from plait.training.gradient_ways import Ways
 from plait.training.held import Gradient, Held, compare, part_of
 from plait.training.settings import Settings
+
+_MODALITIES = get_args(Modality)
 
 TIMES = 20.0
 """Rounding errors of a pass over those of moving each weight once: a weight's product, its sum, its norm and its
@@ -122,9 +125,10 @@ class Passes:
             norms[part_of(name)] = math.hypot(norms.get(part_of(name), 0.0), size)
             broken += [] if math.isfinite(size) else [name]
             empty += [] if size else [name]
-        dead = [part for part, norm in norms.items() if not norm]
+        idle = {part: kind for part, norm in norms.items() if not norm and (kind := self._lacking(part))}
+        dead = [part for part, norm in norms.items() if not norm and part not in idle]
         listed = ", ".join(f"{part} {norm:.2g}" for part, norm in norms.items())
-        facts = {"norms": norms, "without": empty, "not_finite": broken}
+        facts = {"norms": norms, "without": empty, "not_finite": broken, "not_used": idle}
         if broken or dead:
             said = f"not finite: {named(broken)}" if broken else f"no gradient reaches {', '.join(dead)}"
             fix = (
@@ -136,6 +140,18 @@ class Passes:
                 )
             )
             yield Finding(name="what learns", status="fail", value=f"{said} (norms: {listed})", fix=fix, facts=facts)
+        elif idle:
+            kinds, count = " or ".join(dict.fromkeys(idle.values())), len(self.ways.whole.sample_ids)
+            rest = [name for name in empty if part_of(name) not in idle]
+            more = f"; no gradient in {len(rest)} other tensors: {named(rest)}" if rest else ""
+            yield Finding(
+                name="what learns",
+                status="warn",
+                value=f"not looked at: {', '.join(idle)}, since none of these {count} samples has {kinds} (norms: "
+                f"{listed}){more}",
+                fix=f"give more --samples, or another seed, so that one of them has {kinds}",
+                facts=facts,
+            )
         elif empty:
             yield Finding(
                 name="what learns",
@@ -161,6 +177,12 @@ class Passes:
             yield Finding(name="what is frozen", status="fail", value=value, fix=fix)
         else:
             yield Finding(name="what is frozen", status="ok", value=value)
+
+    def _lacking(self, part: str) -> str:
+        """The modality that a part is for, where no sample of the batch has any; else ""."""
+        name = getattr(self.still.model, "inside", "") if part == "mark" else part.partition(".")[2]
+        there = [kind for kind, found in self.ways.whole.media.items() if len(found.grid)]
+        return name if name in _MODALITIES and name not in there else ""
 
     def _again(self, reference: Reference) -> Iterator[Finding]:  # pyright: ignore[reportInvalidReturn]
         """The same batch once more, with other random numbers; returns whether it was the same."""

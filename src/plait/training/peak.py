@@ -5,8 +5,6 @@ Activations come from :mod:`plait.training.cost`. ``benchmarks/plan.py`` compare
 
 from __future__ import annotations
 
-import math
-
 from plait.core.estimate import Machine
 from plait.training.cost import BYTES
 
@@ -99,12 +97,25 @@ def checkpoint_bytes(*, weights: int, trainable: int, state: float = 8.0) -> int
     return weights + round((4 + state) * trainable)
 
 
-def checkpoints_left(steps: int, every: int, *, keep: int = 2) -> int:
-    """How many checkpoints a phase leaves.
+def checkpoints_left(steps: int, every: int, *, judged: int = 0, keep: int = 2) -> int:
+    """How many checkpoints a phase leaves at most.
+
+    Where it is judged, each new best one is saved, and the best stays besides the last ones. It is not known before
+    which one that is: most are left where it is the first. ``trainer.guard`` leaves no more: what it goes back to is
+    among the last ones (of a run that is stopped again and again between two checkpoints, until the next one, it is
+    not).
 
     Args:
         steps: It has.
         every: Steps between checkpoints; the last step has one, too. 0: that alone.
-        keep: At most.
+        judged: Steps between evaluations; the last step has one, too. 0: none.
+        keep: Of the last ones, at most.
+
+    Example:
+        >>> checkpoints_left(100, 10), checkpoints_left(100, 10, judged=50), checkpoints_left(100, 0, judged=50)
+        (2, 3, 2)
     """
-    return min(keep, math.ceil(steps / every) if every else 1)
+    planned = {*range(every, steps, every), steps} if every else {steps}
+    if judged and sum(step > judged for step in planned) >= keep:
+        return keep + 1
+    return min(keep, len(planned | {*range(judged, steps, judged)} if judged else planned))

@@ -253,6 +253,11 @@ class Trainer(Spec):
         check_context(self.parallel, compiles=self.compile)
         return self
 
+    @property
+    def judged_every(self) -> int:
+        """Steps between evaluations; 0 where nothing is judged."""
+        return self.validation.every if self.validation else 0
+
     def pieces(self, batch_size: int) -> int:
         """Micro-batches that a batch of so many samples comes in."""
         return math.ceil(batch_size / self.micro_batch) if self.micro_batch else 1

@@ -21,7 +21,9 @@ from plait.objectives.language import NextToken
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, Path]) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_folders, steps=4)
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), tiny_folders, steps=4)
+    path.write_text(path.read_text().replace("\n  tune:", "\n  tune-2:\n    kind: tune", 1))  # names may have a dash
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +48,23 @@ SMALL = ("stages.pretrain=null", "stages.align=null")
 def test_a_sound_recipe_passes_alone_and_in_two_processes(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, result = asked(capsys, str(recipe), *SMALL, "--stage", "tune", "--processes", "2", "--keep", "kept")
+    (tmp_path / "kept").mkdir()
+    code, result = asked(capsys, str(recipe), *SMALL, "--stage", "tune-2", "--processes", "2", "--keep", "kept")
     found = by_name(result)
     assert code == 0, json.dumps(result["checks"], indent=1)
     assert result["ok"]
-    assert {"tune: words", "tune: connector", "tune: decoder", "tune: 2 processes"} <= {group for group, _ in found}
+    assert {"tune-2: words", "tune-2: connector", "tune-2: decoder", "tune-2: 2 processes"} <= {
+        group for group, _ in found
+    }
     for phase in ("words", "connector", "decoder"):
-        assert max(found["tune: 2 processes", phase]["facts"]["parts"].values()) < 1e-13  # float64
-        assert found[f"tune: {phase}", "split 4 x 1" if phase != "words" else "split 4 + 4"]["status"] == "ok"
-    rates = found["tune: decoder", "learning rates"]["value"]
+        assert max(found["tune-2: 2 processes", phase]["facts"]["parts"].values()) < 1e-13  # float64
+        assert found[f"tune-2: {phase}", "split 4 x 1" if phase != "words" else "split 4 + 4"]["status"] == "ok"
+    rates = found["tune-2: decoder", "learning rates"]["value"]
     assert "connectors.image 0.001" in rates  # adapt.lr_connector
-    assert found["tune: decoder", "packed in long rows"]["status"] == "ok"
-    mask = found["tune: decoder", "label mask"]
+    assert found["tune-2: decoder", "packed in long rows"]["status"] == "ok"
+    mask = found["tune-2: decoder", "label mask"]
     assert mask["facts"]["samples"] > 40
-    kinds = found["tune: decoder", "trained tokens"]["facts"]
+    kinds = found["tune-2: decoder", "trained tokens"]["facts"]
     assert kinds["yesno"]["tokens"] < 5 * kinds["yesno"]["samples"]  # "yes", "no" in bytes, and the end
     assert {path.name for path in tmp_path.iterdir()} <= {"home", "kept"}  # the rehearsal is gone
     assert (tmp_path / "kept" / "recipe.yaml").is_file()
@@ -92,13 +97,13 @@ def test_faults_in_objective_and_mask_fail_and_are_named(
     code, result = asked(capsys, str(recipe), *SMALL, "--processes", "1")
     found = by_name(result)
     assert code == 6
-    split = found["tune: decoder", "split 2 + 2"]
+    split = found["tune-2: decoder", "split 2 + 2"]
     assert split["status"] == "fail"
     assert "counts differ: next_token 1, here 2" in split["value"]
-    mask = found["tune: decoder", "label mask"]
+    mask = found["tune-2: decoder", "label mask"]
     assert mask["status"] == "fail"
     assert "what is trained is not the answer" in mask["value"]
-    assert found["tune: words", "split 4 + 4"]["status"] == "ok"
+    assert found["tune-2: words", "split 4 + 4"]["status"] == "ok"
 
 
 def test_pretrain_and_align_pass_in_lines_for_a_person(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +115,18 @@ def test_pretrain_and_align_pass_in_lines_for_a_person(recipe: Path, capsys: pyt
     assert "split 2 + 1" in said
     assert "«gray tree<|im_end|>»" in said or "<|im_end|>»" in said
     assert " 0 failed, in " in said
+
+
+def test_a_folder_to_keep_that_is_not_empty_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("there")
+    assert main(["doctor", "gradients", "quickstart-ci", "--keep", "kept"]) == 2
+    told = capsys.readouterr()
+    assert "the target is there and not empty" in told.err
+    assert not told.out  # nothing was begun
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

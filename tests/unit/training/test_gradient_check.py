@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.tiny_run import CPU, VOCABULARY, Counted, rows
 from torch import Tensor, nn
 
 from plait.core.device import Compute
-from plait.core.tensors import Batch
+from plait.core.tensors import Batch, Patches
 from plait.training.finding import Finding
 from plait.training.gradient_check import check_gradients
 from plait.training.held import compare, held, part_of
@@ -125,8 +126,9 @@ class Broken(nn.Module):
 
 def findings(model: nn.Module, objective: Any = None, **changes: Any) -> dict[str, Finding]:
     given = {"dtype": changes.pop("dtype", "auto"), "rate": changes.pop("rate", None)}
+    batches = changes.pop("batches", None) or Rows()
     settings = Settings(steps=3, **({"compute": CPU, "rates": Rates(lr=0.05)} | changes))
-    found = check_gradients(model, objective or Counted(), Rows(), settings=settings, **given)
+    found = check_gradients(model, objective or Counted(), batches, settings=settings, **given)
     return {finding.name: finding for finding in found}
 
 
@@ -206,6 +208,52 @@ def test_a_part_that_nothing_reaches_fails_and_is_named() -> None:
     found = findings(Beside())
     assert found["what learns"].status == "fail"
     assert "no gradient reaches unused" in found["what learns"].value
+
+
+class Sounding(Model):
+    """A connector of pictures is part of the loss; that of sounds is, where ``heard``."""
+
+    def __init__(self, *, heard: bool) -> None:
+        super().__init__()
+        self.heard = heard
+        self.connectors = nn.ModuleDict({name: nn.Linear(1, 8, bias=False) for name in ("image", "audio")})
+
+    def forward(self, hot: Tensor) -> Tensor:
+        seen = self.connectors["image"].weight.mT
+        return self.last(self.first(hot.to(seen.dtype)) + seen + (self.connectors["audio"].weight.mT * self.heard))
+
+
+class Media(Rows):
+    """The same rows, each with a medium of these modalities."""
+
+    def __init__(self, *modalities: Any) -> None:
+        self.modalities = modalities
+
+    def step_batches(self, step: int) -> list[Batch]:
+        media = Patches(values=torch.ones(6, 1), grid=torch.ones(6, 3, dtype=torch.long))
+        (batch,) = super().step_batches(step)
+        return [
+            replace(
+                batch,
+                media=dict.fromkeys(self.modalities, media),
+                item_row=dict.fromkeys(self.modalities, torch.arange(6)),
+            )
+        ]
+
+
+@pytest.mark.parametrize(
+    ("heard", "modalities", "status", "says"),
+    [
+        (False, ("image",), "warn", "not looked at: connectors.audio, since none of these 6 samples has audio"),
+        (False, ("image", "audio"), "fail", "no gradient reaches connectors.audio"),
+        (True, ("image", "audio"), "ok", "6 tensors, each with a finite gradient"),
+    ],
+)
+def test_a_part_that_these_samples_do_not_use_is_no_fault(heard: bool, modalities: Any, status: str, says: str) -> None:
+    found = findings(Sounding(heard=heard), batches=Media(*modalities))
+    assert found["what learns"].status == status
+    assert says in found["what learns"].value
+    assert {f.status for name, f in found.items() if name != "what learns"} == {"ok"}
 
 
 def test_what_begins_at_zero_is_woken_and_put_back() -> None:

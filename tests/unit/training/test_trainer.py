@@ -117,6 +117,16 @@ def test_plan_counts_the_optimizers_bytes(load):
         assert eight.disk_bytes < plain.disk_bytes
 
 
+@pytest.mark.row("S4-58")
+def test_plan_counts_the_best_checkpoint_beside_the_last_ones(load):
+    machine = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**36, gemm_fp32=3e11, gemm_bf16=1e12, measured=True)
+    for stage, kept in (("pretrain", 3 / 2), ("tune", 3 / 2), ("align", 2)):  # align saves its last step alone
+        judged = (f"stages.{stage}.trainer.validation.every=1", "data.source.validation=40")
+        plain, best = (load(*given).spec.stages[stage].estimate(machine, {}) for given in (judged[1:], judged))
+        assert best.spare_bytes == plain.spare_bytes
+        assert best.disk_bytes == pytest.approx(kept * plain.disk_bytes, rel=0.1)
+
+
 def test_null_never_clips(load):
     assert trainer(load("stages.tune.trainer.clip_norm=null"), "tune").clip_norm is None
 

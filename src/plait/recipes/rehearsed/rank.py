@@ -21,7 +21,7 @@ from plait.core.errors import PlaitError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.recipes.recipe import load_recipe
-from plait.recipes.rehearse import read_reference
+from plait.recipes.rehearse import read_reference, reference_folder
 from plait.recipes.run import stages
 from plait.training.held import compare, held
 from plait.training.parallel.twin import lay_out
@@ -71,12 +71,12 @@ def main(run: Path, name: str, out: Path, *, threads: int) -> None:
     named = {at: (stage, folder) for at, stage, folder in stages(recipe, run)}
     stage, folder = named[name]
     before = [at for _, at in named.values() if at.name < folder.name]
-    kept = sorted(at for at in (run / "reference").iterdir() if at.name.partition("-")[0] == name or at.name == name)
+    kept = list(reference_folder(run, name, "").parent.iterdir())
     found: dict[str, Any] = {}
 
     def instead(asked: Asked) -> FitResult:
         phase = "" if asked.folder == own else asked.folder.name
-        reference = run / "reference" / (f"{name}-{phase}" if phase else name)
+        reference = reference_folder(run, name, phase)
         state = TrainState(asked.model, asked.objective).tensors()
         _take(state, load_file(reference / "before.safetensors"))
         if (reference / "reference.json").is_file():

@@ -82,7 +82,7 @@ def estimate(spec: Align, machine: Machine, before: Mapping[str, Estimate], *, p
         image_tokens=int(tokens * _FILLED * slots / answer),
         flops=flops,
         **peak_of({"training": memory}),
-        disk_bytes=one * peak.checkpoints_left(spec.steps, spec.save_every),
+        disk_bytes=one * peak.checkpoints_left(spec.steps, spec.save_every, judged=spec.trainer.judged_every),
         spare_bytes=one,
         seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
         notes=(

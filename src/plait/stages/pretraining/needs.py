@@ -151,7 +151,7 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
 
 def _left(spec: Pretrain, train: int) -> int:
     """Checkpoints that stay."""
-    return checkpoints_left(spec.steps_for(max(train, 1)), spec.save_every)
+    return checkpoints_left(spec.steps_for(max(train, 1)), spec.save_every, judged=spec.trainer.judged_every)
 
 
 def _encoding(spec: Pretrain, machine: Machine, *, image: bool) -> dict[str, int]:

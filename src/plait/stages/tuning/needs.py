@@ -215,16 +215,20 @@ def _disk(spec: Tune, parts: _Parts) -> tuple[int, int]:
     own = 4 * parts.connectors + words + _TOKENIZER_FILES * parts.shape.vocab // _VOCABULARY
     state = spec.trainer.state_bytes()
     early = own + (parts.shape.params * (4 if drawn else 2) if whole else 0)
-    phases = {"words": (spec.words.steps, 0), "connector": (spec.frozen.steps, spec.save_every)}
+    judged = spec.trainer.judged_every
+    phases = {"words": (spec.words.steps, 0, 0), "connector": (spec.frozen.steps, spec.save_every, judged)}
     if not words:
         del phases["words"]
     sizes = [
-        (checkpoint_bytes(weights=early, trainable=parts.connectors, state=state), checkpoints_left(steps, every))
-        for steps, every in phases.values()
+        (
+            checkpoint_bytes(weights=early, trainable=parts.connectors, state=state),
+            checkpoints_left(steps, every, judged=looks),
+        )
+        for steps, every, looks in phases.values()
         if steps
     ]
     last = checkpoint_bytes(weights=own + 4 * parts.adapter, trainable=parts.adapter + parts.learn, state=state)
-    sizes.append((last, checkpoints_left(spec.adapt.steps, spec.save_every)))
+    sizes.append((last, checkpoints_left(spec.adapt.steps, spec.save_every, judged=judged)))
     return sum(size * left for size, left in sizes), max(size for size, _ in sizes)
 
 
