@@ -158,6 +158,10 @@ class Curve:
         return Curve(steps=self.steps, values=array("d", (math.fsum(part) / len(part) for part in parts)))
 
 
+_BESIDE = {"evaluation_training": "evaluation"}
+"""Curves that say something only beside another one: the gap of both."""
+
+
 @dataclass(slots=True)
 class Metrics:
     """What a stage measured while it worked.
@@ -177,12 +181,16 @@ class Metrics:
         found: dict[str, list[str]] = {}
         for name in self.curves:
             head = _SHARES if name == "padding" or name.endswith("_tokens") else name.partition("/")[0]
+            head = _BESIDE.get(head, head)
             if head not in _BOOKKEEPING and head not in _MARKED:
                 found.setdefault(head, []).append(name)
         if not any(any(self.curves[name].values) for name in found.get(_SHARES, ())):
             found.pop(_SHARES, None)  # rows of one position each
         # One part alone is the whole again.
-        found = {head: [head] if head in names and len(names) == 2 else names for head, names in found.items()}
+        for head, names in found.items():
+            parts = [name for name in names if name.startswith(f"{head}/")]
+            if head in names and len(parts) == 1:
+                names.remove(parts[0])
         order = list(_LOOKS)
         return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 

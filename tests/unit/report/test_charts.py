@@ -77,6 +77,8 @@ def test_figures_stand_in_one_order_and_shares_of_positions_share_one() -> None:
         *("loss", "evaluation", "grad_norm", "lr", "tokens_per_s", "data_wait", "memory_bytes", "mfu", "positions")
     ]
     assert found["positions"] == ["padding", "image_tokens", "audio_tokens"]
+    judged = metrics_of(**{"evaluation": [1.0], "evaluation/text": [1.0], "evaluation_training": [0.5]}).groups()
+    assert judged == {"evaluation": ["evaluation", "evaluation_training"]}  # the gap is seen in one figure
     assert "positions" not in metrics_of(loss=[1.0], padding=[0.0]).groups()  # rows of one position have none
 
 
