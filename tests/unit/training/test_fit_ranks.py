@@ -83,8 +83,8 @@ def test_memory_that_runs_out_in_one_process_makes_all_take_smaller_pieces(case:
     found = case("guarded")
     (first, told, far), (second, also, _) = found["memory, ZeRO-0"]
     assert first == second
-    assert told == [told[0]]
-    assert told[0].startswith("step 3: memory ran out (in another process); done again")
+    assert len(told) == len(also) == 2  # three rows: in halves, then one by one
+    assert all(text.startswith("step 3: memory ran out (in another process); done again") for text in told)
     assert also[0].startswith("step 3: memory ran out (CUDA out of memory.)")
     assert far <= BOUNDS["float64"]
     # Where passes wait for each other, nobody can do one again: it ends with what to do.
