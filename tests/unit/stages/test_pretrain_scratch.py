@@ -330,7 +330,9 @@ def test_the_estimate_counts_one_micro_batch() -> None:
     assert whole.memory["activations"] - parts.memory["activations"] > 480 * kept
     assert whole.flops < parts.flops < (1 + 1 / 3) * whole.flops
     frozen = {"image_tower": "efficientnet-lite0"}
-    assert estimate(32, **frozen).memory["activations"] < 0.6 * estimate(0, **frozen).memory["activations"]
+    # Its highest moment is before the first step, where the frozen tower runs; heads alone come in parts.
+    heads = 4 * (512 - 32) * 3 * 512  # what they make of the other rows, in the space that is shared
+    assert estimate(0, **frozen).moments["training"] - estimate(32, **frozen).moments["training"] > heads
 
 
 def test_a_stage_that_takes_its_batches_whole_refuses_pieces() -> None:
