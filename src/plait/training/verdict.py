@@ -82,7 +82,7 @@ class Judge:
             self._watch.took(sums.loss, norm)
             progress.watched = self._watch.plain()
             progress.spikes_in_row = 0
-        elif not self._spiked(spike, sums, micro):
+        elif not self._spiked(spike, sums, micro, norm=norm):
             return False
         progress.skipped_in_row = 0
         progress.broken.clear()
@@ -133,7 +133,7 @@ class Judge:
         if self._guard.not_finite == "stop":
             self.ends = f"{said} {where}".strip()
 
-    def _spiked(self, spike: Spike, sums: Sums, micro: Sequence[Batch]) -> bool:
+    def _spiked(self, spike: Spike, sums: Sums, micro: Sequence[Batch], *, norm: float) -> bool:
         """Count and name a spike; whether its update is made all the same."""
         progress, action = self._progress, self._guard.spike
         progress.spikes += 1
@@ -161,14 +161,14 @@ class Judge:
             said,
             culprits[:3] if parts else culprits,
             loss=sums.loss,
-            norm=spike.value if spike.name == "grad_norm" else None,
+            norm=norm,
         )
         if action == "stop":
             self.ends = said
         self._goes_back = action == "rewind"
         return False
 
-    def _leave_out(self, said: str, culprits: Sequence[str], *, loss: float, norm: float | None) -> None:
+    def _leave_out(self, said: str, culprits: Sequence[str], *, loss: float, norm: float) -> None:
         progress = self._progress
         progress.skipped += 1
         progress.skipped_in_row += 1
