@@ -73,6 +73,16 @@ def test_what_works_is_sent_and_said_t17(run: Path) -> None:
     assert came[:-1] == [f"tune/{phase} {step}" for phase in ("decoder", "words") for step in range(1, 6)]
 
 
+def test_a_damaged_line_is_said_with_its_place_and_the_others_are_sent_t17(run: Path) -> None:
+    metrics = next(run.glob("*/decoder/metrics.jsonl"))
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:2], '{"step": 3, "lo\n', *lines[3:]]))
+    (warned, said), _ = work(run, beside(run, "pass"), patience_s=30.0)
+    place = f"{metrics.relative_to(run)}:3"
+    assert (warned.kind, warned.text) == ("warning", f"scripted: 1 damaged line was not sent: {place}")
+    assert said.text == "scripted: 9 records sent"
+
+
 @pytest.mark.parametrize(
     ("fault", "why", "sent"),
     [

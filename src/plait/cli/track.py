@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from plait.cli.output import Out
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
         named = {args.to: named.get(args.to) or READS.validate_python({"kind": args.to})}
     if not named:
         raise UsageError(f"the recipe of {run.name} names no tracker", remedy="say which one: --to tensorboard")
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | list[str]]] = {}
     for name, tracker in named.items():
         tracker.check(place="--to" if args.to else "trackers")
         follower = Follower(run, name, tracker.open, purges=tracker.purges, queues=tracker.queues)
@@ -54,7 +55,12 @@ def main(args: argparse.Namespace, out: Out) -> int:
                 place=f"{came.sent:,} of {came.total:,} records were sent",
                 remedy=f"see that it answers, then `plait track {run.name}` goes on",
             ) from error
-        out.line(f"{name}: {count:,} records sent, {(in_all := account(run, name).sent):,} in all")
-        found[name] = {"sent": count, "in_all": in_all}
+        came = account(run, name)
+        out.line(f"{name}: {count:,} records sent, {came.sent:,} in all{_damaged(came.damaged)}")
+        found[name] = {"sent": count, "in_all": came.sent, "damaged": list(came.damaged)}
     out.result({"run": str(run), "trackers": found})
     return 0
+
+
+def _damaged(lines: Sequence[str]) -> str:
+    return f"; {len(lines):,} lines cannot be read: {', '.join(lines[:3])}" if lines else ""

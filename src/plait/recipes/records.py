@@ -118,11 +118,7 @@ class Records:
         new. The last one sent is due again where values were added to it. What was handed out is taken as sent once
         the next item is asked for.
         """
-        for path in sorted([*self._run.glob(f"*/{_METRICS}"), *self._run.glob(f"*/*/{_METRICS}")]):
-            top, *inside = path.relative_to(self._run).parts[:-1]
-            if not (match := _STAGE.fullmatch(top)):
-                continue
-            stage = "/".join([match[1], *inside])
+        for stage, path in _files(self._run):
             try:
                 lines, place = _tail(path, self._places.get(path, _Place()))
             except FileNotFoundError:  # a stage that starts over
@@ -135,18 +131,29 @@ class Records:
         upto = sent.upto.get(stage, 0)
         had, names = sent.had.get(stage, (0, []))
         found: list[Record] = []
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                record = json.loads(line.decode("utf-8", "replace"))
-                step = int(record.pop("step"))
-                if step > upto:
-                    found.append((step, _numbers(record)))
-                elif step == upto == had:
-                    values = _numbers(record)
-                    added = {name: value for name, value in values.items() if name not in names}
-                    if added:
-                        found.append((step, values if self._whole else added))
+        for step, values in filter(None, map(_record, lines)):
+            if step > upto:
+                found.append((step, values))
+            elif step == upto == had:
+                added = {name: value for name, value in values.items() if name not in names}
+                if added:
+                    found.append((step, values if self._whole else added))
         return found
+
+
+def _record(line: bytes) -> Record | None:
+    """A line of a stage's metrics; None if it is damaged, see :func:`damaged`."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads(line.decode("utf-8", "replace"))
+        return int(record.pop("step")), _numbers(record)
+    return None
+
+
+def _files(run: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted([*run.glob(f"*/{_METRICS}"), *run.glob(f"*/*/{_METRICS}")]):
+        top, *inside = path.relative_to(run).parts[:-1]
+        if match := _STAGE.fullmatch(top):
+            yield "/".join([match[1], *inside]), path
 
 
 def _tail(path: Path, place: _Place) -> tuple[list[bytes], _Place]:
@@ -172,6 +179,16 @@ def _tail(path: Path, place: _Place) -> tuple[list[bytes], _Place]:
 def waiting(run: Path, sent: Sent) -> Iterator[tuple[str, list[Record]]]:
     """What a tracker was not sent, read from the beginning."""
     return Records(run).waiting(sent)
+
+
+def damaged(run: Path) -> list[str]:
+    """Where a line of metrics cannot be read, so that no tracker gets it: ``file:line``."""
+    found: list[str] = []
+    for _, path in _files(run):
+        with contextlib.suppress(FileNotFoundError):  # a stage that starts over
+            lines, _ = _tail(path, _Place())
+            found += [f"{path.relative_to(run)}:{at}" for at, line in enumerate(lines, 1) if _record(line) is None]
+    return found
 
 
 def missing_scores(run: Path, sent: Sent) -> Iterator[tuple[str, Path]]:

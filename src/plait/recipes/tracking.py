@@ -15,7 +15,7 @@ from typing import IO
 
 from plait.core.errors import PlaitError
 from plait.core.events import Events
-from plait.recipes.records import FOLDER, Sent, missing_scores, sent_file, waiting
+from plait.recipes.records import FOLDER, Sent, damaged, missing_scores, sent_file, waiting
 
 PATIENCE_S = 20.0
 """How long a run that is done waits for its trackers; one that was told to stop waits a quarter of it."""
@@ -110,6 +110,7 @@ class Account:
         sent: Those that it surely has.
         missing: Those that it was not given.
         scores: Stages whose scores it may not have.
+        damaged: Lines that cannot be read, which nobody can send, as ``file:line``.
         finished: Whether it was closed.
         error: What went wrong last.
     """
@@ -118,6 +119,7 @@ class Account:
     sent: int
     missing: int
     scores: tuple[str, ...]
+    damaged: tuple[str, ...]
     finished: bool
     error: str
 
@@ -150,6 +152,7 @@ def account(run: Path, name: str) -> Account:
         sent=total - count(sure),
         missing=count(sent),
         scores=tuple(stage for stage, _ in missing_scores(run, sure)),
+        damaged=tuple(damaged(run)),
         finished=sent.finished,
         error=sent.error,
     )
@@ -157,6 +160,13 @@ def account(run: Path, name: str) -> Account:
 
 def _tell(run: Path, name: str, events: Events) -> None:
     found = account(run, name)
+    if lines := len(found.damaged):
+        are = "damaged line was" if lines == 1 else "damaged lines were"
+        events.warning(
+            f"{name}: {lines:,} {are} not sent: {', '.join(found.damaged[:3])}",
+            tracker=name,
+            damaged=lines,
+        )
     if not (fault := found.fault()):
         events.note(f"{name}: {found.sent:,} records sent", tracker=name, sent=found.sent)
         return

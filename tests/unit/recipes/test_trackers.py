@@ -125,7 +125,8 @@ def test_track_sends_what_was_not_sent_and_says_how_much(tmp_path: Path, capsys:
     pytest.importorskip("tensorboard")
     run = make_run(tmp_path)
     assert main(["track", str(run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["trackers"] == {"tensorboard": {"sent": 10, "in_all": 10}}
+    sent = {"sent": 10, "in_all": 10, "damaged": []}
+    assert json.loads(capsys.readouterr().out)["trackers"] == {"tensorboard": sent}
     (run / "recipe.yaml").write_text("name: tiny\n")
     assert main(["track", str(run)]) == 2
     assert "--to tensorboard" in capsys.readouterr().err
