@@ -18,6 +18,7 @@ from plait.core.spec import Derived, Resolved, Spec, load, resolve
 from plait.core.yamltext import Keys, Node, Source, read_file, read_override
 from plait.recipes.recipe import Recipe, find_recipe, load_recipe, rooted, shipped
 from plait.stages.align import Align
+from plait.stages.data import EmojiSource
 from plait.stages.pretrain import Pretrain
 from plait.stages.stage import Stage
 from plait.stages.tune import Tune
@@ -359,6 +360,11 @@ def _check_measure(key: str, tried: Sequence[Recipe], stage: str, *, field: str)
             )
 
 
+def _held_out(recipe: Recipe, stage: str, field: str) -> float:
+    source = recipe.data.source
+    return float(source.held_out) if isinstance(source, EmojiSource) else source.test_fraction
+
+
 def _samples(recipe: Recipe, stage: str, field: str) -> int:
     part = recipe.stages[stage]
     judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) else None
@@ -376,6 +382,16 @@ _MEASURES: tuple[tuple[str, Callable[[Recipe, str, str], float], str], ...] = (
         "data.source.validation",
         lambda recipe, stage, field: recipe.data.source.validation,
         "another split would judge, and less be left to train on",
+    ),
+    (
+        "what is held out to test with",
+        _held_out,
+        "another split would judge, and more or less be left to train on",
+    ),
+    (
+        "data.seed",
+        lambda recipe, stage, field: recipe.data.seed,
+        "another split would judge (a stage has a seed of its own: stages.{stage}.seed)",
     ),
     (
         "stages.{stage}.trainer.validation.samples",

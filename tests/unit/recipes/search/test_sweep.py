@@ -71,7 +71,11 @@ def test_what_is_before_the_first_searched_setting_is_shared(tmp_path: Path) -> 
         "decoder",
         "evaluation",
     )
-    whole = check(load_sweep(write(tmp_path), ["seed=3", "search={seed: [1, 2]}", "metric=tune.connector.loss"]))
+    whole = check(
+        load_sweep(
+            write(tmp_path), ["seed=3", "search={data.questions.canvases: [100, 200]}", "metric=tune.connector.loss"]
+        )
+    )
     assert (whole.shared, whole.phase) == ((), "connector")
 
 
@@ -129,13 +133,14 @@ def test_a_stage_that_reads_test_splits_before_the_one_that_is_judged_is_refused
         (["data.source.validation=[50, 100]"], "data.source.validation: another split"),
         (["data.source.validation={low: 50, high: 100}"], "data.source.validation: another split"),
         (["data.source=[{validation: 50}, {validation: 100}]"], "data.source.validation: another split"),
+        (["data.source.held_out=[200, 300]"], "what is held out to test with: another split"),
+        (["search={seed: [0, 1]}"], "search.seed changes data.seed: another split"),
         (["stages.pretrain.trainer.validation.samples=[64, 128]"], "trainer.validation.samples: other samples"),
         (["stages.pretrain.trainer.validation=[{samples: 64}, {samples: 32}]"], "trainer.validation.samples: other"),
         (["stages.pretrain.batch_size=[64, 128]", "metric=pretrain.loss"], "pretrain.batch_size: a contrastive loss"),
         (["stages.pretrain.batch_size=[64, 128]"], ""),
         (["stages.tune.batch_size=[4, 8]", "metric=tune.loss"], ""),
         (["stages.pretrain.trainer.validation.every=[5, 10]"], ""),
-        (["data.source.held_out=[200, 300]"], ""),
     ],
 )
 def test_what_trials_are_measured_by_is_not_searched(words: list[str], said: str) -> None:
