@@ -43,19 +43,17 @@ quickstart: install fetch
 	$(if $(CI),@echo "quickstart-ci goes the whole way on few pictures and steps: that it learns too little to pass gates is no fault")
 
 test: install-dev fetch
-	@$(call pytest_twice,$(UNIT))
+	@$(call pytest_all,$(UNIT))
 
 test-full: install-dev fetch
-	@$(call pytest_twice,not gpu)
+	@$(call pytest_all,not gpu)
 
 matrix: install-dev
 	$(BIN)/python -m tests.matrix
 
-# Light tests share the cores, the others have them alone. Both parts always run; the worse result counts.
-define pytest_twice
-light=0; $(PYTEST) -n 2 -m "light and $(1)" || light=$$?; \
-	rest=0; $(PYTEST) -m "not light and $(1)" || rest=$$?; \
-	exit $$(( light > rest ? light : rest ))
+# Two workers with a thread each: most tests keep one core busy. A file's tests stay in one of them, and so do its fixtures.
+define pytest_all
+OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "$(1)"
 endef
 
 lint: install-dev
