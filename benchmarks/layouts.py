@@ -4,7 +4,8 @@ Five steps of a small vision-language model (LoRA and a connector, or all of it)
 tower learns, over gloo. The distance is that of a weight from the one process's, as a share of how far it moved, of
 the weight where it is largest. Gradients are the same sums in another order: float64 ends 1e-14 apart, float32 1e-6.
 
-Run: ``python benchmarks/layouts.py [--keep]``, five minutes on two cores; writes ``benchmarks/results/layouts.json``.
+Run: ``python benchmarks/layouts.py [--keep] [--only NAME]``, five minutes on two cores; writes
+``benchmarks/results/layouts.json``.
 Tests hold the bounds for some of them.
 """
 
@@ -33,7 +34,7 @@ from plait import __version__
 from plait.core import mesh
 from plait.core.device import Compute, cpu_name
 from plait.core.events import Event, Events
-from plait.core.files import write_json
+from plait.core.files import read_json, write_json
 from plait.core.protocols import Batches, Objective
 from plait.core.tensors import Batch, Patches
 from plait.data.conversations import ConversationBatches
@@ -73,6 +74,7 @@ class Way:
         packed: Whether conversations share rows.
         more: Further settings of the loop.
         mixture: Experts of the decoder.
+        worlds: Numbers of processes that are tried, where they can divide the work so.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Way:
     packed: bool = True
     more: Mapping[str, Any] = field(default_factory=dict[str, Any])
     mixture: Mixture | None = None
+    worlds: Sequence[int] = (2, 4)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -176,22 +179,7 @@ def ways() -> list[Way]:
         Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, kv_heads=4, whole=True),
         Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}, kv_heads=4),
     ]
-    for stages in (2, 4):
-        name, grid = f"pipeline {stages}", {"pipeline": stages}
-        found += [Way(name=name, grid=grid), Way(name=f"{name}, all learns", grid=grid, whole=True)]
-        found += [Way(name=f"{name}, GPipe", grid=grid | {"schedule": "gpipe"}, whole=True)]
-    found += [
-        Way(
-            name="pipeline 2, average, all recomputed",
-            grid={"pipeline": 2},
-            whole=True,
-            more={"average": Average(decay=0.5), "recompute": "full"},
-        ),
-        *(
-            Way(name=f"pipeline 2, {dtype} SGD", grid={"pipeline": 2}, dtype=dtype, optimizer=SGD(momentum=0.9))
-            for dtype in ("float32", "bfloat16")
-        ),
-    ]
+    found += pipelines()
     some, tight = Mixture(experts=8, balance=0.1), Mixture(experts=8, balance=0.1, capacity=0.75)
     found += [
         Way(name="DDP, experts, all learns", mixture=tight, whole=True),
@@ -215,6 +203,43 @@ def ways() -> list[Way]:
     ]
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]
+    return found
+
+
+def pipelines() -> list[Way]:
+    """Stages alone, with ZeRO-1 and with tensor."""
+    found: list[Way] = []
+    for stages in (2, 4):
+        name, grid = f"pipeline {stages}", {"pipeline": stages}
+        found += [Way(name=name, grid=grid), Way(name=f"{name}, all learns", grid=grid, whole=True)]
+        found += [Way(name=f"{name}, GPipe", grid=grid | {"schedule": "gpipe"}, whole=True)]
+    found += [
+        Way(
+            name="pipeline 2, average, all recomputed",
+            grid={"pipeline": 2},
+            whole=True,
+            more={"average": Average(decay=0.5), "recompute": "full"},
+        ),
+        *(
+            Way(name=f"pipeline 2, {dtype} SGD", grid={"pipeline": 2}, dtype=dtype, optimizer=SGD(momentum=0.9))
+            for dtype in ("float32", "bfloat16")
+        ),
+    ]
+    both: dict[str, Any] = {"tensor": 2, "pipeline": 2}
+    found += [
+        Way(name="pipeline 2, ZeRO-1", zero=1, grid={"pipeline": 2}),
+        Way(name="pipeline 2, ZeRO-1, all learns", zero=1, grid={"pipeline": 2}, whole=True),
+        Way(name="tensor 2, pipeline 2", grid=both, kv_heads=4, worlds=(4, 8)),
+        Way(name="tensor 2, pipeline 2, all learns", grid=both, kv_heads=4, whole=True, worlds=(4, 8)),
+        Way(name="tensor 2, pipeline 2, ZeRO-1, all learns", zero=1, grid=both, kv_heads=4, whole=True, worlds=(8,)),
+        Way(
+            name="tensor 2, pipeline 2, GPipe, clipped, all recomputed",
+            grid=both | {"schedule": "gpipe"},
+            kv_heads=4,
+            whole=True,
+            more={"clip_norm": 1e-2, "recompute": "full", "average": Average(decay=0.5)},
+        ),
+    ]
     return found
 
 
@@ -347,7 +372,7 @@ def compared(way: Way, folder: Path, *, world: int, pieces: int) -> list[Any]:
 def measure(folder: Path, chosen: Sequence[Way] = ()) -> Iterator[dict[str, Any]]:
     """A record for each way (all of them by default), number of processes and micro-batches."""
     for way in chosen or ways():
-        for world in filter(way.fits, (2, 4)):
+        for world in filter(way.fits, way.worlds):
             for pieces in (1, 2):
                 found = compared(way, folder / f"{way.name} {world} {pieces}", world=world, pieces=pieces)
                 wrong = [one for one in found if not isinstance(one, float)]
@@ -362,11 +387,11 @@ def measure(folder: Path, chosen: Sequence[Way] = ()) -> Iterator[dict[str, Any]
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a line each way, largest distances for 2 and 4 processes."""
-    lines = ["| way | format | 2 processes | 4 processes |", "|---|---|---|---|"]
+    """Markdown: a line each way, largest distances for 2, 4 and 8 processes."""
+    lines = ["| way | format | 2 processes | 4 processes | 8 processes |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(record["way"] for record in records):
         mine = [record for record in records if record["way"] == name]
-        worst = {n: max((r["apart"] for r in mine if r["processes"] == n), default=None) for n in (2, 4)}
+        worst = {n: max((r["apart"] for r in mine if r["processes"] == n), default=None) for n in (2, 4, 8)}
         said = ["" if number is None else f"{number:.1e}" for number in worst.values()]
         lines.append(f"| {name} | {mine[0]['format']} | {' | '.join(said)} |")
     return "\n".join(lines)
@@ -375,15 +400,20 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="How far several processes end from one that trains alone.")
     parser.add_argument("--keep", action="store_true", help="write the figures")
+    parser.add_argument("--only", default="", help="ways whose names begin so; with --keep in place of their figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         records: list[dict[str, Any]] = []
-        for record in measure(Path(folder)):
+        for record in measure(Path(folder), [way for way in ways() if way.name.startswith(args.only)]):
             print(record, flush=True)
             records.append(record)
     print(table(records))
     if args.keep:
         versions = {"plait": __version__, "torch": torch.__version__}
+        order = {way.name: number for number, way in enumerate(ways())}
+        others = read_json(RESULTS)["rows"] if args.only else []
+        records += [row for row in others if row["way"] in order and not row["way"].startswith(args.only)]
+        records.sort(key=lambda row: order[row["way"]])
         about = {"date": str(datetime.date.today()), "cpu": cpu_name(), **versions, "steps": STEPS}
         write_json(RESULTS, about | {"bounds": dict(BOUNDS), "rows": records})
 

@@ -43,6 +43,7 @@ from benchmarks.sides.measure import loopback
 from plait import __version__
 from plait.core.device import cpu_name, usable_cores
 from plait.core.files import write_json
+from plait.training.parallel.cut import divided
 from plait.training.zero import zero_bytes, zero_traffic
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
@@ -104,8 +105,8 @@ def ways(cores: int) -> list[Way]:
     alone = [Way(threads=threads) for threads in sorted({1, cores})]
     spread = [Way(processes=processes, zero=zero) for processes in (2, 4) for zero in (0, 1, 2, 3)]
     dimensions = ("tensor", "pipeline", "context")
-    divided = [Way(processes=processes, grid={name: processes}) for processes in (2, 4) for name in dimensions]
-    return alone + spread + divided
+    apart = [Way(processes=processes, grid={name: processes}) for processes in (2, 4) for name in dimensions]
+    return [*alone, *spread, *apart, Way(processes=4, grid={"tensor": 2, "pipeline": 2})]
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -192,16 +193,22 @@ def sent_by_formula(rank: Mapping[str, Any], way: Way) -> dict[str, int]:
 
 
 def divided_traffic(way: Way, rank: Mapping[str, Any]) -> int:
-    """Bytes that the process which sends most sends in a step, where one dimension divides the model or its rows.
+    """Bytes that the process which sends most sends in a step, where other dimensions than data divide the work.
 
     Tensor: hidden states are summed twice in a block, forward and backward, and once for the embeddings and once for
     the head. Pipeline: the first stage hands hidden states on, and its copy of the table of words, of which the last
     has another, sends its gradient. Context: keys and values go round the ring, as many heads of them as of queries;
-    gradients are summed as in data parallel.
+    gradients are summed as in data parallel. Tensor and pipeline: those of the stage that has most blocks, with one of
+    table and head, and a part of the table.
     """
     n, passes = way.processes, rank["micro_batches"]
     hidden = 4 * rank["positions"] * rank["width"]
     ring = 2 * (n - 1) / n
+    if {"tensor", "pipeline"} <= way.grid.keys():
+        parts, words = way.grid["tensor"], rank["weights"] - rank["weights_in_blocks"]
+        block = rank["weights_in_blocks"] / rank["layers"]
+        blocks = max(map(len, divided([block] * rank["layers"], way.grid["pipeline"], after=words)))
+        return round(passes * hidden * (2 * (parts - 1) / parts * (4 * blocks + 1) + 1) + 4 * words / parts)
     if "tensor" in way.grid:
         return round(passes * hidden * ring * (4 * rank["layers"] + 2))
     if "pipeline" in way.grid:

@@ -103,7 +103,7 @@ def _check_rates(
     """Every weight that learns is in one group of the optimizer, at the rate that is meant for it."""
     trained = TrainState(model, objective)
     try:
-        optimizer = build_part(settings.optimizer, trained, trained, rates=settings.rates)
+        optimizer = build_part(settings.optimizer, trained.weights, trained, rates=settings.rates)
     except PlaitError as error:
         yield Finding(name="learning rates", status="fail", value=error.cause, fix=error.remedy)
         return

@@ -30,6 +30,7 @@ from plait.training.state import (
     Stored,
     TrainState,
     digest_json,
+    moved_by,
     read_batches,
     read_state,
     read_stored,
@@ -242,7 +243,8 @@ class Keeper:
         """Tensors of a checkpoint, however it holds them."""
         elsewhere = self._layout.elsewhere
         if read_state(checkpoint)["format"] == IN_PIECES:
-            return load_pieces(checkpoint, self.trained.tensors, elsewhere=elsewhere)
+            moved = moved_by(self.trained.optimizer)
+            return load_pieces(checkpoint, self.trained.tensors, moved=moved, elsewhere=elsewhere)
         return read_stored(checkpoint).without(elsewhere)
 
     def _resume_average(self, average: MovingAverage, means: Mapping[str, torch.Tensor], found: Path) -> None:

@@ -143,7 +143,8 @@ class _Run:
         self.layout = lay_out(model, objective, settings.parallel, device=settings.compute.device)
         self.train_state = TrainState(self.layout.model, self.layout.objective)
         self.modes = plain
-        self.optimizer = build_part(settings.optimizer, self.train_state, plain, rates=settings.rates)
+        moved = self.layout.moved(self.train_state.weights)
+        self.optimizer = build_part(settings.optimizer, moved, plain, rates=settings.rates)
         if settings.rates.layer_decay != 1 and not any(group["above"] for group in self.optimizer.param_groups):
             events.note("nothing that trains here lies in a stack of layers: layer_decay has no effect")
         self.average = None
@@ -268,7 +269,7 @@ class _Run:
         found = self._values(sums, norms=norms, factor=factor)
         updated = self._update(kept, sums, norm=norms.total, micro=micro, stop=stop)
         self._note_timeline()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.train_state.zero_grad()
         units = total_units(micro, self.layout.grid, placeholders=self.placeholders, flops=self.hooks.flops)
         self.progress.taken += units.samples if updated else 0
         cost = Cost(
@@ -336,7 +337,7 @@ class _Run:
                 return parts, sums
             except Woken:
                 self._buffers_back(kept)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.train_state.zero_grad()
                 raise
             except Exception as error:
                 if not (isinstance(error, Exhausted) or out_of_memory(error)):
@@ -344,7 +345,7 @@ class _Run:
                 why, passes = first_line(error), isinstance(error, Exhausted)
             # What the error held is free only here.
             self._buffers_back(kept)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.train_state.zero_grad()
             release()
             rng_back()
             self.progress.pieces = smaller(
@@ -378,7 +379,7 @@ class _Run:
         if too_high:  # nothing is wrong with these samples: a smaller scale will do
             self.progress.overflowed += 1
         elif self.judge.update(sums, norm=norm, micro=micro, stop=stop):
-            self.optimizer.step()
+            self.layout.update(self.optimizer)
             if self.average is not None:
                 self.average.update()
                 self.progress.averaged = self.average.updates

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plait.core import collectives, dtensors, mesh
-from plait.core.collectives import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +46,36 @@ def clip(
     *,
     parts: Sequence[str] = (),
     copies: Sequence[Tensor] = (),
-    stages: Group = None,
+    stages: int = 1,
 ) -> Norm:
     """Scale a gradient to a norm if it is longer; returns its norm before.
 
     Where it lies in pieces, all processes call this; total and parts take one message.
 
     Args:
-        grads: Of all weights, by name; those in pieces are so over all processes.
+        grads: Of all weights, by name, or of those of this process's stage; pieces are the same in each data share.
         largest: None never clips; nor is anything scaled by a norm that is not finite.
         parts: Of the model (:func:`parts_of`), the same in all processes; by default those of ``grads``.
         copies: Gradients of weights that another stage counts, too; only scaled here.
-        stages: Processes that hold other weights; None: none do.
+        stages: How many there are, each with weights of its own, in equally many processes.
     """
     parts = parts or parts_of(grads)
     here = [(name, grad) for name, grad in grads.items() if not isinstance(grad, DTensor)]
     norm, squares = _measured(here, parts)
-    if stages is not None:
-        # As wide, and on the CPU, in all: that of a stage that counts nothing is a float32 zero there.
-        both = collectives.all_reduce_sum(torch.cat([norm.cpu().double().reshape(1) ** 2, squares]), stages)
-        norm, squares = both[0].sqrt(), both[1:]
+    whole = mesh.world() // stages  # processes that have, together, all of a weight of this stage
     pieces: dict[int, list[tuple[str, Tensor]]] = {}  # by the number of processes that hold the same one
     for name, grad in grads.items():
         if isinstance(grad, DTensor):  # of a weight with fewer rows than processes some have an empty piece
-            pieces.setdefault(mesh.world() // dtensors.parts(grad), []).append((name, grad.to_local()))
-    if pieces:
-        found = [(_measured(its, parts), copies) for copies, its in sorted(pieces.items())]
-        square = torch.stack([own.double() ** 2 / copies for (own, _), copies in found]).sum()
-        apart = torch.stack([own / copies for (_, own), copies in found]).sum(0)
-        both = collectives.all_reduce_sum(torch.cat([square.reshape(1), apart.to(square.device)]))
-        norm = (both[0] + norm.to(square.device).double() ** 2).sqrt().to(next(iter(pieces.values()))[0][1].dtype)
-        squares = squares + both[1:].cpu()
+            pieces.setdefault(whole // dtensors.parts(grad), []).append((name, grad.to_local()))
+    found = [(_measured(its, parts), same) for same, its in sorted(pieces.items())]
+    if stages > 1:  # what is whole in these processes is not in those of other stages
+        found.append(((norm, squares), whole))
+        norm, squares = torch.zeros(()), torch.zeros_like(squares)
+    if found:
+        # As wide, and on the CPU, in all: that of a stage that counts nothing is a float32 zero there.
+        told = [torch.cat([own.cpu().double().reshape(1) ** 2, apart]) / same for (own, apart), same in found]
+        both = collectives.all_reduce_sum(torch.stack(told).sum(0))
+        norm, squares = (both[0] + norm.cpu().double() ** 2).sqrt(), squares + both[1:]
     if largest is not None and bool(norm.isfinite()):
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         for members in _by_device([*grads.values(), *copies]):

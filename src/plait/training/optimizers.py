@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer as TorchOptimizer
 
 from plait.training.optim import Optimizer, Rates
 from plait.training.state import TrainState
 
 
-def build_part(optimizer: Optimizer, part: TrainState, whole: TrainState, *, rates: Rates) -> TorchOptimizer:
+def build_part(
+    optimizer: Optimizer, part: Mapping[str, nn.Parameter], whole: TrainState, *, rates: Rates
+) -> TorchOptimizer:
     """The optimizer of what this process holds, with the groups and rates that its weights have in the whole model.
 
     Args:
         optimizer: Which.
-        part: What trains here; may be nothing.
+        part: What is moved here, by name; may be nothing.
         whole: What trains in all processes together.
         rates: Of the whole.
 
     Raises:
         ConfigError: A prefix of the rates matches no weight of the whole, or there is none.
     """
-    if part.weights.keys() == whole.weights.keys():
-        return optimizer.build(part.weights, part.roles, rates=rates)
+    if part.keys() == whole.weights.keys():
+        return optimizer.build(part, whole.roles, rates=rates)
     optimizer.groups(whole.weights, whole.roles, rates=rates)  # for what it raises
-    if not part.weights:
+    if not part:
         return torch.optim.SGD([{"params": [], "param_names": [], "peak_lr": 0.0, "above": 0}], lr=0.0)
 
     def here(prefix: str) -> bool:
-        return any(name == prefix or name.startswith(f"{prefix}.") for name in part.weights)
+        return any(name == prefix or name.startswith(f"{prefix}.") for name in part)
 
     own = replace(
         rates,
         parts={prefix: rate for prefix, rate in rates.parts.items() if here(prefix)},
         no_decay=tuple(filter(here, rates.no_decay)),
     )
-    return optimizer.build(part.weights, whole.roles, rates=own)
+    return optimizer.build(part, whole.roles, rates=own)
 
 
 class LionUpdate(TorchOptimizer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ def pieces(
     return tensors | {f"{_AVERAGE}{name}": tensor for name, tensor in average.items()}, scalars
 
 
-def load_pieces(checkpoint: Path, train_state: TrainState, *, elsewhere: frozenset[str] = frozenset()) -> Stored:
+def load_pieces(
+    checkpoint: Path,
+    train_state: TrainState,
+    *,
+    moved: Mapping[str, Tensor] = MappingProxyType({}),
+    elsewhere: frozenset[str] = frozenset(),
+) -> Stored:
     """Read a checkpoint as this process needs it: whole tensors, or pieces as its own weights lie.
 
     Every process calls this.
@@ -37,20 +44,23 @@ def load_pieces(checkpoint: Path, train_state: TrainState, *, elsewhere: frozens
     Args:
         checkpoint: Its folder.
         train_state: What trains in this process.
+        moved: What its optimizer moves, by weight; by default the weights.
         elsewhere: Names of weights of other processes, which are not read.
 
     Raises:
         CheckpointError: A piece is missing or damaged.
     """
     present = train_state.tensors()
+    moved = {**present, **moved}
     into: dict[str, Tensor] = {}
     with mesh.agreed(checkpoint):
         for name, form in forms(checkpoint).items():
             group, _, rest = name.partition("/")
-            weight = rest.rpartition("/")[0] if f"{group}/" == _OPTIMIZER else rest
+            of_state = f"{group}/" == _OPTIMIZER
+            weight = rest.rpartition("/")[0] if of_state else rest
             if weight in elsewhere:
                 continue
-            like = present.get(weight)
+            like = (moved if of_state else present).get(weight)
             if like is not None and like.shape == form.size:
                 into[name] = torch.empty_like(like, dtype=form.properties.dtype)
             else:

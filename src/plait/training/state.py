@@ -165,6 +165,11 @@ class TrainState:
         for module, training in self._modes:
             module.training = training
 
+    def zero_grad(self) -> None:
+        """No trained weight has a gradient."""
+        for weight in self.weights.values():
+            weight.grad = None
+
     def buffers(self) -> dict[str, Tensor]:
         """Buffers that training changes, by name. Looked up anew: a module may put another tensor in its place."""
         return {path: owner.get_buffer(name) for path, owner, name in self._live}
@@ -440,18 +445,17 @@ def require_same(then: Mapping[str, str], now: Mapping[str, str], *, place: Path
 # --- optimizer -----------------------------------------------------------------------------------------------------
 
 
-def _members(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+def moved_by(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """Names and weights in the order in which torch numbers them."""
-    return [
-        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
-    ]
+    groups = optimizer.param_groups
+    return {name: weight for one in groups for name, weight in zip(one["param_names"], one["params"], strict=True)}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What an optimizer holds of each weight, as ``weight/name``: tensors, and plain numbers."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for name, weight in _members(optimizer):
+    for name, weight in moved_by(optimizer).items():
         for key, value in optimizer.state.get(weight, {}).items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{name}/{key}"] = value
     return tensors, scalars
@@ -461,15 +465,15 @@ def _optimizer_dict(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The saved state in the form torch's ``load_state_dict`` takes; rates come from the present settings."""
-    members = _members(optimizer)
-    unknown = sorted({full.rpartition("/")[0] for full in (*tensors, *scalars)} - {name for name, _ in members})
+    weights = moved_by(optimizer)
+    unknown = sorted({full.rpartition("/")[0] for full in (*tensors, *scalars)} - weights.keys())
     if unknown:
         raise CheckpointError(
             f"the optimizer's state is of {len(unknown)} weights that do not train now: {', '.join(unknown[:3])}",
             place=OPTIMIZER,
             remedy="resume with the recipe that wrote it, or start a new run",
         )
-    index, weights = {name: number for number, (name, _) in enumerate(members)}, dict(members)
+    index = {name: number for number, name in enumerate(weights)}
     states: dict[int, dict[str, Any]] = {}
     for full, value in (*tensors.items(), *scalars.items()):
         name, _, key = full.rpartition("/")

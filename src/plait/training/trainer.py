@@ -65,7 +65,7 @@ class Parallel(Spec):
     pipeline: int = Field(default=1, ge=1)
     """Stages that the blocks of a language model are cut into, each on a process of its own: towers, connectors and
     embeddings are on the first, norm, head and loss on the last. Of `m` micro-batches (`micro_batch`) and `p` stages,
-    each process is idle for `(p - 1) / (m + p - 1)` of a step."""
+    each process is idle for `(p - 1) / (m + p - 1)` of a step. Goes together with `tensor` and with `zero: 1`."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of a pipeline's work: `1f1b` keeps the activations of at most as many micro-batches as there are stages,
     `gpipe` of all. Idle times and results are equal."""
@@ -178,9 +178,13 @@ class Parallel(Spec):
             )
         if self.pipeline > 1 and self.context > 1:
             raise ValueError("pipeline and context are both set, and are not tried together: set one of the two")
-        if self.pipeline > 1 and (self.zero or self.tensor > 1):
-            name = "zero" if self.zero else "tensor"
-            raise ValueError(f"pipeline and {name} are both set, and are not tried together: set one of the two")
+        if self.pipeline > 1 and self.zero > 1:
+            raise ValueError(
+                f"pipeline is {self.pipeline} and zero is {self.zero}: a stage has passes of several micro-batches "
+                "under way, which need its weights and gradients whole: set zero to 1 or 0, or pipeline to 1"
+            )
+        if self.pipeline > 1 and self.offload:
+            raise ValueError("pipeline and offload are both set: a stage's weights stay where they are; set one off")
         if self.pipeline_blocks and (len(self.pipeline_blocks) != self.pipeline or min(self.pipeline_blocks) < 1):
             raise ValueError(f"pipeline_blocks must be {self.pipeline} numbers from 1 on, one for each stage")
         return self

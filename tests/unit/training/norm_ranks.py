@@ -25,7 +25,8 @@ TRIED = {
     "DDP": 2,
     "ZeRO-3, all learns": 2,
     "tensor 2, ZeRO-3, all learns": 4,
-    "pipeline 2, GPipe": 4,
+    "pipeline 2, GPipe": 2,
+    "tensor 2, pipeline 2, all learns": 4,
     "expert 2, all learns": 2,
 }
 MESSAGES: list[None] = []

@@ -12,7 +12,7 @@ from tests.rank_script import cases_of
 def test_norms_of_parts_are_those_of_one_process_in_every_layout(tmp_path: Path) -> None:
     found = cases_of(Path(__file__).with_name("norm_ranks.py"), str(tmp_path))
     log = found.pop("log")
-    assert len(found) == 5
+    assert len(found) == 6
     for name, (one, *several) in found.items():
         assert isinstance(one, dict), log
         assert {"grad_norm", "grad_norm/connectors", "grad_norm/decoder"} == set(one["norms"][0]), name

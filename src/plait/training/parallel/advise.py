@@ -192,7 +192,7 @@ def _sent(parallel: Parallel, work: Work, *, data: int, micro: int, learn: int) 
     found: dict[str, int] = {}
     if tensor > 1:
         again = 2 if work.recompute else 0
-        sums = shape.layers // stages * (4 + again) + 2
+        sums = shape.layers // stages * (4 + again) + (2 if stages == 1 else 1)  # table and head are on two stages
         found["tensor"] = round(sums * hidden * 2 * (tensor - 1) / tensor)
     if context > 1:
         heads = shape.d_kv // tensor * 2
@@ -203,5 +203,6 @@ def _sent(parallel: Parallel, work: Work, *, data: int, micro: int, learn: int) 
     if data * context > 1:
         words = min(learn, shape.vocab * shape.d_model // tensor) if work.lora is None else 0
         traffic = zero_traffic(learn - words, words, world=data * context, stage=parallel.zero, passes=micro)
-        found["data"] = sum(traffic.values())
+        again = traffic["sums"] if stages > 1 and parallel.zero else 0  # gradients stay whole there
+        found["data"] = sum(traffic.values()) + again
     return found

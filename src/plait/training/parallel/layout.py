@@ -103,6 +103,14 @@ class Whole:
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         return clip(grads, largest, parts=parts_of(weights))
 
+    def moved(self, weights: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """What this process's optimizer moves of the weights that train here, by name."""
+        return weights
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the weights."""
+        optimizer.step()
+
     def _learning(self) -> Iterator[nn.Parameter]:
         """Every trained weight once."""
         modules = [self.model, *([self.objective] if isinstance(self.objective, nn.Module) else [])]

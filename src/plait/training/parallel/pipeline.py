@@ -3,7 +3,8 @@
 Towers, connectors and embeddings are on the first stage, norm, head and loss on the last (:mod:`.cut`); GPipe or 1F1B
 say who computes what when (:mod:`.order`, :mod:`.runner`). All processes of a pipeline have the same batches, and each
 keeps weights, gradients and optimizer state of its own blocks only. Where the head is the table of embeddings, first
-and last stage have a copy each, whose gradients are added: they stay equal bit for bit.
+and last stage have a copy each, whose gradients are added: they stay equal bit for bit. Several processes may divide
+the matrices of a stage between them (:mod:`.tensor`): each has a pipeline of its own, with its parts of all stages.
 """
 
 # torch's annotations are partial: its members count as partially unknown.
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 from plait.core.errors import ConfigError
 from plait.core.grid import Grid
 from plait.core.protocols import Objective
@@ -34,6 +36,8 @@ from plait.training.parallel.cut import check, keep_only, owners, stages_of
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.order import SCHEDULES, Span
 from plait.training.parallel.runner import Link, Timeline, run
+from plait.training.parallel.tensor import divide
+from plait.training.parallel.updates import RowPieces
 from plait.training.trainer import Parallel
 
 _RECORDED = 2  # which step: in the first one, connections are made
@@ -55,7 +59,7 @@ class Staged(Whole):
     Args:
         model: Of the caller.
         objective: Copied with it; must have no weights.
-        parallel: How many stages, which schedule, and the blocks of each.
+        parallel: How many stages, which schedule, the blocks of each, and how many processes divide one.
         grid: Where this process is among the others.
         device: ``cpu`` or ``cuda``.
 
@@ -95,6 +99,14 @@ class Staged(Whole):
         self.elsewhere = frozenset(self._holders.keys() - self._own)
         keep_only(twin, part, {id(self._plain[name]) for name in self._own})
         self.elsewhere |= self._buffers.keys() - _buffers(twin).keys()  # gone with modules of other stages
+        devices = grid.devices(device) if parallel.tensor > 1 or parallel.zero else None
+        if parallel.tensor > 1 and devices is not None:
+            divide(twin, devices["tensor"])
+        self._shares = devices if parallel.zero and grid.data > 1 else None
+        self._pieces: RowPieces | None = None
+        self._held = dict(twin.named_parameters())
+        # Of these, what is the caller's weight itself, not a piece of it.
+        self._kept = {name for name in self._own if not isinstance(self._held[name], DTensor)}
         self._empty()
 
     # --- a step ----------------------------------------------------------------------------------------------------
@@ -126,7 +138,7 @@ class Staged(Whole):
         order = self._schedule(self.link.stage, self.link.stages, len(micro))
         self.most_kept = max(self.most_kept, run(order, compute, self.link, timeline=timeline))
         if timeline is not None:
-            told = mesh.gather([astuple(span) for span in timeline.spans] if self.grid.share[0] == 0 else [])
+            told = mesh.gather([astuple(span) for span in timeline.spans] if 0 in self.grid.ranks("pipeline") else [])
             self._measured = [Span(*span) for spans in told for span in spans]
 
     def take_timeline(self) -> list[Span]:
@@ -137,15 +149,18 @@ class Staged(Whole):
     def sum_gradients(self) -> None:
         """Over the processes that hold the same weights; then of the two copies of a table that is the head, too."""
         super().sum_gradients()
-        twice = [self._plain[name] for name, stages in sorted(self._holders.items()) if len(stages) > 1]
+        if not (self.link.first or self.link.last):
+            return
+        twice = [self._held[name] for name, stages in sorted(self._holders.items()) if len(stages) > 1]
         twice = [weight for weight in twice if weight.requires_grad]
-        if not twice or not (self.link.first or self.link.last):
+        if not twice:
             return
         here = torch.tensor([weight.grad is not None for weight in twice], dtype=torch.int64, device=self._device)
         for weight, found in zip(twice, (here + self._exchanged(here)).tolist(), strict=True):
             if found:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad += self._exchanged(weight.grad)  # a + b there, b + a here: the same bits
+                mine = dtensors.local(weight.grad)
+                mine += self._exchanged(mine)  # a + b there, b + a here: the same bits
 
     def clip(self, weights: Mapping[str, nn.Parameter], largest: float | None) -> Norm:
         """Of all stages together; a copy of the head's table counts once."""
@@ -153,7 +168,22 @@ class Staged(Whole):
         counted = {name: grad for name, grad in grads.items() if self._holders[name][0] == self.link.stage}
         copies = [grad for name, grad in grads.items() if self._holders[name][0] != self.link.stage]
         parts = parts_of(name for name, weight in self._plain.items() if weight.requires_grad)
-        return clip(counted, largest, parts=parts, copies=copies, stages=self.link.onward)
+        return clip(counted, largest, parts=parts, copies=copies, stages=self.link.stages)
+
+    def moved(self, weights: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """All of this stage's; with ``zero`` the rows of this process's share of the data."""
+        if self._shares is None:
+            return weights
+        self._pieces = RowPieces(weights, self._shares)
+        return self._pieces.moved
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the weights; where processes move rows of them, they exchange these."""
+        if self._pieces is not None:
+            self._pieces.take_gradients()
+        optimizer.step()
+        if self._pieces is not None:
+            self._pieces.exchange()
 
     def _exchanged(self, mine: Tensor) -> Tensor:
         """What the last stage has, on the first one, and the other way round."""
@@ -188,9 +218,9 @@ class Staged(Whole):
         """Inside, the caller's model of process 0 has its weights, or their average. Every process takes part."""
         means = average.tensors() if average is not None else {}
         self._fill(means, everywhere=False)
-        kept = {name: self._plain[name].data for name in means}
-        for name, mean in means.items():  # nothing is copied: a checkpoint being written has both as they are
-            self._plain[name].data = mean
+        kept = {name: self._plain[name].data for name in means.keys() & self._kept}
+        for name in kept:  # nothing is copied: a checkpoint being written has both as they are
+            self._plain[name].data = means[name]
         try:
             yield
         finally:
@@ -204,39 +234,39 @@ class Staged(Whole):
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor], *, everywhere: bool) -> None:
-        ranks = self.grid.ranks("pipeline")
-        if everywhere or 0 in ranks:
+        mine = everywhere or 0 in self.grid.ranks("pipeline")
+        if mine or self.grid.place("data") == 0:  # pieces are gathered by all that have one
             for name, (holder, *_) in self._holders.items():
-                wanted = everywhere or self.link.first
-                if holder == 0 and not everywhere:
-                    continue
-                if holder == self.link.stage:
-                    tensor = values.get(name, self._plain[name].detach()).contiguous()
-                elif wanted:
-                    shape, dtype, device = self._forms[name]
-                    tensor = torch.empty(shape, dtype=dtype, device=device)
-                else:
-                    continue
-                self._hand(tensor, holder, everywhere=everywhere)
-                if name not in self._own:
+                tensor = None
+                if holder == self.link.stage and (everywhere or holder or name not in self._kept):
+                    with mesh.explained():
+                        tensor = dtensors.whole(values.get(name, self._held[name].detach())).contiguous()
+                tensor = self._handed(name, tensor, holder, everywhere=everywhere) if mine else None
+                if tensor is not None and name not in self._kept:
                     self._plain[name].data = tensor
         for path, (owner, name) in _buffers(self.model).items():  # a module may put another in its place
             here, there = self._buffers[path]
             here._buffers[there] = owner.get_buffer(name)
 
-    def _hand(self, tensor: Tensor, holder: int, *, everywhere: bool) -> None:
-        """Send a tensor from the stage that holds it to all, or to the first."""
+    def _handed(self, name: str, tensor: Tensor | None, holder: int, *, everywhere: bool) -> Tensor | None:
+        """A whole weight of the stage that holds it, given to all stages, or to the first; None in the others."""
         group = self.link.onward
+        wanted = everywhere or self.link.first
+        if tensor is None and wanted and holder != self.link.stage:
+            shape, dtype, device = self._forms[name]
+            tensor = torch.empty(shape, dtype=dtype, device=device)
         with mesh.explained():
-            if everywhere:
+            if everywhere and tensor is not None:
                 dist.broadcast(tensor, group=group, group_src=holder)
-            elif self.link.first:
-                dist.recv(tensor, group=group, group_src=holder)
-            else:
-                dist.send(tensor, group=group, group_dst=0)
+            elif tensor is not None and holder:
+                if self.link.first:
+                    dist.recv(tensor, group=group, group_src=holder)
+                else:
+                    dist.send(tensor, group=group, group_dst=0)
+        return tensor if wanted else None
 
     def _empty(self) -> None:
-        for name in self._plain.keys() - self._own:
+        for name in self._plain.keys() - self._kept:
             self._plain[name].data = self._plain[name].data.new_empty(0)
 
 

@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn import functional
 
 from plait.core import dtensors, mesh
@@ -61,7 +60,7 @@ def divide(model: nn.Module, ranks: DeviceMesh) -> None:
         pairs = _Pairs(ranks)
         for module, how in cuts[name]:
             pairs.cut(module, how)
-        _vocabulary(model, base, ranks)
+        _vocabulary(model, base, pairs)
 
 
 def planned(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -164,6 +163,19 @@ class _Pairs:
             found = part.redistribute(placements=[Replicate()]).to_local()
         return found if linear.bias is None else found + dtensors.local(linear.bias)
 
+    def words(self, table: nn.Embedding, ids: Tensor) -> Tensor:
+        """Rows of a table of which each process has its own: the sum over the processes."""
+        own = dtensors.local(table.weight)
+        first = self.ranks.get_local_rank() * -(-len(table.weight) // self.ranks.size())
+        here = (ids >= first) & (ids < first + len(own))
+        padding = None if table.padding_idx is None else table.padding_idx - first
+        padding = padding if padding is not None and 0 <= padding < len(own) else None
+        part = own.new_zeros(*ids.shape, own.shape[1]).masked_scatter(
+            here[..., None], functional.embedding(ids[here] - first, own, padding)
+        )
+        with mesh.explained():
+            return DTensor.from_local(part, self.ranks, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+
     def of_heads(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A module on this process's heads; backward, the gradient of its weights is the sum over all heads.
 
@@ -187,18 +199,26 @@ class _Pairs:
         return self._asked[1]
 
 
-def _vocabulary(model: nn.Module, base: Any, ranks: DeviceMesh) -> None:
-    """Cut the embeddings and the head by words, where the head is a plain matrix."""
+def _vocabulary(model: nn.Module, base: Any, pairs: _Pairs) -> None:
+    """Cut the embeddings and the head by words, each where it is here and plain; one table that is both where both are.
+
+    A stage of a pipeline may have one of them alone (:mod:`.cut`).
+    """
     owner = next((m for m in model.modules() if getattr(m, "base_model", None) is base and m is not base), None)
     head = getattr(owner, "lm_head", None)
     table = base.get_input_embeddings()
-    if head is None or not fuses(head) or type(table) is not nn.Embedding:
+    if head is None:
         return
-    tied = head.weight is table.weight
-    parallelize_module(table, ranks, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
+    looked_up, scored = type(table) is nn.Embedding, fuses(head)
+    tied = getattr(head, "weight", None) is table.weight
+    if tied and not (looked_up and scored):
+        return
+    if looked_up:
+        _place(table, "weight", pairs.ranks, placement=Shard(0))
+        table.__dict__["forward"] = partial(pairs.words, table)
     if tied:
         head.weight = table.weight
-    else:
-        _place(head, "weight", ranks, placement=Shard(0))
-    if head.bias is not None:
-        _place(head, "bias", ranks, placement=Shard(0))
+    elif scored:
+        _place(head, "weight", pairs.ranks, placement=Shard(0))
+    if scored and head.bias is not None:
+        _place(head, "bias", pairs.ranks, placement=Shard(0))

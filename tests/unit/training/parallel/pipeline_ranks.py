@@ -16,9 +16,11 @@ from benchmarks import exactness
 from benchmarks.layouts import STEPS, Way, apart, compared, source, trained, ways, weights
 from benchmarks.sides.several import together
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from plait.core import mesh
+from plait.core import dtensors, mesh
 from plait.core.errors import DataError
 from plait.core.events import Event
 from plait.core.files import read_json
@@ -27,17 +29,19 @@ from plait.models.connectors.projection import Mlp
 from plait.models.multimodal import MultimodalLM
 from plait.objectives.language import NextToken
 from plait.training.parallel.order import Span, idle_share
+from plait.training.parallel.updates import RowPieces
 from plait.training.schedule import Constant
 from plait.training.settings import Hooks, Rates, Stopping
 from plait.training.trainer import Average, Parallel
 
 WHOLE = Way(name="all learns", whole=True)
 TRIED = {
-    "pipeline 2": ((4, 2),),
+    "pipeline 2, ZeRO-1": ((4, 2),),
     "pipeline 2, GPipe": ((2, 2),),
     "pipeline 4, all learns": ((4, 3),),
-    "pipeline 2, average, all recomputed": ((2, 2),),
     "pipeline 2, float32 SGD": ((2, 2),),
+    "tensor 2, pipeline 2": ((4, 2),),
+    "tensor 2, pipeline 2, GPipe, clipped, all recomputed": ((4, 2),),
 }
 
 
@@ -91,6 +95,7 @@ def gpt2() -> MultimodalLM:
 
 CUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "a head of its own": (untied, {}, {}),
+    "a head of its own, divided, clipped": (untied, {"tensor": 2}, {"clip_norm": 1e-2}),
     "GPT-2": (gpt2, {}, {}),
     "the connector learns": (partial(only, "connectors"), {}, {}),
     "the connector learns, averaged": (partial(only, "connectors"), {}, {"average": Average(decay=0.5)}),
@@ -110,7 +115,8 @@ def cuts(root: Path) -> dict[str, Any]:
     for name, (model, parallel, settings) in CUTS.items():
         folder = root / name
         kept = together(1, partial(ends, folder, model, **settings))
-        said = together(2, partial(ends, folder, model, **settings, **staged(2, **parallel)))
+        world = 2 * parallel.get("tensor", 1)
+        said = together(world, partial(ends, folder, model, **settings, **staged(2, **parallel)))
         found[name] = said if kept == ["kept"] else kept
     return found
 
@@ -169,36 +175,35 @@ def ends(folder: Path, model: Callable[[], nn.Module], **settings: Any) -> Any:
 
 
 def resumed(root: Path) -> dict[str, Any]:
-    """A run goes on in another layout: how far it ends from one that ran through."""
-    one: dict[str, Any] = {}
-    pieces: dict[str, Any] = {"parallel": Parallel.model_validate({"zero": 3})}
-    ways = {
-        "pipeline 3, then one": ((3, staged(3)), (1, one)),
-        "one, then pipeline 2": ((1, one), (2, staged(2))),
-        "ZeRO-3 on 2, then data 2 x pipeline 2": ((2, pieces), (4, staged(2))),
-    }
+    """A run goes on in another layout after every step: from where, and how far it ends from one that ran through."""
+    ways: tuple[tuple[str, int, dict[str, Any]], ...] = (
+        ("one", 1, {}),
+        ("tensor 2 x pipeline 2", 4, staged(2, tensor=2)),
+        ("one again", 1, {}),
+        ("ZeRO-1 in data 2 x pipeline 2", 4, staged(2, zero=1)),
+        ("pipeline 3", 3, staged(3)),
+    )
     common: dict[str, Any] = {"average": Average(decay=0.5), "save_every": 1, "schedule": Constant()}
 
     def through() -> str:
         torch.save(weights(trained(WHOLE.model(), root / "through", **common)), root / "through.pt")
         return "kept"
 
+    def gone_on(steps: int, how: Mapping[str, Any]) -> Any:
+        said: list[Event] = []
+        batches = source(pieces=2 if mesh.active() else 1, parallel=how.get("parallel"))
+        model = trained(WHOLE.model(), root / "run", batches=batches, said=said, steps=steps, **common, **how)
+        resumed = [event.text.split(":")[0] for event in said if event.text.startswith("resumed")]
+        if steps < STEPS:
+            return resumed
+        return resumed, apart(
+            weights(model), torch.load(root / "through.pt", weights_only=True), weights(WHOLE.model())
+        )
+
     found: dict[str, Any] = {"through": together(1, through)}
-    for name, ((world, first), (later, then)) in ways.items():
-        part = partial(gone_on, root / name, steps=3, **common, **first)
-        rest = partial(gone_on, root / name, expected=root / "through.pt", **common, **then)
-        found[name] = [together(world, part), together(later, rest)]
+    for steps, (name, world, how) in enumerate(ways, start=1):
+        found[name] = together(world, partial(gone_on, steps, how))
     return found
-
-
-def gone_on(folder: Path, *, expected: Path | None = None, **settings: Any) -> Any:
-    said: list[Event] = []
-    batches = source(pieces=2 if mesh.active() else 1, parallel=settings.get("parallel"))
-    model = trained(WHOLE.model(), folder, batches=batches, said=said, **settings)
-    if expected is None:
-        return "part"
-    resumed = [event.text.split(":")[0] for event in said if event.text.startswith("resumed")]
-    return [resumed, apart(weights(model), torch.load(expected, weights_only=True), weights(WHOLE.model()))]
 
 
 class NotFinite(NextToken):
@@ -234,7 +239,7 @@ def shown(root: Path) -> dict[str, Any]:
     average = {"average": Average(decay=0.5)}
     return {
         "plain": together(2, partial(looking, root / "plain", **staged(2))),
-        "average": together(2, partial(looking, root / "average", **staged(2), **average)),
+        "average, divided": together(4, partial(looking, root / "average", **staged(2, tensor=2), **average)),
     }
 
 
@@ -321,8 +326,10 @@ def refused(root: Path) -> dict[str, Any]:
         "weights": (WHOLE.model, staged(2), Weighted),
         "twice": (WHOLE.model, staged(2), Twice),
         "pairs": (Way(name="pairs", loss="nce").model, staged(2), NextToken),
+        "no plan": (gpt2, staged(2, tensor=2), NextToken),
     }
-    return {name: together(4 if name == "too many" else 2, partial(work, name, *case)) for name, case in cases.items()}
+    four = {"too many", "no plan"}
+    return {name: together(4 if name in four else 2, partial(work, name, *case)) for name, case in cases.items()}
 
 
 def timeline(root: Path) -> dict[str, Any]:
@@ -341,6 +348,53 @@ def timeline(root: Path) -> dict[str, Any]:
     return {"said": said, "record": record, "spans": len(spans), "idle": idle_share(spans)}
 
 
+def rows(root: Path) -> dict[str, Any]:
+    """AdamW on rows of weights and on the whole ones: whether they end at the same bits, and numbers of its state."""
+    cuts: dict[str, tuple[tuple[int, ...], Placement | None]] = {
+        "whole": ((5, 3), None),
+        "short": ((1, 2), None),
+        "scalar": ((), None),
+        "channels last": ((2, 3, 2, 2), None),
+        "by outputs": ((8, 3), Shard(0)),
+        "by inputs": ((3, 8), Shard(1)),
+        "uneven words": ((6, 2), Shard(0)),
+        "bias": ((3,), Replicate()),
+    }
+
+    def work() -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(0)
+        devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+        def drawn(name: str) -> Tensor:
+            found = torch.randn(cuts[name][0], generator=draw, dtype=torch.float64)
+            return found.to(memory_format=torch.channels_last) if found.ndim == 4 else found
+
+        def spread(tensor: Tensor, cut: Placement | None) -> Tensor:
+            return tensor.clone() if cut is None else distribute_tensor(tensor, devices["tensor"], [cut])
+
+        one = {name: nn.Parameter(drawn(name)) for name in cuts}
+        own = {name: nn.Parameter(spread(weight.detach(), cuts[name][1])) for name, weight in one.items()}
+        pieces = RowPieces(own, devices)
+        ours, theirs = torch.optim.AdamW(pieces.moved.values(), lr=0.1), torch.optim.AdamW(one.values(), lr=0.1)
+        for step in range(3):
+            for name, (_, cut) in cuts.items():
+                grad = None if step == 1 and name == "short" else drawn(name)
+                one[name].grad, own[name].grad = grad, None if grad is None else spread(grad, cut)
+            pieces.take_gradients()
+            ours.step()
+            pieces.exchange(bucket=64)
+            theirs.step()
+        found: dict[str, Any] = {}
+        for name, weight in one.items():
+            mine, whole = (opt.state[w]["exp_avg"] for opt, w in ((ours, pieces.moved[name]), (theirs, weight)))
+            same = [torch.equal(dtensors.whole(own[name].detach()), weight), torch.equal(dtensors.whole(mine), whole)]
+            same += [torch.equal(dtensors.local(dtensors.spread_like(whole, mine)), dtensors.local(mine))]  # as read
+            found[name] = [all(same), dtensors.local(mine).numel(), whole.numel()]
+        return found
+
+    return {"said": together(4, work)}
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     "equal": equal,
     "cuts": cuts,
@@ -351,6 +405,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "faults": faults,
     "refused": refused,
     "timeline": timeline,
+    "rows": rows,
 }
 
 

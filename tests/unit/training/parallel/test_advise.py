@@ -47,6 +47,23 @@ def test_states_follow_zero_and_shrink_with_each_dimension() -> None:
 
 
 @pytest.mark.row("S4-67")
+def test_tensor_within_machines_and_stages_between_them_are_ranked_together() -> None:
+    work = Work(shape=LLAMA_7B, rows=64, length=2048, recompute=True)
+    wires = replace(cluster(32, gib=40), far=1e9)
+    found = layouts(work, wires)
+    both = {"tensor": 8, "pipeline": 4}
+    one = chosen(found, **both)
+    states = ("weights", "gradients", "optimizer")
+    words = LLAMA_7B.vocab * LLAMA_7B.d_model
+    assert sum(one.memory[name] for name in states) == pytest.approx(16 * ((LLAMA_7B.params - words) / 4 + words) / 8)
+    hidden = 64 * 2048 * LLAMA_7B.d_model * 2
+    assert one.sent == {"tensor": (8 * 6 + 1) * hidden * 2 * 7 // 8, "pipeline": 2 * hidden}
+    # Over slow wires, 32 processes on 4 machines: the classic layout beats each of the two alone.
+    assert one.fits
+    assert one.step_s < min(chosen(found, tensor=32).step_s, chosen(found, pipeline=32).step_s)
+
+
+@pytest.mark.row("S4-67")
 def test_bytes_that_are_sent_are_those_measured() -> None:
     found = layouts(Work(shape=MEASURED, rows=4, length=128, dtype="float32"), cluster(2))
     sockets = {"tensor": 26.1, "pipeline": 17.0, "context": 118.1}  # MiB of a step, benchmarks/scaling.py

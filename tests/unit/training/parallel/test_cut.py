@@ -91,8 +91,10 @@ def test_blocks_that_take_more_than_hidden_states_are_refused_by_the_name_of_it(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"parallel": {"pipeline": 2, "zero": 1}}, "pipeline and zero"),
-        ({"parallel": {"pipeline": 2, "tensor": 2}}, "pipeline and tensor"),
+        ({"parallel": {"pipeline": 2, "zero": 2}}, "pipeline is 2 and zero is 2"),
+        ({"parallel": {"pipeline": 2, "zero": 1, "offload": True}}, "pipeline and offload"),
+        ({"parallel": {"pipeline": 2, "context": 2}}, "pipeline and context"),
+        ({"parallel": {"pipeline": 2, "tensor": 2}, "optimizer": {"kind": "muon"}}, "cannot work on pieces"),
         ({"parallel": {"pipeline_blocks": [2, 2]}}, "pipeline is 1"),
         ({"parallel": {"pipeline": 2, "pipeline_blocks": [4]}}, "must be 2 numbers"),
         ({"parallel": {"pipeline": 2, "pipeline_blocks": [4, 0]}}, "must be 2 numbers"),
