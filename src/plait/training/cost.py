@@ -139,12 +139,12 @@ class DecoderShape:
         """Weights of all blocks that take part in a token's matrix products; without embedding and head."""
         return self.layers * (
             sum(a * b for a, b in self.matrices().values())
-            + (self.top_k - 1) * self._expert_params
+            + (self.top_k - 1) * self.expert_params
             + self.d_model * self.experts
         )
 
     @property
-    def _expert_params(self) -> int:
+    def expert_params(self) -> int:
         """Weights of one feed-forward network."""
         return 3 * self.d_model * self.d_ff
 
@@ -152,7 +152,7 @@ class DecoderShape:
     def params(self) -> int:
         """All weights; a tied head counts once."""
         norms = (2 * self.layers + 1) * self.d_model
-        idle = self.layers * max(0, self.experts - self.top_k) * self._expert_params
+        idle = self.layers * max(0, self.experts - self.top_k) * self.expert_params
         return self.linear_params + idle + norms + self.vocab * self.d_model * (1 if self.tied else 2)
 
 
