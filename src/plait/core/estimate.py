@@ -89,6 +89,7 @@ class Estimate:
         cells: Features that such a tower makes of a picture.
         slots: Places that a picture takes in the text of the model that it makes; 0 where it makes none.
         decoder: Sizes of the decoder of that model (of :class:`plait.training.cost.DecoderShape`).
+        decoder_dtype: Number format of that decoder's weights.
         adapter: Weights of its adapter.
         connectors: Weights of its connectors.
         notes: What the estimate rests on, and warnings.
@@ -113,6 +114,7 @@ class Estimate:
     cells: int = 0
     slots: int = 0
     decoder: Mapping[str, int] = field(default_factory=dict[str, int])
+    decoder_dtype: str = ""
     adapter: int = 0
     connectors: int = 0
 

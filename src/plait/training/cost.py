@@ -18,12 +18,13 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from plait.core.estimate import Machine
+from plait.core.estimate import Estimate, Machine, made_before
 from plait.core.files import read_json
 from plait.models.head_room import scores_held
 
@@ -157,6 +158,14 @@ class DecoderShape:
 
 
 SMOLLM2_135M = DecoderShape(layers=30, d_model=576, d_ff=1536, heads=9, kv_heads=3, vocab=49_152)
+
+
+def planned_decoder(before: Mapping[str, Estimate], machine: Machine) -> tuple[DecoderShape, str]:
+    """Sizes and number format of the decoder that the last stage before leaves; SmolLM2's where none is planned."""
+    made = made_before(before)
+    if made is None or not made.decoder:
+        return SMOLLM2_135M, machine.dtype
+    return DecoderShape(**dict[str, Any](made.decoder)), made.decoder_dtype or machine.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

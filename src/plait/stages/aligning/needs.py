@@ -34,7 +34,7 @@ def estimate(spec: Align, machine: Machine, before: Mapping[str, Estimate], *, p
         pairs: Most pairs that are learned from.
     """
     made = made_before(before)
-    shape = cost.DecoderShape(**dict[str, Any](made.decoder)) if made and made.decoder else cost.SMOLLM2_135M
+    shape, dtype = cost.planned_decoder(before, machine)
     lora = cost.Lora(rank=_RANK, targets=tuple(shape.matrices()))
     weights = made.adapter if made and made.adapter else lora.params(shape)
     lora = cost.Lora(rank=max(1, round(_RANK * weights / lora.params(shape))), targets=lora.targets)
@@ -49,18 +49,18 @@ def estimate(spec: Align, machine: Machine, before: Mapping[str, Estimate], *, p
     flops = spec.steps * cost.decoder_flops(shape, gradients="through", recompute=spec.trainer.recompute, **sizes)
     # Without gradients an adapter costs a third of what it does in training, which is little enough to be left so.
     flops += (passes + scored) * cost.decoder_flops(shape, gradients="none", **sizes)
-    low, high = cost.time_range(flops, machine)
+    low, high = cost.time_range(flops, machine, dtype=dtype)
     learn, state = weights + (connectors if spec.connector else 0), spec.trainer.state_bytes()
+    width = cost.BYTES[dtype]
     model = Model(
         shape=shape,
-        width=cost.BYTES[machine.dtype],
+        width=width,
         lora=lora,
         adapter=weights,
         beside=learn - weights,
         media=connectors,
-        still=cost.BYTES[machine.dtype] * _TOWER_WEIGHTS + 4 * (weights + connectors - learn),
+        still=width * _TOWER_WEIGHTS + 4 * (weights + connectors - learn),
     )
-    width = cost.BYTES[machine.dtype]
     one = peak.checkpoint_bytes(weights=4 * (weights + connectors) + _FILES, trainable=learn, state=state)
     tokens = (spec.steps + passes + scored) * rows * length
     return Estimate(
@@ -73,7 +73,7 @@ def estimate(spec: Align, machine: Machine, before: Mapping[str, Estimate], *, p
         **by_process(
             spec.trainer.parallel,
             machine.processes,
-            lambda member: _moments(spec, machine, model=model, member=member, length=length, answer=answer),
+            lambda member: _moments(spec, machine, model=model, member=member, dtype=dtype, row=(length, answer)),
             sent=lambda member: messages(
                 member,
                 model,
@@ -89,13 +89,14 @@ def estimate(spec: Align, machine: Machine, before: Mapping[str, Estimate], *, p
         seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
         notes=(
             f"{spec.steps:,} steps of {spec.batch_size:,} pairs, after one pass for the reference",
-            f"sizes are those of smollm2 with adapters of rank {_RANK} on all projections",
+            f"sizes are those of {'the decoder before' if made and made.decoder else 'smollm2'}, with adapters of rank "
+            f"{lora.rank} on all projections",
         ),
     )
 
 
 def _moments(
-    spec: Align, machine: Machine, *, model: Model, member: Member, length: int, answer: int
+    spec: Align, machine: Machine, *, model: Model, member: Member, dtype: str, row: tuple[int, int]
 ) -> dict[str, dict[str, int]]:
     """Parts of memory in training, of one process.
 
@@ -104,16 +105,17 @@ def _moments(
         machine: What the machine can do.
         model: What trains.
         member: The process.
-        length: Places of a row.
-        answer: Tokens of one that is no padding.
+        dtype: Of the mathematics.
+        row: Places of a row, and tokens in it.
     """
     held, shape = member.held(model), member.decoder(model.shape, loads=model)
+    length, answer = row
     pairs = member.rows(spec.batch_size)
     activations = cost.decoder_activations(
         shape,
         rows=2 * pairs,
         length=length,
-        dtype=machine.dtype,
+        dtype=dtype,
         gradients="through",
         attention=answer,
         lora=model.lora,
@@ -122,7 +124,7 @@ def _moments(
     if member.ends[1]:
         trained = 2 * pairs * _TRAINED_TOKENS
         head = spec.trainer.head
-        activations += cost.head_bytes(shape, trained, dtype=machine.dtype, head=head, device=machine.device)
+        activations += cost.head_bytes(shape, trained, dtype=dtype, head=head, device=machine.device)
     state = spec.trainer.state_bytes()
     memory = peak.peak_memory(
         machine,

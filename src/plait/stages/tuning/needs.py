@@ -134,6 +134,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
         slots=of.slots,
         decoder=asdict(shape),
+        decoder_dtype=dtype if isinstance(spec.decoder, str) and not whole else "float32",
         adapter=0 if whole else adapter,
         connectors=of.parameters + sounds.parameters,
     )
