@@ -92,6 +92,7 @@ class Estimate:
         decoder_dtype: Number format of that decoder's weights.
         adapter: Weights of its adapter.
         connectors: Weights of its connectors.
+        words: Numbers in the list of words that a connector speaks in.
         notes: What the estimate rests on, and warnings.
     """
 
@@ -117,6 +118,7 @@ class Estimate:
     decoder_dtype: str = ""
     adapter: int = 0
     connectors: int = 0
+    words: int = 0
 
     @property
     def moment(self) -> str:

@@ -115,7 +115,7 @@ class Compress(Stage):
 
         made = made_before(before)
         shape, dtype = cost.planned_decoder(before, machine)
-        connectors = made.connectors if made else _CONNECTOR_WEIGHTS
+        connectors = made.connectors + made.words if made else _CONNECTOR_WEIGHTS
         answers = 2 * self.questions * len(self.tasks)
         slots = picture_slots(before, _PICTURE_TOKENS)
         prompt = _PROMPT_TOKENS - _PICTURE_TOKENS + slots

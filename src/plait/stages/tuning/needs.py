@@ -137,6 +137,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         decoder_dtype=dtype if isinstance(spec.decoder, str) and not whole else "float32",
         adapter=0 if whole else adapter,
         connectors=of.parameters + sounds.parameters,
+        words=_WORDS * shape.d_model if isinstance(spec.connector, specs.Words) else 0,
     )
 
 

@@ -220,7 +220,7 @@ class Member:
         found = zero_bytes(held.learn, world=spread, stage=zero, bytes_state=state)
         if not zero:
             # Small gradients are put together for their sum.
-            message = min(4 * held.learn, BUCKET) if self.world > 1 else 0
+            message = min(4 * held.learn, BUCKET) if spread > 1 else 0
             return found | {"weights": found["weights"] + held.still} | ({"gathered": message} if message else {})
         block = math.ceil((4 * held.blocks + held.still_blocks) / max(1, held.layers))
         outer = 4 * held.rest + held.still_rest
