@@ -5,7 +5,7 @@ micro-batches. It runs in one process, in two that hold all of it, in pieces (Ze
 in two stages. Each process's highest RSS, by section, is compared with what was planned of it. *Tight* is with
 ``MALLOC_MMAP_THRESHOLD_=65536``, where glibc gives back what is freed; *usual* is as `plait run` is started.
 
-Run: ``python benchmarks/plan_processes.py [--keep] [--only NAME ...]``, ten minutes; ``--keep`` writes
+Run: ``python benchmarks/plan_processes.py [--keep] [--only NAME ...]``, five minutes; ``--keep`` writes
 ``benchmarks/results/plan_processes.json``. ``--table`` prints what is there as Markdown.
 """
 
@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -53,10 +54,10 @@ SETTINGS = (
     f"stages.tune.decoder={DECODER}",
     "stages.tune.frozen.steps=0",
     "stages.tune.adapt.rank=0",
-    "stages.tune.adapt.steps=3",
+    "stages.tune.adapt.steps=2",
     "stages.tune.adapt.lr_connector=1e-3",
-    "stages.tune.batch_size=32",
-    "stages.tune.trainer.micro_batch=8",
+    "stages.tune.batch_size=8",
+    "stages.tune.trainer.micro_batch=2",
 )
 LAYOUTS: Mapping[str, tuple[int, str]] = {
     "one process": (1, "{}"),
@@ -105,8 +106,27 @@ def planned_of(estimate: Estimate, rank: int) -> Estimate | Share:
     return next((share for share in estimate.shares if rank in share.ranks), estimate)
 
 
-def rows(name: str, machine: Machine, *, heaps: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A record for each process and heap."""
+def prepared(folder: Path) -> tuple[Path, Path]:
+    """The data stage, once for all layouts, and a ``PLAIT_HOME`` whose features the first of them makes."""
+    own = folder / "home"
+    own.mkdir()
+    for part in ("packages", "converted"):
+        (own / part).symlink_to(home() / part)
+    run = new_run("data", folder, contents={"recipe.yaml": load_recipe(RECIPE, SETTINGS).to_yaml()})
+    measure(run, 1, own)
+    return next(run.glob("01-*")), own
+
+
+def rows(name: str, machine: Machine, *, heaps: Sequence[str], data: Path, own: Path) -> Iterator[dict[str, Any]]:
+    """A record for each process and heap.
+
+    Args:
+        name: Of the layout.
+        machine: As it was surveyed.
+        heaps: Which of :data:`HEAPS`.
+        data: The finished data stage.
+        own: ``PLAIT_HOME``.
+    """
     count, parallel = LAYOUTS[name]
     settings = [*SETTINGS, f"stages.tune.trainer.parallel={parallel}"]
     resolved = load_recipe(RECIPE, settings)
@@ -115,12 +135,8 @@ def rows(name: str, machine: Machine, *, heaps: Sequence[str]) -> Iterator[dict[
     _, estimate = estimate_all([("data", recipe.data), *recipe.stages.items()], here)
     for heap in heaps:
         with tempfile.TemporaryDirectory() as temp:
-            own = Path(temp) / "home"
-            own.mkdir()
-            for part in ("packages", "converted"):
-                (own / part).symlink_to(home() / part)
-            run = new_run("plan", Path(temp) / "runs", contents={"recipe.yaml": resolved.to_yaml()})
-            measure(run, 1, own)
+            run = new_run("plan", Path(temp), contents={"recipe.yaml": resolved.to_yaml()})
+            shutil.copytree(data, run / data.name)
             for rank, found in enumerate(run_all(run, own, count, more=HEAPS[heap])):
                 yield record(name, rank, heap, planned=planned_of(estimate, rank), found=found, machine=machine)
 
@@ -190,7 +206,6 @@ def main() -> None:
         print(table(read_json(RESULTS)["rows"]))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    args.only = ["DDP", "ZeRO-3", "tensor", "pipeline"] if args.only == ["DDP"] else args.only  # TEMPORARY
     machine = survey(Path.cwd())
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     about = {"date": str(datetime.date.today()), "cpu": cpu_name(), "python": platform.python_version()}
@@ -199,13 +214,15 @@ def main() -> None:
     heaps = [args.heap] if args.heap else [*HEAPS]
     kept = read_json(RESULTS)["rows"] if args.keep and RESULTS.is_file() else []
     found = [one for one in kept if one["layout"] not in names or one["heap"] not in heaps]
-    for name in names:
-        for one in rows(name, machine, heaps=heaps):
-            print(line(one), flush=True)
-            found.append(one)
-        if args.keep:
-            found.sort(key=lambda one: [*LAYOUTS].index(one["layout"]))
-            write_json(RESULTS, {**about, "threads": 1, "versions": versions, "rows": found})
+    with tempfile.TemporaryDirectory() as temp:
+        data, own = prepared(Path(temp))
+        for name in names:
+            for one in rows(name, machine, heaps=heaps, data=data, own=own):
+                print(line(one), flush=True)
+                found.append(one)
+            if args.keep:
+                found.sort(key=lambda one: [*LAYOUTS].index(one["layout"]))
+                write_json(RESULTS, {**about, "threads": 1, "versions": versions, "rows": found})
     print(table(found))
 
 

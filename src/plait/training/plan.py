@@ -203,7 +203,7 @@ def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
     if machine.processes > 1:
         count = machine.local or machine.processes
         memory = f"memory: {count} processes on this machine have {size(sums.together_bytes)} together in "
-        memory += f"{sums.together_stage}, {size(machine.memory_bytes)} free"
+        memory += f"{sums.together_stage}, {size(machine.memory_bytes)} free{_most(sums)}"
         remedy = "divide more (trainer.parallel), lower its micro-batch, or start fewer here"
     if sums.together_bytes > machine.memory_bytes:
         yield f"{memory}: {remedy}"
@@ -213,6 +213,17 @@ def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
         yield "no AMX or AVX-512 BF16: float32 is used, at about a third of the speed and twice the activation memory"
     if not machine.measured:
         yield "the machine's speed is guessed from its CPU flags: the range of time is three times wider either way"
+
+
+def _most(sums: Total) -> str:
+    """Which process has most in the stage where all have most together, when, and of what."""
+    shares = next(e.shares for e in sums.stages if e.stage == sums.together_stage)
+    if not shares:
+        return ""
+    most = max(shares, key=lambda share: sum(share.memory.values()))
+    part = max(most.memory, key=most.memory.__getitem__)
+    held = f"{size(sum(most.memory.values()))} in {most.moment}, {size(most.memory[part])} of it {part}"
+    return f"; process {most.ranks[0]} has {held}"
 
 
 class Disk(NamedTuple):

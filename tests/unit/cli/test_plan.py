@@ -209,7 +209,10 @@ def test_several_processes_have_a_line_each_and_a_sum(
     assert found[0] == ["tune", "0", "training", "1.0", "GiB", "1.0", "GiB", "2.0", "GiB", "1.0", "GiB", "data"]
     assert found[1] == ["tune", "1", "to", "3", "training", "512", "MiB", "1.0", "GiB", "1.5", "GiB", "-"]
     assert any("6.5 GiB of 6.0 GiB free, 108%, all 4 processes of this machine together" in line for line in lines)
-    assert any(line.startswith("warning  memory: 4 processes on this machine have 6.5 GiB together") for line in lines)
+    warned = next(
+        line for line in lines if line.startswith("warning  memory: 4 processes on this machine have 6.5 GiB")
+    )
+    assert "in tune, 6.0 GiB free; process 0 has 2.0 GiB in training, 1.0 GiB of it weights: divide more" in warned
     assert "note     data: by process 0 alone, the others wait" in lines
     assert plan.main(parsed("demo", "--no-probe", "--processes", "4"), Out(json=True)) == 0
     said = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from plait.core.estimate import Estimate, Machine, made_before, picture_slots
 from plait.stages.validating import judged_samples
 from plait.training import cost, peak
 from plait.training.parallel.messages import messages
-from plait.training.parallel.share import WHOLE, Member, Model, by_process
+from plait.training.parallel.share import Member, Model, by_process
 
 if TYPE_CHECKING:
     from plait.stages.align import Align
@@ -134,6 +134,5 @@ def _moments(
         caches=peak.TOKENIZER_BYTES * model.shape.vocab + peak.LEFT_BYTES,
         async_save=spec.trainer.async_save,
     )
-    memory |= member.states(held, state=state)
-    found = {"training": peak.in_turn(memory)}
-    return found | ({WHOLE: member.whole(held, memory, model=model.bytes)} if member.in_pieces else {})
+    memory |= member.states(held, state=state, activations=memory["activations"])
+    return {"training": peak.in_turn(memory), **member.apart("", held, memory, model=model.bytes)}

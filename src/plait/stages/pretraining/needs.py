@@ -17,7 +17,7 @@ from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import BYTES, linear_flops, time_range
 from plait.training.parallel.messages import data_messages
-from plait.training.parallel.share import WHOLE, Held, Member, by_process
+from plait.training.parallel.share import Held, Member, by_process
 from plait.training.peak import LEFT_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 from plait.training.zero import zero_bytes
 
@@ -317,13 +317,14 @@ def _training(
         held: What learns.
         early: Bytes of the gradients that come first; None: activations and gradients are there together.
     """
-    found = memory | member.states(held, state=spec.trainer.state_bytes())
+    found = memory | member.states(held, state=spec.trainer.state_bytes(), activations=memory["activations"])
     still = memory["weights"] - 4 * held.learn  # in no piece
     found["weights"] += still
     found = found if early is None else in_turn(found, early=early)
-    if not member.in_pieces:
-        return {"training": found}
-    return {"training": found, WHOLE: member.whole(held, found, model=4 * held.learn + still)}
+    apart = member.apart("", held, found, model=4 * held.learn)
+    for parts in apart.values():
+        parts["weights"] += still
+    return {"training": found, **apart}
 
 
 def _shared(

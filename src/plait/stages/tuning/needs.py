@@ -26,7 +26,7 @@ from plait.training.cost import (
     time_range,
 )
 from plait.training.parallel.messages import messages
-from plait.training.parallel.share import WHOLE, Held, Member, Model, by_process
+from plait.training.parallel.share import Held, Member, Model, by_process
 from plait.training.peak import LEFT_BYTES, TOKENIZER_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _moments(
             activations=activations,
             caches=held + words + (LEFT_BYTES if own.learn else 0),
         )
-        found |= member.states(own, state=state, pieces=pieces)
+        found |= member.states(own, state=state, pieces=pieces, activations=found["activations"])
         # A table of words learns from the head on, before any block.
         return in_turn(found, early=4 * tables) if pieces == 1 else found
 
@@ -240,8 +240,7 @@ def _moments(
         tables = min(own.rest, shape.vocab * shape.d_model * (1 if shape.tied else 2)) if model.learns else 0
         activations = _activations(spec, machine, model, sizes=sizes, member=member)
         moments[name] = phase(own, activations=activations, tables=tables)
-        if member.in_pieces:
-            moments[f"{name}, {WHOLE}"] = member.whole(own, moments[name], model=model.bytes)
+        moments |= member.apart(name, own, moments[name], model=model.bytes)
     return moments
 
 

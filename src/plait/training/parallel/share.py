@@ -26,9 +26,12 @@ from plait.training.parallel.order import SCHEDULES, most_kept
 from plait.training.trainer import Parallel
 from plait.training.zero import zero_bytes
 
+SAVED = "saved"
+"""The moment in which a checkpoint of pieces is written: each process its own, from copies, and process 0 the model's
+own files, from whole weights."""
+
 WHOLE = "whole"
-"""The moment in which a model that lies in pieces is put together: where it is shown, judged or saved as files, in
-process 0, and at the end of a phase, in all."""
+"""The moment, at the end of a phase, in which a model that lies in pieces is put together in every process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,7 @@ class Held:
         still_blocks: Bytes of what does not learn, in blocks.
         still_rest: And outside.
         layers: Blocks.
+        twice: Learning weights outside of blocks that another stage of the pipeline has, too.
     """
 
     blocks: int
@@ -78,6 +82,7 @@ class Held:
     still_blocks: int
     still_rest: int
     layers: int
+    twice: int = 0
 
     @property
     def learn(self) -> int:
@@ -202,17 +207,19 @@ class Member:
             still_blocks=0 if model.learns else model.width * blocks,
             still_rest=model.still * first + (0 if model.learns else model.width * rest),
             layers=own.layers,
+            twice=table if model.learns and own.tied and first != last else 0,
         )
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
-    def states(self, held: Held, *, state: float, pieces: int = 1) -> dict[str, int]:
+    def states(self, held: Held, *, state: float, pieces: int = 1, activations: int = 0) -> dict[str, int]:
         """Weights, gradients and optimizer's state, and what is gathered besides for a moment.
 
         Args:
             held: What this process has of the model.
             state: Bytes of the optimizer's state by learning weight.
             pieces: Micro-batches of a step.
+            activations: Bytes that are alive when the backward pass begins: sums are under way when they have gone.
         """
         from plait.core.collectives import BUCKET  # imports torch
 
@@ -221,6 +228,7 @@ class Member:
         if not zero:
             # Small gradients are put together for their sum.
             message = min(4 * held.learn, BUCKET) if spread > 1 else 0
+            message = max(message, 4 * held.twice - activations)  # of the other copy, when activations have gone
             return found | {"weights": found["weights"] + held.still} | ({"gathered": message} if message else {})
         block = math.ceil((4 * held.blocks + held.still_blocks) / max(1, held.layers))
         outer = 4 * held.rest + held.still_rest
@@ -232,20 +240,29 @@ class Member:
             weights, gathered = found["weights"] + math.ceil(held.still / spread), outer + 2 * block
         else:
             weights, gathered = found["weights"] + held.still, math.ceil((4 * held.learn + held.still) / spread)
-        return found | {"weights": weights, "gathered": gathered + sums}
+        return found | {"weights": weights, "gathered": gathered + max(0, sums - activations)}
 
-    def whole(self, held: Held, parts: Mapping[str, int], *, model: int) -> dict[str, int]:
-        """Parts of memory where the model is put together (:data:`WHOLE`), without gradients.
+    def apart(self, phase: str, held: Held, parts: Mapping[str, int], *, model: int) -> dict[str, dict[str, int]]:
+        """Parts of memory in the moments beside a phase that a model in pieces has (:data:`SAVED`, :data:`WHOLE`).
 
         Args:
+            phase: Its name; "" where the stage has one alone.
             held: What this process has of the model.
-            parts: Of memory while it trains.
+            parts: Of memory in the phase.
             model: Bytes of all of the model.
         """
-        own = math.ceil((4 * held.learn + held.still) / (self.spread if self.parallel.zero else 1))
-        if self.parallel.pipeline > 1:  # what a stage has is a part of the whole
-            own = 0
-        return {**parts, "weights": model + own, "gradients": 0, "activations": 0, "gathered": 0}
+        if not self.in_pieces:
+            return {}
+        spread = self.spread if self.parallel.zero else 1
+        learn, still = math.ceil(4 * held.learn / spread), math.ceil(held.still / spread)
+        # What a stage of a pipeline has is a part of the whole.
+        staged = self.parallel.pipeline > 1
+        whole = model if staged else model + learn + still
+        idle = {**parts, "gradients": 0, "activations": 0}
+        copies = (1 if staged else 2) * (learn + parts["optimizer"])  # bytes, and of what lies in pieces a copy
+        saved = idle | {"weights": learn + still if self.rank else whole, "gathered": copies}
+        before = f"{phase}, " if phase else ""
+        return {f"{before}{SAVED}": saved, f"{before}{WHOLE}": idle | {"weights": whole, "gathered": 0}}
 
 
 def by_process(
