@@ -176,21 +176,14 @@ def line(one: dict[str, Any]) -> str:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each process."""
-    lines = ["| layout | process | planned, MiB | in | tight heap | off | beside the runtime | usual heap | off |"]
+    """Markdown: a line for each process and heap."""
+    lines = ["| layout | process | heap | in training | highest planned | when | measured | off | beside the runtime |"]
     lines.append("|---" * 9 + "|")
-    by: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for one in found:
-        by.setdefault((one["layout"], one["process"]), {})[one["heap"]] = one
-    for (name, rank), heaps in by.items():
-        first = next(iter(heaps.values()))
-        moment = max(first["planned_moments"], key=first["planned_moments"].__getitem__)
-        cells = [name, str(rank), f"{first['planned_bytes'] / MIB:,.0f}", moment]
-        for heap in HEAPS:
-            one = heaps.get(heap)
-            cells += [f"{one['measured_bytes'] / MIB:,.0f}", f"{one['error']:+.0%}"] if one else ["", ""]
-            if heap == "tight":
-                cells.append(f"{one['error_beside_runtime']:+.0%}" if one else "")
+        moments = one["planned_moments"]
+        cells = [one["layout"], str(one["process"]), one["heap"], f"{moments['decoder'] / MIB:,.0f}"]
+        cells += [f"{one['planned_bytes'] / MIB:,.0f}", max(moments, key=moments.__getitem__)]
+        cells += [f"{one['measured_bytes'] / MIB:,.0f}", f"{one['error']:+.0%}", f"{one['error_beside_runtime']:+.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
