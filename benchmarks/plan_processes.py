@@ -5,8 +5,8 @@ micro-batches. It runs in one process, in two that hold all of it, in pieces (Ze
 in two stages. Each process's highest RSS, by section, is compared with what was planned of it. *Tight* is with
 ``MALLOC_MMAP_THRESHOLD_=65536``, where glibc gives back what is freed; *usual* is as `plait run` is started.
 
-Run: ``python benchmarks/plan_processes.py [--keep] [--only NAME ...]``, five minutes; ``--keep`` writes
-``benchmarks/results/plan_processes.json``. ``--table`` prints what is there as Markdown.
+Run: ``python benchmarks/plan_processes.py [--keep] [--only NAME ...] [--heap tight]``, a minute for each layout and
+heap; ``--keep`` writes ``benchmarks/results/plan_processes.json``. ``--table`` prints what is there as Markdown.
 """
 
 from __future__ import annotations

@@ -256,10 +256,11 @@ class Member:
         spread = self.spread if self.parallel.zero else 1
         learn, still = math.ceil(4 * held.learn / spread), math.ceil(held.still / spread)
         # What a stage of a pipeline has is a part of the whole.
-        staged = self.parallel.pipeline > 1
-        whole = model if staged else model + learn + still
+        whole = model if self.parallel.pipeline > 1 else model + learn + still
         idle = {**parts, "gradients": 0, "activations": 0}
-        copies = (1 if staged else 2) * (learn + parts["optimizer"])  # bytes, and of what lies in pieces a copy
+        # What is written is copied, then made bytes. What two stages have is written once: by each of them, say, half.
+        copies = 2 * (learn + parts["optimizer"])
+        copies -= round(copies * held.twice / (2 * max(1, held.learn)))
         saved = idle | {"weights": learn + still if self.rank else whole, "gathered": copies}
         before = f"{phase}, " if phase else ""
         return {f"{before}{SAVED}": saved, f"{before}{WHOLE}": idle | {"weights": whole, "gathered": 0}}
