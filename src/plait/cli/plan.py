@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from plait.cli import plan_size
 from plait.cli.output import Out
+from plait.core.launch import place, processes
 
 if TYPE_CHECKING:
     from plait.core.estimate import Estimate, Machine
@@ -43,6 +44,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "each training stage, in a temporary folder (features and converted weights are kept under PLAIT_HOME, as by a "
         "run). --no-probe: nothing, the speed is guessed from the CPU's flags",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="plan for N processes on this machine, which share the work as trainer.parallel says (default: 1, or as "
+        "many as torchrun started)",
+    )
     plan_size.add(parser)
 
 
@@ -50,6 +59,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     """Print the plan; exit 3 or 5 if a stage could not run or would not fit the disk."""
     from plait.core.errors import ConfigError, PlaitError
     from plait.recipes.recipe import load_recipe
+    from plait.recipes.refusals import refusals
     from plait.training import plan
 
     if plan_size.asked(args):
@@ -57,18 +67,16 @@ def main(args: argparse.Namespace, out: Out) -> int:
     if _is_model(_named(args)):
         return _plan_model(_named(args), args.overrides, out)
 
+    if place():  # of several processes, the first one plans
+        return 0
+    count = _processes(args)
     resolved = load_recipe(args.recipe, args.overrides)
     recipe = resolved.spec
     guess = args.probe is False
     out.line(f"plan of {recipe.name}" + ("" if guess else ": measuring this machine, a few seconds ..."))
-    machine = plan.survey(args.runs, probe=not guess)
+    machine = plan.survey(args.runs, probe=not guess, processes=count)
     stages = [("data", recipe.data), *recipe.stages.items()]
-    faults: list[PlaitError] = []
-    for _, stage in stages:
-        try:
-            stage.check(machine)
-        except PlaitError as error:
-            faults.append(error)
+    faults = list(refusals(recipe, machine))
     faults.sort(key=lambda fault: not isinstance(fault, ConfigError))  # a wrong setting before what is only missing
     refused = faults[0] if faults else None
     if isinstance(refused, ConfigError) and not out.json:
@@ -76,7 +84,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     sums = plan.total(plan.estimate_all(stages, machine), machine)
     for line in describe(sums, machine):
         out.line(line)
-    for line in _for_one(stages):
+    for line in _for_one(stages, count):
         out.line(line)
     probed: list[Probed] = []
     try:
@@ -114,14 +122,40 @@ def _try(resolved: Resolved[Recipe], sums: Total, *, probed: list[Probed], out: 
         out.line(line)
 
 
-def _for_one(stages: Sequence[tuple[str, Stage]]) -> list[str]:
-    """Stages whose settings for several processes are not in the figures."""
+def _for_one(stages: Sequence[tuple[str, Stage]], processes: int) -> list[str]:
+    """Where settings of several processes count for nothing, and what is of one process though there are several."""
+    if processes > 1:
+        alone = [name for name, stage in stages if not stage.together]
+        return [
+            f"note     {', '.join(alone)}: by process 0 alone, the others wait",
+            "note     FLOP and time are those of one process that does all of it",
+        ]
     trainers = [(name, getattr(stage, "trainer", None)) for name, stage in stages]
     return [
-        f"note     {name}: trainer.parallel is for several processes, and all of this is for one"
+        f"note     {name}: trainer.parallel is for several processes, and this is for one; plan with --processes N"
         for name, trainer in trainers
         if trainer is not None and (trainer.parallel.spreads or trainer.parallel.divides)
     ]
+
+
+def _processes(args: argparse.Namespace) -> int:
+    """How many to plan for.
+
+    Raises:
+        UsageError: Less than one; or real steps of several are asked for.
+    """
+    from plait.core.errors import UsageError
+
+    if args.processes < 0:
+        raise UsageError(f"--processes is {args.processes}", place="--processes", remedy="give 1 or more")
+    count = args.processes or processes()
+    if count > 1 and args.probe:
+        raise UsageError(
+            f"--probe runs steps in one process, and {count} are planned",
+            place="--probe",
+            remedy="leave one of the two out",
+        )
+    return count
 
 
 def _named(args: argparse.Namespace) -> Path:
@@ -205,16 +239,59 @@ def describe(sums: Total, machine: Machine) -> list[str]:
     head = ["stage", "trained", "frozen", "samples", "tokens", "of images", "FLOP", "peak memory", "disk", "time"]
     needs = [head, *(_row(e) for e in sums.stages)]
     flops = si(sums.flops) if sums.flops else "-"
-    summed = [flops, size(sums.peak_bytes), size(sums.disk_bytes), duration(sums.seconds)]
+    disk = size(sums.disk_bytes + sums.spare_bytes)
+    summed = [flops, size(sums.peak_bytes), disk, duration(sums.seconds)]
     needs.append(["total", *[""] * (len(head) - len(summed) - 1), *summed])
-    columns = [*PARTS, *sorted({part for e in sums.stages for part in e.memory} - set(PARTS))]
+    known = [e.memory for e in sums.stages] + [share.memory for e in sums.stages for share in e.shares]
+    columns = [*PARTS, *sorted({part for memory in known for part in memory} - set(PARTS))]
     parts = [["peak memory of", "in", *columns]]
     for e in sums.stages:
         counted = (size(e.memory[part]) if e.memory.get(part) else "-" for part in columns)
         parts.append([e.stage, e.moment or "-", *counted])
-    lines = ["", *_aligned(needs, rule_before_last=True), "", *_aligned(parts), "", *_limits(sums, machine)]
+    lines = ["", *_aligned(needs, rule_before_last=True), *captions(sums), "", *_aligned(parts), ""]
+    if sums.processes > 1:
+        there = {part for e in sums.stages for share in e.shares for part in share.memory}
+        lines += [*_aligned(_by_process(sums, [part for part in columns if part in there])), ""]
+    lines += _limits(sums, machine)
     notes = [f"note     {e.stage}: {note}" for e in sums.stages for note in e.notes]
     return [*lines, *notes, *(f"warning  {warning}" for warning in sums.warnings)]
+
+
+def captions(sums: Total) -> list[str]:
+    """What columns count that do not say it themselves."""
+    from plait.training.plan import size
+
+    found = [
+        "tokens: places of rows that pass a model, padding included, over all steps; of images: those that are pictures"
+    ]
+    if sums.spare_bytes:
+        found.append(f"disk: the total has {size(sums.spare_bytes)} more, for a checkpoint that is being written")
+    if sums.processes > 1:
+        found.append(f"memory: of the process that has most, of {sums.processes}")
+    return found
+
+
+def _by_process(sums: Total, columns: Sequence[str]) -> list[list[str]]:
+    """Memory of each process by part, and what it sends."""
+    from plait.training.plan import size
+
+    rows = [["stage", "process", "in", *columns, "in all", "sends a step"]]
+    for e in sums.stages:
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for share in e.shares:
+            counted = (size(share.memory[part]) if share.memory.get(part) else "-" for part in columns)
+            sent = ", ".join(f"{size(count)} {name}" for name, count in share.sent.items() if count) or "-"
+            line = (share.moment, *counted, size(sum(share.memory.values())), sent)
+            alike.setdefault(line, []).extend(share.ranks)
+        rows += [[e.stage, _ranks(sorted(ranks)), *line] for line, ranks in alike.items()]
+    return rows
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``0``, ``1 to 3``, ``1, 3``."""
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]} to {ranks[-1]}"
+    return ", ".join(map(str, ranks))
 
 
 def _row(e: Estimate) -> list[str]:
@@ -248,10 +325,17 @@ def _limits(sums: Total, machine: Machine) -> list[str]:
         return f"{size(need)} of {size(free)} free, {need / max(free, 1):.0%}"
 
     run, *others = disks(sums, machine)
-    cached = "" if others else f", {size(sums.home_bytes)} of it in caches"
+    held = [] if others or not sums.home_bytes else [f"{size(sums.home_bytes)} of it in caches"]
+    if sums.spare_bytes:
+        held.append(f"{size(sums.spare_bytes)} only while a checkpoint is written")
+    memory = f"{share(sums.peak_bytes, machine.memory_bytes)}, in {sums.peak_stage}"
+    if sums.processes > 1:
+        count = machine.local or machine.processes
+        memory = f"{share(sums.together_bytes, machine.memory_bytes)}, all {count} processes of this machine together, "
+        memory += f"in {sums.together_stage}; {size(sums.peak_bytes)} of it in one at most"
     return [
-        f"memory   {share(sums.peak_bytes, machine.memory_bytes)}, in {sums.peak_stage}",
-        f"disk     {share(run.needed, run.free)}{cached if sums.home_bytes else ''}",
+        f"memory   {memory}",
+        f"disk     {', '.join([share(run.needed, run.free), *held])}",
         *(f"caches   {share(disk.needed, disk.free)}" for disk in others),
         f"speed    {machine.dtype} matrix products at {si(rate)}FLOP/s ({how}) on {threads}",
         f"time     {duration(sums.seconds)}",

@@ -90,8 +90,8 @@ def _numbers(args: argparse.Namespace) -> dict[str, float]:
     """
     from plait.core.errors import UsageError
 
-    if args.recipe is not None or args.probe is not None:
-        what = args.recipe if args.recipe is not None else "--probe"
+    if args.recipe is not None or args.probe is not None or args.processes:
+        what = args.recipe if args.recipe is not None else "--probe" if args.probe is not None else "--processes"
         raise UsageError(
             f"{what} and a size are both given", remedy="plan a recipe, or a size by --params and --tokens alone"
         )

@@ -16,6 +16,8 @@ class Machine:
         memory_bytes: RAM that is free for us.
         disk_bytes: Free disk where the run goes.
         home_disk_bytes: Free disk where ``PLAIT_HOME`` is; None if that is the same disk.
+        processes: That train together.
+        local: Of them on this machine, the first of all; 0: all.
         gemm_fp32: Matrix rate in FLOP/s, float32.
         gemm_bf16: Matrix rate in FLOP/s, bfloat16 (equal to or below fp32 where the CPU has no bf16 units).
         measured: Whether the rates were measured here or are a guess.
@@ -36,6 +38,30 @@ class Machine:
     threads: int = 1
     runtime_bytes: int = 0
     home_disk_bytes: int | None = None
+    processes: int = 1
+    local: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What some of several processes, all alike, need of a stage.
+
+    Attributes:
+        ranks: Their numbers.
+        memory: Peak memory of each in bytes by part.
+        moments: Bytes in all at each moment that was counted; ``memory`` is the highest one's.
+        sent: Bytes that each sends in a step, by what is divided; of the stage's last phase.
+    """
+
+    ranks: tuple[int, ...]
+    memory: Mapping[str, int]
+    moments: Mapping[str, int]
+    sent: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def moment(self) -> str:
+        """When memory is highest."""
+        return max(self.moments, key=self.moments.__getitem__, default="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +76,11 @@ class Estimate:
         tokens: Text and image positions processed in all.
         image_tokens: Of these, how many stand for images.
         flops: Floating-point operations in all.
-        memory: Peak memory in bytes by part: weights, gradients, optimizer, activations, caches, runtime.
+        memory: Peak memory in bytes by part: weights, gradients, optimizer, activations, caches, runtime. Of several
+            processes, that of the one with most.
         moments: Bytes in all at each moment that was counted: ``before`` the first step, each phase; ``memory`` is the
             highest one's.
+        shares: What each of several processes needs, where they train together; else it is one process's work.
         disk_bytes: What it leaves in the run folder.
         spare_bytes: What it needs there besides for a moment: a checkpoint that is being written.
         home_bytes: What it leaves under ``PLAIT_HOME``: cached features, converted weights.
@@ -61,8 +89,10 @@ class Estimate:
         cells: Features that such a tower makes of a picture.
         slots: Places that a picture takes in the text of the model that it makes; 0 where it makes none.
         decoder: Sizes of the decoder of that model (of :class:`plait.training.cost.DecoderShape`).
+        decoder_dtype: Number format of that decoder's weights.
         adapter: Weights of its adapter.
         connectors: Weights of its connectors.
+        words: Numbers in the list of words that a connector speaks in.
         notes: What the estimate rests on, and warnings.
     """
 
@@ -75,6 +105,7 @@ class Estimate:
     flops: float = 0.0
     memory: Mapping[str, int] = field(default_factory=dict[str, int])
     moments: Mapping[str, int] = field(default_factory=dict[str, int])
+    shares: tuple[Share, ...] = ()
     disk_bytes: int = 0
     spare_bytes: int = 0
     home_bytes: int = 0
@@ -84,8 +115,10 @@ class Estimate:
     cells: int = 0
     slots: int = 0
     decoder: Mapping[str, int] = field(default_factory=dict[str, int])
+    decoder_dtype: str = ""
     adapter: int = 0
     connectors: int = 0
+    words: int = 0
 
     @property
     def moment(self) -> str:
@@ -94,10 +127,16 @@ class Estimate:
 
 
 class Peak(TypedDict):
-    """Two fields of :class:`Estimate`."""
+    """Fields of :class:`Estimate`."""
 
     memory: Mapping[str, int]
     moments: Mapping[str, int]
+
+
+class Peaks(Peak):
+    """The same of several processes."""
+
+    shares: tuple[Share, ...]
 
 
 def peak_of(moments: Mapping[str, Mapping[str, int]]) -> Peak:

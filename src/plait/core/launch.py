@@ -36,10 +36,14 @@ def place() -> int:
     return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
+def local() -> int:
+    """How many of the processes that were started together are on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if launched() else 1
+
+
 def own_share(cores: int) -> int:
     """Cores for each of the processes that were started on this machine."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
-    return max(1, cores // max(1, local))
+    return max(1, cores // local())
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """One stage of a run in a process of its own, measured: ``python -m plait.recipes.probe_stage RUN NUMBER STEPS``.
 
 :mod:`plait.recipes.probe` starts it and reads what it says: one JSON object a line, ``event``, then ``result`` or
-``error``. Its memory is the stage's alone, since no stage before it ran in this process.
+``error``. Its memory is the stage's alone, since no stage before it ran in this process. Started as torchrun starts
+processes, it is one of several.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from plait.core.device import peak_rss, reset_peak, rss
 from plait.core.errors import PlaitError, ResourceError
 from plait.core.events import Event, Events
 from plait.core.files import write_json
+from plait.core.launch import place, together
 from plait.recipes.recipe import load_recipe
 from plait.recipes.run import stages
 
@@ -124,7 +126,9 @@ def measure(run: Path, number: int, *, steps: int, events: Events) -> dict[str, 
     named = stages(recipe, run)
     name, stage, folder = named[number - 1]
     before = [at for _, _, at in named[: number - 1] if at.is_dir()]  # what scores or compresses was left out
-    folder.mkdir(exist_ok=True)
+    if place():  # of several processes, each but the first has a folder of its own
+        folder = run / "ranks" / str(place()) / folder.name
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "spec.json", stage.model_dump(mode="json"))
     rehearsal = Rehearsal(folder, steps)
     began = time.perf_counter()
@@ -149,7 +153,7 @@ def main(arguments: list[str]) -> int:
         say({"event": event.kind, "text": event.text, "fields": dict(event.fields)})
 
     try:
-        with no_memory(), contextlib.redirect_stdout(sys.stderr):  # nothing else may speak in between
+        with no_memory(), contextlib.redirect_stdout(sys.stderr), together():  # nothing else may speak in between
             events = Events(None, listeners=(listen,))
             found = measure(Path(arguments[0]), int(arguments[1]), steps=int(arguments[2]), events=events)
     except PlaitError as error:

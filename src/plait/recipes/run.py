@@ -42,9 +42,10 @@ from plait.core.files import (
 from plait.core.launch import Launch, first, launched, launches, own_share, place, processes, together
 from plait.recipes.jobs import ENV, begun, job
 from plait.recipes.recipe import Recipe, load_recipe
+from plait.recipes.refusals import check_shares, refusals
 from plait.recipes.tracking import Beside, tracking
 from plait.report.page import write_report
-from plait.stages.stage import Stage, named_setting
+from plait.stages.stage import Stage
 from plait.training import plan
 from plait.training.peak_rate import keeping_rates
 
@@ -214,7 +215,7 @@ def _go_on(run: Path, *, accept: Sequence[str] = (), listeners: Listeners, said:
     from plait.training.checkpoint import accepting  # imports torch
 
     recipe = load_recipe(str(run / "recipe.yaml")).spec
-    _check_shares(recipe)
+    check_shares(recipe, processes())
     if not place():
         point_latest(run)
     with accepting(accept):
@@ -237,39 +238,19 @@ def _setup(run: Path | None = None) -> device.Compute:
 
 def _preflight(recipe: Recipe, root: Path) -> str:
     """Refuse before anything is created what can be seen to fail; returns what the run will need, in a line."""
-    _check_shares(recipe)
-    for at, tracker in enumerate(recipe.trackers):
-        tracker.check(place=f"trackers.{at}")
-    machine = plan.survey(root, probe=False)
+    machine = plan.survey(root, probe=False, processes=processes())
+    for fault in refusals(recipe, machine):
+        raise fault
     named = [(name, stage) for name, stage, _ in stages(recipe, root)]
-    for _, stage in named:
-        stage.check(machine)
     sums = plan.total(plan.estimate_all(named, machine), machine)
     plan.require(sums, machine, place=root)
     low, high = (seconds / 60 for seconds in sums.seconds)
-    several = f"; that is for one process, and {processes()} work on it" if launched() else ""
+    each = f" in each of {processes()} processes at most" if launched() else ""
+    alone = "; times are for one process" if launched() else ""
     return (
-        f"will take {low:.1f} to {high:.1f} min, {plan.size(sums.peak_bytes)} of memory, "
-        f"{plan.size(sums.disk_bytes)} of disk (`plait plan` says more{several})"
+        f"will take {low:.1f} to {high:.1f} min, {plan.size(sums.peak_bytes)} of memory{each}, "
+        f"{plan.size(sums.disk_bytes + sums.spare_bytes)} of disk (`plait plan` says more{alone})"
     )
-
-
-def _check_shares(recipe: Recipe) -> None:
-    """See that every process gets a share of each batch.
-
-    Raises:
-        ConfigError: A batch is smaller than the number of processes; the place names the setting.
-    """
-    for name, stage in recipe.stages.items():
-        for setting, count in stage.dealt().items():
-            with named_setting(f"stages.{name}.trainer.parallel"):
-                shares = stage.shares(processes(), setting=setting)
-            if count < shares:
-                raise ConfigError(
-                    f"a batch of {count} samples for {shares} {'shares' if shares < processes() else 'processes'}",
-                    place=f"stages.{name}.{setting}",
-                    remedy=f"set it to {shares} or more, or start fewer processes",
-                )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from plait.core.estimate import Estimate, Machine, picture_slots
+from plait.core.estimate import Estimate, Machine, made_before, picture_slots
 from plait.core.events import Events
 from plait.core.packages import home
 from plait.stages.stage import Stage, Task
@@ -113,27 +113,29 @@ class Compress(Stage):
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
         from plait.training import cost, peak
 
-        shape = cost.SMOLLM2_135M
+        made = made_before(before)
+        shape, dtype = cost.planned_decoder(before, machine)
+        connectors = made.connectors + made.words if made else _CONNECTOR_WEIGHTS
         answers = 2 * self.questions * len(self.tasks)
         slots = picture_slots(before, _PICTURE_TOKENS)
         prompt = _PROMPT_TOKENS - _PICTURE_TOKENS + slots
         flops = cost.generate_flops(shape, rows=answers, prompt=prompt, new=self.max_new_tokens)
         # A step that makes one token a row reads all weights for little work.
-        slow, fast = cost.EFFICIENCY[machine.dtype]
-        low, high = cost.time_range(flops, machine, efficiency=(slow / 2, fast))
+        slow, fast = cost.EFFICIENCY[dtype]
+        low, high = cost.time_range(flops, machine, dtype=dtype, efficiency=(slow / 2, fast))
         length = prompt + self.max_new_tokens
         kept = cost.decoder_activations(
-            shape, rows=self.rows, length=length, dtype=machine.dtype, gradients="none", attention="eager"
+            shape, rows=self.rows, length=length, dtype=dtype, gradients="none", attention="eager"
         )
         rest = shape.params - shape.linear_params
-        written = shape.linear_params + 2 * rest + 4 * _CONNECTOR_WEIGHTS
+        written = shape.linear_params + cost.BYTES[dtype] * rest + 4 * connectors
         memory = peak.peak_memory(
             machine,
             # Merging is done in float32; the weights before go one by one as those after come.
             frozen=shape.params,
             frozen_dtype="float32",
             activations=kept + cost.logits_bytes(shape, self.rows, gradients="none"),
-            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=machine.dtype) + shape.linear_params,
+            caches=cost.kv_cache_bytes(shape, rows=self.rows, length=length, dtype=dtype) + shape.linear_params,
         )
         return Estimate(
             stage=self.kind,
@@ -144,7 +146,10 @@ class Compress(Stage):
             memory=memory,
             disk_bytes=written + answers * 200,
             seconds=(low + _SECONDS_START[0], high + _SECONDS_START[1]),
-            notes=(f"{answers:,} answers, half of them by the compressed model", "sizes are those of smollm2"),
+            notes=(
+                f"{answers:,} answers, half of them by the compressed model",
+                f"sizes are those of {'the decoder before' if made else 'smollm2'}",
+            ),
         )
 
     # --- inside ----------------------------------------------------------------------------------------------------

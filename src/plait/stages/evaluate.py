@@ -147,7 +147,7 @@ class Evaluate(Stage):
         """What the stage will need; see :meth:`plait.stages.stage.Stage.estimate`."""
         from plait.training import cost, peak
 
-        decoder = cost.SMOLLM2_135M
+        decoder, dtype = cost.planned_decoder(before, machine)
         known = before["data"].samples if "data" in before else {}
         samples = {split: known[split] for split in TESTS if split in known}
         if known and not any(samples.values()):
@@ -171,11 +171,11 @@ class Evaluate(Stage):
             tokens += questions * (prompt + new)
             answers, longest = answers + questions, max(longest, prompt + new)
         # A step that makes one token a row reads all weights for little work.
-        slow, fast = cost.EFFICIENCY[machine.dtype]
-        low, high = cost.time_range(flops, machine, efficiency=(slow / 2, fast))
+        slow, fast = cost.EFFICIENCY[dtype]
+        low, high = cost.time_range(flops, machine, dtype=dtype, efficiency=(slow / 2, fast))
         models = 1 + ("untuned" in self.baselines)
         seconds = [_SECONDS_LOAD[i] * models + canvases * _SECONDS_PER_PICTURE[i] for i in (0, 1)]
-        shape: dict[str, Any] = {"rows": self.rows, "length": longest, "dtype": machine.dtype}
+        shape: dict[str, Any] = {"rows": self.rows, "length": longest, "dtype": dtype}
         features = pictures * _CELLS * _FEATURE_WIDTH * 2
         return Estimate(
             stage=self.kind,
@@ -187,7 +187,7 @@ class Evaluate(Stage):
             memory=peak.peak_memory(
                 machine,
                 frozen=decoder.params + _TOWER_WEIGHTS,
-                frozen_dtype=machine.dtype,
+                frozen_dtype=dtype,
                 activations=cost.decoder_activations(decoder, **shape, gradients="none", attention="eager")
                 + cost.logits_bytes(decoder, self.rows, gradients="none"),
                 caches=cost.kv_cache_bytes(decoder, **shape) + features,

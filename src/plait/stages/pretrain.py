@@ -26,7 +26,7 @@ from plait.stages.validating import check_judged, judged_splits
 from plait.stages.voices import Voices
 from plait.training.optim import AdamW
 from plait.training.schedule import Cosine
-from plait.training.trainer import Trainer
+from plait.training.trainer import Trainer, only_in_one_process
 
 if TYPE_CHECKING:
     from plait.assembly.dual import Dual
@@ -225,6 +225,16 @@ class Pretrain(Stage):
     def dealt(self) -> Mapping[str, int]:
         """Pairs a step; see :meth:`plait.stages.stage.Stage.dealt`."""
         return {"batch_size": self.batch_size}
+
+    def shares(self, processes: int, *, setting: str = "") -> int:
+        """See :meth:`plait.stages.stage.Stage.shares`.
+
+        Raises:
+            ConfigError: A Q-Former learns, which judges pairs of a whole batch.
+        """
+        if processes > 1 and self.qformer is not None:
+            raise only_in_one_process("QueryTasks", processes)
+        return processes
 
     def check(self, machine: Machine) -> None:
         """See that the towers and the device are here; see :meth:`plait.stages.stage.Stage.check`."""

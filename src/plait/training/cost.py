@@ -18,12 +18,13 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from plait.core.estimate import Machine
+from plait.core.estimate import Estimate, Machine, made_before
 from plait.core.files import read_json
 from plait.models.head_room import scores_held
 
@@ -139,12 +140,12 @@ class DecoderShape:
         """Weights of all blocks that take part in a token's matrix products; without embedding and head."""
         return self.layers * (
             sum(a * b for a, b in self.matrices().values())
-            + (self.top_k - 1) * self._expert_params
+            + (self.top_k - 1) * self.expert_params
             + self.d_model * self.experts
         )
 
     @property
-    def _expert_params(self) -> int:
+    def expert_params(self) -> int:
         """Weights of one feed-forward network."""
         return 3 * self.d_model * self.d_ff
 
@@ -152,11 +153,19 @@ class DecoderShape:
     def params(self) -> int:
         """All weights; a tied head counts once."""
         norms = (2 * self.layers + 1) * self.d_model
-        idle = self.layers * max(0, self.experts - self.top_k) * self._expert_params
+        idle = self.layers * max(0, self.experts - self.top_k) * self.expert_params
         return self.linear_params + idle + norms + self.vocab * self.d_model * (1 if self.tied else 2)
 
 
 SMOLLM2_135M = DecoderShape(layers=30, d_model=576, d_ff=1536, heads=9, kv_heads=3, vocab=49_152)
+
+
+def planned_decoder(before: Mapping[str, Estimate], machine: Machine) -> tuple[DecoderShape, str]:
+    """Sizes and number format of the decoder that the last stage before leaves; SmolLM2's where none is planned."""
+    made = made_before(before)
+    if made is None or not made.decoder:
+        return SMOLLM2_135M, machine.dtype
+    return DecoderShape(**dict[str, Any](made.decoder)), made.decoder_dtype or machine.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

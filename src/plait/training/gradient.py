@@ -21,6 +21,7 @@ from plait.training.contrast import Share, backward_pairwise
 from plait.training.parallel.layout import Whole
 from plait.training.parallel.pipeline import Staged
 from plait.training.smaller import Exhausted, first_line, out_of_memory
+from plait.training.trainer import only_in_one_process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,12 +241,7 @@ def check_batches(micro: Sequence[Batch], objective: Objective, *, step: int) ->
     if not objective.needs_global_batch or isinstance(objective, Pairwise):
         return
     if mesh.world() > 1:
-        raise ConfigError(
-            f"{type(objective).__name__} compares all rows of a batch with each other, but {mesh.world()} processes "
-            "hold a part of it each",
-            place="fit",
-            remedy="train it in one process",
-        )
+        raise only_in_one_process(type(objective).__name__, mesh.world())
     if len(micro) > 1:
         rows = [len(batch.sample_ids) for batch in micro]
         raise ConfigError(

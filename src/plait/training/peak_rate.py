@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ RATES = "rates.json"
 
 _KEPT: contextvars.ContextVar[dict[str, float] | None] = contextvars.ContextVar("rates", default=None)
 _FILE: contextvars.ContextVar[Path | None] = contextvars.ContextVar("rates file", default=None)
-_PROCESS: dict[str, float] = {}  # where there is no run
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def peak_rate(compute: Compute, *, events: Events) -> float:
     from plait.core.speed import gemm_peak
 
     known, file = _KEPT.get(), _FILE.get()
-    known = _PROCESS if known is None else known
+    known = _without_run() if known is None else known
     name = f"{_device(compute)}, {compute.dtype}, {compute.threads} threads"
     if name not in known:
         known[name] = gemm_peak(compute.dtype, device=compute.device)
@@ -52,6 +52,12 @@ def peak_rate(compute: Compute, *, events: Events) -> float:
         if file is not None:
             write_json(file, known)
     return known[name]
+
+
+@functools.cache
+def _without_run() -> dict[str, float]:
+    """What this process has measured where there is no run."""
+    return {}
 
 
 def _read(file: Path) -> dict[str, float]:

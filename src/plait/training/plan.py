@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from plait.core import device
+from plait.core import device, launch
 from plait.core.errors import ResourceError
 from plait.core.estimate import Estimate, Machine
 from plait.core.files import existing_parent
@@ -38,12 +38,15 @@ class Plannable(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Total:
-    """A recipe's needs. Stages run one after another in one process: memory is the highest stage's, the rest adds up.
+    """A recipe's needs. Stages run one after another: memory is the highest stage's, the rest adds up.
 
     Attributes:
         stages: The estimates, in order.
         peak_stage: Name of the stage with the highest memory.
-        peak_bytes: Its memory.
+        peak_bytes: Its memory; of several processes, of the one that has most.
+        processes: That train together.
+        together_stage: Name of the stage in which all processes on this machine have most together.
+        together_bytes: What they have.
         disk_bytes: What the run leaves in its folder.
         spare_bytes: What it needs there besides for a moment.
         home_bytes: What it leaves under ``PLAIT_HOME``, as far as that is not there yet.
@@ -55,6 +58,9 @@ class Total:
     stages: tuple[Estimate, ...]
     peak_stage: str
     peak_bytes: int
+    processes: int = 1
+    together_stage: str = ""
+    together_bytes: int = 0
     disk_bytes: int
     spare_bytes: int
     home_bytes: int
@@ -81,7 +87,7 @@ print(json.dumps(dataclasses.asdict(machine(Path(sys.argv[1]))) | {"runtime_byte
 """
 
 
-def survey(folder: Path, *, probe: bool = True) -> Machine:
+def survey(folder: Path, *, probe: bool = True, processes: int = 1) -> Machine:
     """The machine as :func:`plait.core.device.machine` sees it, with the runtime baseline.
 
     Measured in a fresh process, about 5 s: its RSS with all that a training stage imports, kernels once used, is the
@@ -90,11 +96,17 @@ def survey(folder: Path, *, probe: bool = True) -> Machine:
     Args:
         folder: Where runs go; need not exist.
         probe: Measure; otherwise guess rates and baseline, at once and without torch.
+        processes: That are to train together; on this machine, but for what torchrun starts elsewhere.
 
     Raises:
         ResourceError: The libraries cannot be imported; says what they said last.
     """
-    guessed = dataclasses.replace(device.machine(folder, probe=False), home_disk_bytes=_free_home(folder))
+    guessed = dataclasses.replace(
+        device.machine(folder, probe=False),
+        home_disk_bytes=_free_home(folder),
+        processes=processes,
+        local=launch.local() if processes == launch.processes() else processes,
+    )
     if not probe:
         return dataclasses.replace(guessed, runtime_bytes=RUNTIME_BYTES)
     command = [sys.executable, "-c", _SURVEY, str(folder)]
@@ -113,6 +125,8 @@ def survey(folder: Path, *, probe: bool = True) -> Machine:
         memory_bytes=guessed.memory_bytes,
         disk_bytes=guessed.disk_bytes,
         home_disk_bytes=guessed.home_disk_bytes,
+        processes=guessed.processes,
+        local=guessed.local,
     )
 
 
@@ -140,15 +154,33 @@ def estimate_all(stages: Iterable[tuple[str, Plannable]], machine: Machine) -> t
     return tuple(estimates)
 
 
+def together(estimate: Estimate, machine: Machine) -> int:
+    """Bytes that all processes on this machine hold at a stage's highest moments.
+
+    Where one works alone, the others wait with what a process has before any weight. Libraries that processes share
+    count in each, as they do in what the system says of each.
+    """
+    local = machine.local or machine.processes
+    if not estimate.shares:
+        waiting = machine.runtime_bytes or RUNTIME_BYTES
+        return sum(estimate.memory.values()) + (local - 1) * waiting
+    return sum(sum(s.memory.values()) * sum(rank < local for rank in s.ranks) for s in estimate.shares)
+
+
 def total(estimates: Iterable[Estimate], machine: Machine) -> Total:
     """Add up, and say where the machine's limits are near."""
     stages = tuple(estimates)
     peaks = {e.stage: sum(e.memory.values()) for e in stages}
     peak_stage = max(peaks, key=lambda name: peaks[name], default="")
+    all_of = {e.stage: together(e, machine) for e in stages}
+    most = max(all_of, key=lambda name: all_of[name], default="")
     sums = Total(
         stages=stages,
         peak_stage=peak_stage,
         peak_bytes=peaks.get(peak_stage, 0),
+        processes=machine.processes,
+        together_stage=most,
+        together_bytes=all_of.get(most, 0),
         disk_bytes=sum(e.disk_bytes for e in stages),
         spare_bytes=max((e.spare_bytes for e in stages), default=0),
         home_bytes=sum(e.home_bytes for e in stages),
@@ -167,14 +199,31 @@ def _warnings(sums: Total, machine: Machine) -> Iterable[str]:
         elif disk.needed > 0.5 * disk.free:
             yield line
     memory = f"memory: {sums.peak_stage} peaks at {size(sums.peak_bytes)}, {size(machine.memory_bytes)} free"
-    if sums.peak_bytes > machine.memory_bytes:
-        yield f"{memory}: lower its micro-batch, or close other programs"
-    elif sums.peak_bytes > 0.8 * machine.memory_bytes:
+    remedy = "lower its micro-batch, or close other programs"
+    if machine.processes > 1:
+        count = machine.local or machine.processes
+        memory = f"memory: {count} processes on this machine have {size(sums.together_bytes)} together in "
+        memory += f"{sums.together_stage}, {size(machine.memory_bytes)} free{_most(sums)}"
+        remedy = "divide more (trainer.parallel), lower its micro-batch, or start fewer here"
+    if sums.together_bytes > machine.memory_bytes:
+        yield f"{memory}: {remedy}"
+    elif sums.together_bytes > 0.8 * machine.memory_bytes:
         yield memory
     if machine.device == "cpu" and machine.dtype == "float32":
         yield "no AMX or AVX-512 BF16: float32 is used, at about a third of the speed and twice the activation memory"
     if not machine.measured:
         yield "the machine's speed is guessed from its CPU flags: the range of time is three times wider either way"
+
+
+def _most(sums: Total) -> str:
+    """Which process has most in the stage where all have most together, when, and of what."""
+    shares = next(e.shares for e in sums.stages if e.stage == sums.together_stage)
+    if not shares:
+        return ""
+    most = max(shares, key=lambda share: sum(share.memory.values()))
+    part = max(most.memory, key=most.memory.__getitem__)
+    held = f"{size(sum(most.memory.values()))} in {most.moment}, {size(most.memory[part])} of it {part}"
+    return f"; process {most.ranks[0]} has {held}"
 
 
 class Disk(NamedTuple):

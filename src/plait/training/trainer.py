@@ -117,6 +117,22 @@ class Parallel(Spec):
             )
         return grid
 
+    def check_device(self, device: str) -> None:
+        """See that weights can be divided so on a device.
+
+        Args:
+            device: ``cpu``, ``cuda`` or ``mps``.
+
+        Raises:
+            ConfigError: CPU offload, where weights are on the CPU anyway.
+        """
+        if self.offload and device == "cpu":
+            raise ConfigError(
+                "parallel.offload is true, but the weights are in this processor's memory anyway",
+                place="trainer.parallel.offload",
+                remedy="set it to false, or train on a GPU",
+            )
+
     def check_decoder(self, *, heads: int, kv_heads: int, layers: int, experts: int) -> None:
         """See that a decoder of these sizes can be divided so, long before it is loaded.
 
@@ -319,6 +335,20 @@ class Trainer(Spec):
         side = 512
         inner, outer = (self.optimizer.state_bytes((side, side), inner=inner) / side**2 for inner in (True, False))
         return inner * (1 - tables) + outer * tables + (4 if self.average else 0)
+
+
+def only_in_one_process(objective: str, processes: int) -> ConfigError:
+    """The refusal of an objective that cannot be shared.
+
+    Args:
+        objective: Its name.
+        processes: That were to share it.
+    """
+    return ConfigError(
+        f"{objective} compares all rows of a batch with each other, but {processes} processes hold a part of it each",
+        place="fit",
+        remedy="train it in one process",
+    )
 
 
 def check_context(parallel: Parallel, *, compiles: bool) -> None:

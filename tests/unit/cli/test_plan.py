@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,12 +16,15 @@ from plait.cli import plan
 from plait.cli.output import Out
 from plait.core import device
 from plait.core.errors import ConfigError, PlaitError, ResourceError, UsageError
-from plait.core.estimate import Estimate, Machine
+from plait.core.estimate import Estimate, Machine, Share
+from plait.recipes.trackers import AnyTracker, TensorBoard
 from plait.training.trainer import Trainer
 
 pytestmark = pytest.mark.light
 
 GIB = 2**30
+several = False
+trackers: list[AnyTracker] = []
 
 
 class Step:
@@ -35,6 +39,19 @@ class Step:
 
     def check(self, machine: Machine) -> None:
         """Nothing stands in the way."""
+
+    @property
+    def together(self) -> bool:
+        """Whether processes share it."""
+        return self.kind == "tune"
+
+    def dealt(self) -> dict[str, int]:
+        """A batch of four."""
+        return {"batch_size": 4} if self.together else {}
+
+    def shares(self, processes: int, *, setting: str = "") -> int:
+        """To each process one."""
+        return processes
 
 
 DATA = Estimate(
@@ -53,8 +70,16 @@ TUNE = Estimate(
     flops=1.35e14,
     memory={"weights": GIB // 4, "activations": GIB, "runtime": GIB},
     disk_bytes=GIB,
+    spare_bytes=GIB // 4,
     seconds=(60.0, 300.0),
     notes=("256 rows a step",),
+)
+SHARED = replace(
+    TUNE,
+    shares=(
+        Share(ranks=(0,), memory={"weights": GIB, "runtime": GIB}, moments={"training": 2 * GIB}, sent={"data": GIB}),
+        Share(ranks=(1, 2, 3), memory={"weights": GIB // 2, "runtime": GIB}, moments={"training": 3 * GIB // 2}),
+    ),
 )
 
 
@@ -62,10 +87,14 @@ TUNE = Estimate(
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Sequence[str]]]:
     """A recipe of two stages stands in for the shipped ones; returns what was asked for."""
     calls: list[tuple[str, Sequence[str]]] = []
+    monkeypatch.setattr(sys.modules[__name__], "several", False)
+    monkeypatch.setattr(sys.modules[__name__], "trackers", [])
 
     def load_recipe(name: str, overrides: Sequence[str] = ()) -> SimpleNamespace:
         calls.append((name, overrides))
-        spec = SimpleNamespace(name="demo", data=Step("data", DATA), stages={"tune": Step("tune", TUNE)})
+        known = SHARED if several else TUNE
+        stages = {"tune": Step("tune", known)}
+        spec = SimpleNamespace(name="demo", data=Step("data", DATA), stages=stages, trackers=tuple(trackers))
         return SimpleNamespace(spec=spec)
 
     module = ModuleType("plait.recipes.recipe")
@@ -130,7 +159,7 @@ def test_too_little_disk_is_refused_after_the_table(
     asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(device, "free_disk", lambda path: GIB)
-    with pytest.raises(ResourceError, match=r"needs 1\.1 GiB of disk \(tune alone 1\.0 GiB\), but 1\.0 GiB is free"):
+    with pytest.raises(ResourceError, match=r"needs 1\.3 GiB of disk \(tune alone 1\.2 GiB\), but 1\.0 GiB is free"):
         plan.main(arguments(), Out())
     assert "the run is refused" in capsys.readouterr().out
     assert plan.main(arguments(), Out(json=True)) == 5
@@ -164,8 +193,92 @@ def test_settings_of_several_processes_are_said_to_be_left_out(
     assert "trainer.parallel" not in capsys.readouterr().out
     monkeypatch.setattr(Step, "trainer", Trainer.model_validate({"parallel": {"pipeline": 2}}), raising=False)
     plan.main(arguments(), Out())
-    said = "note     tune: trainer.parallel is for several processes, and all of this is for one"
+    said = "note     tune: trainer.parallel is for several processes, and this is for one; plan with --processes N"
     assert said in capsys.readouterr().out.splitlines()
+
+
+def test_several_processes_have_a_line_each_and_a_sum(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "several", True)
+    monkeypatch.setattr(device, "memory", lambda: SimpleNamespace(free=6 * GIB))
+    assert plan.main(parsed("demo", "--no-probe", "--processes", "4"), Out()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("stage  process"))
+    found = [line.split() for line in lines[first + 1 : first + 3]]
+    assert found[0] == ["tune", "0", "training", "1.0", "GiB", "1.0", "GiB", "2.0", "GiB", "1.0", "GiB", "data"]
+    assert found[1] == ["tune", "1", "to", "3", "training", "512", "MiB", "1.0", "GiB", "1.5", "GiB", "-"]
+    assert any("6.5 GiB of 6.0 GiB free, 108%, all 4 processes of this machine together" in line for line in lines)
+    warned = next(
+        line for line in lines if line.startswith("warning  memory: 4 processes on this machine have 6.5 GiB")
+    )
+    assert "in tune, 6.0 GiB free; process 0 has 2.0 GiB in training, 1.0 GiB of it weights: divide more" in warned
+    assert "note     data: by process 0 alone, the others wait" in lines
+    assert plan.main(parsed("demo", "--no-probe", "--processes", "4"), Out(json=True)) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["processes"], said["together_bytes"]) == (4, 13 * GIB // 2)
+    assert said["stages"][1]["shares"][1]["ranks"] == [1, 2, 3]
+
+
+def test_under_torchrun_the_first_process_plans_for_all(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert plan.main(arguments(), Out()) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert plan.main(arguments(), Out(json=True)) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["machine"]["processes"], said["machine"]["local"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--processes", "-1"], "--processes is -1"),
+        (["--processes", "2", "--probe"], "--probe runs steps in one process, and 2 are planned"),
+    ],
+)
+def test_numbers_of_processes_that_mean_nothing(
+    asked: list[tuple[str, Sequence[str]]], words: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan.main(parsed("demo", *words), Out())
+
+
+def test_what_run_refuses_in_so_many_processes_plan_refuses_in_its_words(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="a batch of 4 samples for 5 processes"):
+        plan.main(parsed("demo", "--no-probe", "--processes", "5"), Out())
+    offloads = Trainer.model_validate({"parallel": {"zero": 3, "offload": True}})
+    monkeypatch.setattr(Step, "trainer", offloads, raising=False)
+    monkeypatch.setattr(Step, "device", "cpu", raising=False)
+    with pytest.raises(ConfigError, match="weights are in this processor's memory anyway"):
+        plan.main(parsed("demo", "--no-probe", "--processes", "2"), Out())
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(
+    asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "trackers", [TensorBoard()])
+    monkeypatch.setattr(TensorBoard, "package", "no_such_package")
+    with pytest.raises(ResourceError, match="needs the package no_such_package, which is not installed"):
+        plan.main(arguments(), Out())
+    assert "total" in capsys.readouterr().out
+
+
+def test_columns_that_do_not_say_what_they_count_are_explained(
+    asked: list[tuple[str, Sequence[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan.main(arguments(), Out())
+    said = capsys.readouterr().out
+    assert "tokens: places of rows that pass a model, padding included, over all steps" in said
+    assert "disk: the total has 256 MiB more, for a checkpoint that is being written" in said
+    total = next(line for line in said.splitlines() if line.startswith("total"))
+    assert "1.3 GiB" in total  # 60 MiB, 1 GiB and a quarter
+    assert "256 MiB only while a checkpoint is written" in said
 
 
 @pytest.mark.parametrize(
@@ -193,7 +306,7 @@ def test_a_size_alone_is_planned_without_a_recipe(capsys: pytest.CaptureFixture[
     assert "on 64 devices at 40% of 312 TFLOP/s" in said
     assert "96 layers of 12,288" in said
     assert "layouts fit 80 GiB" in said
-    assert "{zero: 3" in said
+    assert "{tensor: 8, pipeline: 8}" in said
 
 
 @pytest.mark.parametrize(
@@ -206,6 +319,7 @@ def test_a_size_alone_is_planned_without_a_recipe(capsys: pytest.CaptureFixture[
         (["--params", "7e9", "--tokens", "1e9", "--mfu", "3"], "at most 1"),
         (["--params", "7e9", "--tokens", "1e9", "--gpus", "1.5"], "expected a whole number"),
         (["quickstart", "--gpus", "3"], "quickstart and a size are both given"),
+        (["--processes", "3", "--params", "7e9", "--tokens", "1e9"], "--processes and a size are both given"),
     ],
 )
 def test_a_size_that_cannot_be_planned_is_said(words: list[str], said: str) -> None:

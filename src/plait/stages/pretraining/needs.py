@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.core.errors import ConfigError
-from plait.core.estimate import Estimate, Machine, peak_of
+from plait.core.estimate import Estimate, Machine, Peak, Peaks, Share
 from plait.core.files import read_json
 from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import BYTES, linear_flops, time_range
+from plait.training.parallel.messages import data_messages
+from plait.training.parallel.share import Held, Member, by_process
 from plait.training.peak import LEFT_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
+from plait.training.zero import zero_bytes
 
 if TYPE_CHECKING:
     from plait.models.measure import Account
@@ -107,25 +110,34 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
     else:
         tower = tower_account(spec.image_tower)
         found = _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
-    return found if spec.spoken is None else _hearing(spec, spec.spoken, found, samples=samples)
+    return found if spec.spoken is None else _hearing(spec, spec.spoken, machine, found=found, samples=samples)
 
 
-def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: Mapping[str, int]) -> Estimate:
+def _hearing(
+    spec: Pretrain, spoken: SpokenNames, machine: Machine, *, found: Estimate, samples: Mapping[str, int]
+) -> Estimate:
     """The same with names said aloud: sounds are encoded once, and a third head learns from their means."""
     train = samples.get("train", 0)
     sounds = train * spoken.takes + sum(samples.values()) - train
     head = (AUDIO_WIDTH + spec.d_shared) * spec.d_hidden + spec.d_hidden + spec.d_shared
     window = spoken.window_s or 30.0
     seen = min(spec.batch_size, max(train, 1)) * spec.steps_for(max(train, 1))
-    # The encoder's weights stand beside those of the other towers; a sound's features and samples are small.
-    frozen = found.memory.get("weights", 0) + 4 * AUDIO_WEIGHTS + 4 * head
-    memory = {**found.memory, "weights": frozen}
     state = spec.trainer.state_bytes()
-    for part, times in (("gradients", 4.0), ("optimizer", state)):
-        memory[part] = memory.get(part, 0) + round(head * times)
-    copy = round((4 + state) * head) if spec.trainer.async_save else 0  # as in peak_memory
-    memory["caches"] = memory.get("caches", 0) + 4 * sounds * AUDIO_WIDTH + copy
-    more = sum(memory.values()) - sum(found.memory.values())
+
+    def with_head(memory: Mapping[str, int]) -> dict[str, int]:
+        """The encoder's weights stand beside those of the other towers; a sound's features and samples are small."""
+        states = zero_bytes(head, world=machine.processes, stage=spec.trainer.parallel.zero, bytes_state=state)
+        more = {**states, "caches": 4 * sounds * AUDIO_WIDTH}
+        more["weights"] += 4 * AUDIO_WEIGHTS
+        if spec.trainer.async_save:  # as in peak_memory
+            more["caches"] += round((4 + state) * head)
+        return {part: memory.get(part, 0) + more.get(part, 0) for part in {**memory, **more}}
+
+    def peaks(of: Estimate | Share) -> Peak:
+        memory = with_head(of.memory)
+        more = sum(memory.values()) - sum(of.memory.values())
+        return Peak(memory=memory, moments={name: size + more for name, size in of.moments.items()})
+
     one = checkpoint_bytes(weights=4 * head, trainable=head, state=state)
     features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
     flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
@@ -135,8 +147,8 @@ def _hearing(spec: Pretrain, spoken: SpokenNames, found: Estimate, *, samples: M
         params_trainable=found.params_trainable + head,
         params_frozen=found.params_frozen + AUDIO_WEIGHTS,
         flops=found.flops + flops,
-        memory=memory,
-        moments={name: size + more for name, size in found.moments.items()},
+        **peaks(found),
+        shares=tuple(replace(share, **peaks(share)) for share in found.shares),
         disk_bytes=found.disk_bytes + _left(spec, train) * one,
         spare_bytes=found.spare_bytes + one,
         home_bytes=found.home_bytes + features,
@@ -154,11 +166,14 @@ def _left(spec: Pretrain, train: int) -> int:
     return checkpoints_left(spec.steps_for(max(train, 1)), spec.save_every, judged=spec.trainer.judged_every)
 
 
-def _encoding(spec: Pretrain, machine: Machine, *, image: bool) -> dict[str, int]:
-    """Parts of memory before the first step: the text tower comes from a file in float32, then pictures are encoded."""
+def _encoding(spec: Pretrain, machine: Machine, *, image: bool, encodes: bool = True) -> dict[str, int]:
+    """Parts of memory before the first step: the text tower comes from a file in float32, then pictures are encoded.
+
+    Of several processes the first one encodes.
+    """
     dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
     side = spec.resolution or 224
-    maps = 3 * _AT_ONCE * _MAP * (side // 2) ** 2 * BYTES[dtype] if image else 0
+    maps = 3 * _AT_ONCE * _MAP * (side // 2) ** 2 * BYTES[dtype] if image and encodes else 0
     parts = peak_memory(
         machine,
         frozen=TEXT_WEIGHTS + (IMAGE_WEIGHTS if image else 0),
@@ -231,7 +246,11 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
         tokens=steps * batch * (tokens + 5 * cells),
         image_tokens=steps * batch * 5 * cells,
         flops=flops + pictures * _IMAGE_FLOPS_224 * side**2,
-        **peak_of({"before": _encoding(spec, machine, image=True), "training": memory}),
+        **by_process(
+            spec.trainer.parallel,
+            machine.processes,
+            lambda _: {"before": _encoding(spec, machine, image=True), "training": memory},
+        ),
         disk_bytes=_left(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
@@ -267,11 +286,62 @@ def again(spec: Pretrain, batch: int) -> float:
     return (batch - once) / batch
 
 
-def _head_activations(spec: Pretrain, widths: int, *, batch: int) -> int:
-    """Of the heads for what goes through them together; vectors of the whole batch, and a block of its scores."""
-    micro = at_once(spec, batch)
+def _head_activations(spec: Pretrain, widths: int, *, batch: int, own: int) -> int:
+    """Of the heads for what goes through them together; vectors of the whole batch, and a block of its scores.
+
+    Args:
+        spec: Settings of the stage.
+        widths: Of all features together.
+        batch: Pairs of a batch.
+        own: Of them those of this process.
+    """
+    micro = at_once(spec, own)
     vectors = 2 * 2 * spec.d_shared * batch if micro < batch else 0  # with their gradients
     return 4 * micro * (widths + 4 * spec.d_hidden + 3 * spec.d_shared) + 4 * vectors + 20 * min(batch * batch, SCORES)
+
+
+def tower_has_blocks(spec: Pretrain) -> bool:
+    """Whether a picture tower from scratch is a Transformer, whose blocks ZeRO gathers one after the other."""
+    return getattr(spec.image_tower, "kind", "") in ("vit", "swin")
+
+
+def _training(
+    spec: Pretrain, member: Member, memory: dict[str, int], *, held: Held, early: int | None = None
+) -> dict[str, dict[str, int]]:
+    """Moments of one of several processes while heads, or a tower, learn.
+
+    Args:
+        spec: Settings of the stage.
+        member: The process.
+        memory: Parts, were it alone with its share of a batch.
+        held: What learns.
+        early: Bytes of the gradients that come first; None: activations and gradients are there together.
+    """
+    found = memory | member.states(held, state=spec.trainer.state_bytes(), activations=memory["activations"])
+    still = memory["weights"] - 4 * held.learn  # in no piece
+    found["weights"] += still
+    found = found if early is None else in_turn(found, early=early)
+    apart = member.apart("", held, found, model=4 * held.learn)
+    for parts in apart.values():
+        parts["weights"] += still
+    return {"training": found, **apart}
+
+
+def _shared(
+    spec: Pretrain,
+    machine: Machine,
+    moments: Callable[[Member], dict[str, dict[str, int]]],
+    *,
+    held: Held,
+    batch: int,
+) -> Peaks:
+    """What each process needs."""
+
+    def sent(member: Member) -> dict[str, int]:
+        own = member.rows(batch)
+        return {"data": data_messages(member, held, micro=math.ceil(own / at_once(spec, own)))}
+
+    return by_process(spec.trainer.parallel, machine.processes, moments, sent=sent)
 
 
 def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:
@@ -290,18 +360,23 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
     cells = math.ceil((spec.resolution or 224) / 32) ** 2
     features = pictures * cells * IMAGE_WIDTH * 2
     state = spec.trainer.state_bytes()
-    memory = peak_memory(
-        machine,
-        frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
-        frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
-        trainable=heads,
-        state=state,
-        async_save=spec.trainer.async_save,
-        activations=_head_activations(spec, widths, batch=batch),
-        caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
-    )
-    before = _encoding(spec, machine, image=True)
-    before["caches"] += features
+    held = Held(blocks=0, rest=heads, still_blocks=0, still_rest=0, layers=0)
+
+    def moments(member: Member) -> dict[str, dict[str, int]]:
+        memory = peak_memory(
+            machine,
+            frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
+            frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
+            trainable=heads,
+            state=state,
+            async_save=spec.trainer.async_save,
+            activations=_head_activations(spec, widths, batch=batch, own=member.rows(batch)),
+            caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
+        )
+        before = _encoding(spec, machine, image=True, encodes=not member.rank)
+        before["caches"] += features
+        return {"before": before, **_training(spec, member, memory, held=held)}
+
     one = checkpoint_bytes(weights=4 * heads, trainable=heads, state=state)
     return Estimate(
         stage=spec.kind,
@@ -311,7 +386,7 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         tokens=pictures * cells + texts * _TEXT_TOKENS,
         image_tokens=pictures * cells,
         flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
-        **peak_of({"before": before, "training": memory}),
+        **_shared(spec, machine, moments, held=held, batch=batch),
         disk_bytes=_left(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
@@ -347,22 +422,34 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     together = f"{micro:,} of which" if micro < batch else "all of which"
     text_dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
     state = spec.trainer.state_bytes()
-    memory = peak_memory(
-        machine,
-        frozen=TEXT_WEIGHTS,
-        frozen_dtype=text_dtype,
-        trainable=trained,
-        state=state,
-        async_save=spec.trainer.async_save,
-        activations=kept + _head_activations(spec, widths, batch=batch),
-        # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
-        caches=LEFT_BYTES + 2 * pixels * pictures + 6 * pixels * batch + 4 * texts * TEXT_WIDTH,
+    depth = getattr(spec.image_tower, "depth", 0) if tower_has_blocks(spec) else 0
+    held = Held(
+        blocks=tower.trainable if depth else 0,
+        rest=heads + (0 if depth else tower.trainable),
+        still_blocks=0,
+        still_rest=0,
+        layers=depth,
     )
-    if micro == batch:
-        memory = in_turn(memory, early=4 * heads)
-    memory["weights"] += 4 * still
-    before = _encoding(spec, machine, image=False)
-    before["weights"] += 4 * (trained + still)
+
+    def moments(member: Member) -> dict[str, dict[str, int]]:
+        own = member.rows(batch)
+        memory = peak_memory(
+            machine,
+            frozen=TEXT_WEIGHTS,
+            frozen_dtype=text_dtype,
+            trainable=trained,
+            state=state,
+            async_save=spec.trainer.async_save,
+            activations=tower.kept_bytes * at_once(spec, own) + _head_activations(spec, widths, batch=batch, own=own),
+            # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
+            caches=LEFT_BYTES + 2 * pixels * pictures + 6 * pixels * own + 4 * texts * TEXT_WIDTH,
+        )
+        memory["weights"] += 4 * still
+        before = _encoding(spec, machine, image=False)
+        before["weights"] += 4 * (trained + still)
+        early = 4 * heads if at_once(spec, own) == own else None
+        return {"before": before, **_training(spec, member, memory, held=held, early=early)}
+
     one = checkpoint_bytes(weights=4 * (trained + still), trainable=trained, state=state)
     seen = batch * steps + tests
     return Estimate(
@@ -373,7 +460,7 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         tokens=seen * tower.tokens + texts * _TEXT_TOKENS,
         image_tokens=seen * tower.tokens,
         flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
-        **peak_of({"before": before, "training": memory}),
+        **_shared(spec, machine, moments, held=held, batch=batch),
         disk_bytes=_left(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=2 * pixels * pictures,

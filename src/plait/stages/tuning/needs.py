@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from plait.core.errors import ConfigError
-from plait.core.estimate import Estimate, Machine, peak_of
+from plait.core.estimate import Estimate, Machine
 from plait.models import specs
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
@@ -25,6 +25,8 @@ from plait.training.cost import (
     linear_flops,
     time_range,
 )
+from plait.training.parallel.messages import messages
+from plait.training.parallel.share import Held, Member, Model, by_process
 from plait.training.peak import LEFT_BYTES, TOKENIZER_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
 
 if TYPE_CHECKING:
@@ -106,7 +108,13 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         pictures=kept * picture.side**2 * picture.width * 2 if spec.cache else 0,
         questions=train * _QUESTIONS,
     )
-    moments = _moments(spec, machine, parts, rows=rows, row=row, trained=trained)
+    sizes = _Sizes(rows=rows, row=row, trained=trained)
+    peaks = by_process(
+        spec.trainer.parallel,
+        machine.processes,
+        lambda member: _moments(spec, machine, parts, sizes=sizes, member=member),
+        sent=lambda member: _sent(spec, machine, parts, sizes=sizes, member=member),
+    )
     disk, spare = _disk(spec, parts)
     trainable = adapter + of.parameters + sounds.parameters
     steps = spec.frozen.steps + spec.adapt.steps
@@ -118,7 +126,7 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         tokens=steps * rows * row,
         image_tokens=steps * spec.batch_size * of.slots,
         flops=flops + words + pictures * _IMAGE_FLOPS_224 * side**2,
-        **peak_of(moments),
+        **peaks,
         disk_bytes=disk,
         spare_bytes=spare,
         home_bytes=2 * picture.side**2 * picture.width * kept if spec.cache else 0,
@@ -126,8 +134,10 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         notes=(*_notes(spec, of, picture, steps=steps, whole=whole), *sounds.notes),
         slots=of.slots,
         decoder=asdict(shape),
+        decoder_dtype=dtype if isinstance(spec.decoder, str) and not whole else "float32",
         adapter=0 if whole else adapter,
         connectors=of.parameters + sounds.parameters,
+        words=_WORDS * shape.d_model if isinstance(spec.connector, specs.Words) else 0,
     )
 
 
@@ -154,58 +164,99 @@ class _Parts:
     questions: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """A step, of all processes together: rows, places of each, and positions whose scores are computed."""
+
+    rows: int
+    row: int
+    trained: int
+
+
+def _dtype(spec: Tune, machine: Machine) -> str:
+    return machine.dtype if spec.dtype == "auto" else spec.dtype
+
+
+def _model(spec: Tune, machine: Machine, parts: _Parts, *, adapts: bool) -> Model:
+    """What trains in the second phase, or, with an adapter or all of the decoder, in the third."""
+    dtype, whole = _dtype(spec, machine), parts.lora is None
+    learn = parts.learn if adapts else parts.connectors
+    return Model(
+        shape=parts.shape,
+        # A decoder from scratch is float32 from the beginning; the tower has its own format.
+        width=BYTES[dtype] if isinstance(spec.decoder, str) else 4,
+        learns=adapts and whole,
+        lora=parts.lora if adapts else None,
+        adapter=parts.adapter if adapts and not whole else 0,
+        beside=learn,
+        media=parts.connectors,
+        still=BYTES[dtype] * IMAGE_WEIGHTS + 4 * (parts.connectors - learn),
+    )
+
+
 def _moments(
-    spec: Tune, machine: Machine, parts: _Parts, *, rows: int, row: int, trained: int
+    spec: Tune, machine: Machine, parts: _Parts, *, sizes: _Sizes, member: Member
 ) -> dict[str, dict[str, int]]:
-    """Parts of memory before the first step, and in each phase."""
-    shape = parts.shape
-    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
-    drawn = not isinstance(spec.decoder, str)
-    # A decoder from scratch is float32 from the beginning; the tower has its own format.
-    decoder = shape.params * (4 if drawn else BYTES[dtype])
+    """Parts of memory before the first step, and in each phase, of one process."""
+    shape, dtype = parts.shape, _dtype(spec, machine)
     held = TOKENIZER_BYTES * shape.vocab + parts.questions * _QUESTION_BYTES + parts.pictures
     words = 4 * _WORDS * shape.d_model if isinstance(spec.connector, specs.Words) else 0
+    pieces = spec.trainer.pieces(spec.batch_size)
+    frozen = _model(spec, machine, parts, adapts=False)
 
-    def phase(learn: int, *, frozen: int, activations: int = 0, tables: int = 0) -> dict[str, int]:
+    def phase(own: Held, *, member: Member = member, activations: int = 0, tables: int = 0) -> dict[str, int]:
+        state = spec.trainer.state_bytes(tables=tables / max(1, own.learn))
         found = peak_memory(
             machine,
-            frozen=IMAGE_WEIGHTS,
-            frozen_dtype=dtype,
-            trainable=learn,
-            state=spec.trainer.state_bytes(tables=tables / max(1, learn)),
+            trainable=own.learn,
+            state=state,
             async_save=spec.trainer.async_save,
             activations=activations,
-            caches=held + words + (LEFT_BYTES if learn else 0),
+            caches=held + words + (LEFT_BYTES if own.learn else 0),
         )
-        if spec.trainer.pieces(spec.batch_size) == 1:
-            # A table of words learns from the head on, before any block.
-            found = in_turn(found, early=4 * tables)
-        return found | {"weights": found["weights"] + frozen}
+        found |= member.states(own, state=state, pieces=pieces, activations=found["activations"])
+        # A table of words learns from the head on, before any block.
+        return in_turn(found, early=4 * tables) if pieces == 1 else found
 
     maps = 3 * _AT_ONCE * _MAP * ((spec.resolution or 224) // 2) ** 2 * BYTES[dtype]
-    before = phase(0, frozen=decoder + 4 * parts.connectors, activations=maps)
-    if dtype == "float32" and not drawn:
+    still = frozen.bytes if not frozen.learns else 0
+    everything = Held(blocks=0, rest=0, still_blocks=0, still_rest=still, layers=0)
+    before = phase(everything, member=Member(), activations=0 if member.rank else maps)
+    if dtype == "float32" and isinstance(spec.decoder, str):
         # The file's 16 bits are mapped until all weights are widened, which is before pictures are encoded.
         before["files"] = max(0, 2 * shape.params - before["activations"])
     moments = {"before": before}
-    sizes: dict[str, int] = {"rows": rows, "row": row, "trained": trained}
     if isinstance(spec.connector, specs.Words):
-        seen = 4 * spec.words.batch_size * spec.connector.tokens * (3 * shape.d_model + _WORDS)
-        moments["words"] = phase(parts.connectors, frozen=decoder, activations=seen)
-    if spec.frozen.steps:
-        through = _activations(spec, machine, shape, lora=None, gradients="through", **sizes)
-        moments["connector"] = phase(parts.connectors, frozen=decoder, activations=through)
-    whole = parts.lora is None
-    tables = shape.vocab * shape.d_model * (1 if shape.tied else 2) if whole else 0
-    moments["decoder"] = phase(
-        parts.adapter + parts.learn,
-        frozen=(0 if whole else decoder) + 4 * (parts.connectors - parts.learn),
-        activations=_activations(
-            spec, machine, shape, lora=parts.lora, gradients="full" if whole else "through", **sizes
-        ),
-        tables=tables,
-    )
+        batch = member.data_only().rows(spec.words.batch_size)
+        seen = 4 * batch * spec.connector.tokens * (3 * shape.d_model + _WORDS)
+        reader = Held(blocks=0, rest=parts.connectors, still_blocks=0, still_rest=0, layers=0)
+        first = phase(reader, member=member.data_only(), activations=seen)
+        moments["words"] = first | {"weights": first["weights"] + still - 4 * parts.connectors}
+    for name, adapts in (("connector", False), ("decoder", True)):
+        if not (adapts or spec.frozen.steps):
+            continue
+        model = _model(spec, machine, parts, adapts=adapts)
+        own = member.held(model)
+        tables = min(own.rest, shape.vocab * shape.d_model * (1 if shape.tied else 2)) if model.learns else 0
+        activations = _activations(spec, machine, model, sizes=sizes, member=member)
+        moments[name] = phase(own, activations=activations, tables=tables)
+        moments |= member.apart(name, own, moments[name], model=model.bytes)
     return moments
+
+
+def _sent(spec: Tune, machine: Machine, parts: _Parts, *, sizes: _Sizes, member: Member) -> dict[str, int]:
+    """Bytes that a process sends in a step of the third phase."""
+    model = _model(spec, machine, parts, adapts=True)
+    width = BYTES[_dtype(spec, machine)]
+    return messages(
+        member,
+        model,
+        positions=member.rows(sizes.rows) * member.length(sizes.row),
+        micro=spec.trainer.pieces(spec.batch_size),
+        width=width,
+        stream=4 if model.learns else width,
+        again=spec.trainer.recompute == "full",
+    )
 
 
 def _disk(spec: Tune, parts: _Parts) -> tuple[int, int]:
@@ -238,32 +289,24 @@ def _rows(spec: Tune, slots: int) -> tuple[int, int]:
     return spec.batch_size, math.ceil(sample / (_PACKED if spec.packing else _PADDED))
 
 
-def _activations(
-    spec: Tune,
-    machine: Machine,
-    shape: DecoderShape,
-    *,
-    lora: Lora | None,
-    gradients: Gradients,
-    rows: int,
-    row: int,
-    trained: int,
-) -> int:
-    """Live bytes of a micro-batch, with what head and loss need."""
+def _activations(spec: Tune, machine: Machine, model: Model, *, sizes: _Sizes, member: Member) -> int:
+    """Live bytes of a process, of the micro-batches that it holds at once, with what head and loss need."""
     pieces = spec.trainer.pieces(spec.batch_size)
-    dtype = machine.dtype if spec.dtype == "auto" else spec.dtype
-    rows = math.ceil(rows / pieces)
-    kept = decoder_activations(
+    dtype, shape = _dtype(spec, machine), member.decoder(model.shape, loads=model)
+    gradients: Gradients = "full" if model.learns else "through"
+    kept = member.kept(pieces) * decoder_activations(
         shape,
-        rows=rows,
-        length=row,
+        rows=math.ceil(member.rows(sizes.rows) / pieces),
+        length=member.length(sizes.row),
         dtype=dtype,
         gradients=gradients,
-        attention=row,
-        lora=lora,
+        attention=sizes.row,
+        lora=model.lora,
         recompute=spec.trainer.recompute,
     )
-    at_once = math.ceil(trained / pieces)
+    if not member.ends[1]:
+        return kept
+    at_once = math.ceil(sizes.trained / (member.spread * pieces))
     head = spec.trainer.head
     return kept + head_bytes(shape, at_once, dtype=dtype, gradients=gradients, head=head, device=machine.device)
 

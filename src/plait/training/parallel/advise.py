@@ -1,8 +1,8 @@
 """Which layout for a decoder and so many processes: what fits their memory, and of that what costs least time.
 
-Closed forms alone, without torch: states by ZeRO's formula (:mod:`plait.training.zero`) over what tensor and pipeline
-leave to a process, activations by :mod:`plait.training.cost`, bytes of every message around rings, and the idle share
-of a pipeline. Narayanan et al., Efficient large-scale language model training on GPU clusters using Megatron-LM,
+Closed forms alone: what a process holds by :mod:`.share`, activations by :mod:`plait.training.cost`, bytes of every
+message (:mod:`.messages`), and the idle share of a pipeline. Narayanan et al., Efficient large-scale language model
+training on GPU clusters using Megatron-LM,
 https://arxiv.org/abs/2104.04473, sections 3 and 4.
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from plait.training.cost import BYTES, DecoderShape, Lora, decoder_activations, decoder_flops
+from plait.training.cost import BYTES, DecoderShape, Gradients, Lora, decoder_activations, decoder_flops
+from plait.training.parallel.messages import messages
+from plait.training.parallel.order import bubble
+from plait.training.parallel.share import Member, Model
 from plait.training.trainer import Parallel
-from plait.training.zero import zero_bytes, zero_traffic
+from plait.training.zero import zero_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,11 @@ class Work:
     dtype: str = "bfloat16"
     recompute: bool = False
 
+    @property
+    def gradients(self) -> Gradients:
+        """What backward does in the decoder."""
+        return "full" if self.lora is None else "through"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
@@ -92,13 +100,13 @@ class Judged:
 
 
 def layouts(work: Work, cluster: Cluster) -> list[Judged]:
-    """Every layout that can be set, but ``expert``: what fits first, by time, and of equals the simpler."""
+    """Every layout that can be set: what fits first, by time, and of equals the simpler."""
     found = [_judge(parallel, work, cluster) for parallel in _settable(work, cluster)]
     return sorted(found, key=lambda one: (not one.fits, one.step_s if one.fits else one.peak, _parts(one.parallel)))
 
 
 def _parts(parallel: Parallel) -> int:
-    return parallel.zero + parallel.tensor + parallel.pipeline + parallel.context
+    return parallel.zero + parallel.tensor + parallel.pipeline + parallel.context + parallel.expert
 
 
 def _settable(work: Work, cluster: Cluster) -> Iterator[Parallel]:
@@ -112,67 +120,55 @@ def _settable(work: Work, cluster: Cluster) -> Iterator[Parallel]:
         data = n // each
         if work.rows < data or shape.d_ff % tensor or (shape.experts and each > 1):
             continue
-        for zero in (0, 1, 2, 3):
+        experts = [d for d in degrees if shape.experts and data % d == 0 and shape.experts % d == 0] or [1]
+        for zero, expert in itertools.product((0, 1, 2, 3), experts):
             if zero and data * context == 1:
                 continue
+            degree = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
             try:
-                yield Parallel.model_validate(
-                    {"tensor": tensor, "pipeline": pipeline, "context": context, "zero": zero}
-                )
+                yield Parallel.model_validate({**degree, "zero": zero})
             except ValueError:  # not together
                 continue
 
 
 def _judge(parallel: Parallel, work: Work, cluster: Cluster) -> Judged:
-    shape = work.shape
-    tensor, stages, context = parallel.tensor, parallel.pipeline, parallel.context
-    data = cluster.processes // (tensor * stages * context)
-    rows = -(-work.rows // data)
-    micro = -(-rows // min(work.micro_rows, rows))
-    learn = shape.params if work.lora is None else work.lora.params(shape)
-    frozen = 0 if work.lora is None else shape.params
-    width = BYTES[work.dtype]
-    # A stage with the head or the table has more than its part of the blocks.
-    blocks, words = shape.params - shape.vocab * shape.d_model, shape.vocab * shape.d_model
-    share = 1 if stages == 1 else (blocks / stages + words) / shape.params
-    states = zero_bytes(round(learn * share / tensor), world=data * context, stage=parallel.zero)
-    kept = decoder_activations(
-        shape,
-        rows=min(work.micro_rows, rows),
-        length=-(-work.length // context),
-        dtype=work.dtype,
-        gradients="full" if work.lora is None else "through",
-        lora=work.lora,
-        recompute="full" if work.recompute else "none",
-    )
-    memory = {
-        **states,
-        "frozen": round(frozen * share / tensor / (data * context if parallel.zero == 3 else 1) * width),
-        # Norms and what goes from block to block are whole in each process: no less than the inputs of blocks.
-        "activations": round(kept / stages / tensor * min(micro, stages)),
+    shape, stages = work.shape, parallel.pipeline
+    first = Member.of(parallel, rank=0, world=cluster.processes)
+    # A stage with the head or the table has more than its part of the blocks; one between sends to both sides.
+    starts = {0, cluster.processes // stages * min(1, stages - 1), cluster.processes - 1}
+    kinds = [replace(first, rank=rank) for rank in sorted(starts)]
+    rows = first.rows(work.rows)
+    at_once = min(work.micro_rows, rows)
+    micro = -(-rows // at_once)
+    found = [_share(one, work, at_once=at_once, micro=micro) for one in kinds]
+    memory = max((memory for memory, _ in found), key=lambda parts: sum(parts.values()))
+    # A step waits for the one that sends most.
+    sent = {
+        name: max(one.get(name, 0) for _, one in found) for name in dict.fromkeys(n for _, one in found for n in one)
     }
-    sent = _sent(parallel, work, data=data, micro=micro, learn=round(learn * share / tensor))
     flops = decoder_flops(
         shape,
         rows=work.rows,
         length=work.length,
-        gradients="full" if work.lora is None else "through",
+        gradients=work.gradients,
         lora=work.lora,
         recompute="full" if work.recompute else "none",
     )
-    idle = (stages - 1) / (micro + stages - 1)
+    idle = bubble(stages, micro)
     compute_s = flops / cluster.processes / cluster.flops
+    inner = parallel.tensor * parallel.context
     spans = {
-        "tensor": tensor,
-        "context": tensor * context,
-        "data": tensor * context * data,
+        "tensor": parallel.tensor,
+        "context": inner,
+        "expert": inner * parallel.expert,
+        "data": inner * first.grid.data,
         "pipeline": cluster.processes,
     }
     wires = {name: cluster.near if spans[name] <= cluster.per_host else cluster.far for name in sent}
     talk = sum(count / wires[name] for name, count in sent.items())
     return Judged(
         parallel=parallel,
-        data=data,
+        data=first.grid.data,
         memory=memory,
         fits=sum(memory.values()) <= cluster.memory_bytes,
         sent=sent,
@@ -182,27 +178,40 @@ def _judge(parallel: Parallel, work: Work, cluster: Cluster) -> Judged:
     )
 
 
-def _sent(parallel: Parallel, work: Work, *, data: int, micro: int, learn: int) -> dict[str, int]:
-    """Bytes that a process sends in a step, by dimension."""
-    shape, width = work.shape, BYTES[work.dtype]
-    tensor, stages, context = parallel.tensor, parallel.pipeline, parallel.context
-    rows = -(-work.rows // data)
-    positions = rows * -(-work.length // context)
-    hidden = positions * shape.d_model * width
-    found: dict[str, int] = {}
-    if tensor > 1:
-        again = 2 if work.recompute else 0
-        sums = shape.layers // stages * (4 + again) + (2 if stages == 1 else 1)  # table and head are on two stages
-        found["tensor"] = round(sums * hidden * 2 * (tensor - 1) / tensor)
-    if context > 1:
-        heads = shape.d_kv // tensor * 2
-        found["context"] = (3 * context - 2) * positions * heads * width * (shape.layers // stages)
-    if stages > 1:
-        table = 4 * shape.vocab * shape.d_model // tensor if shape.tied and work.lora is None else 0
-        found["pipeline"] = max(2 * hidden if stages > 2 else 0, hidden + table)
-    if data * context > 1:
-        words = min(learn, shape.vocab * shape.d_model // tensor) if work.lora is None else 0
-        traffic = zero_traffic(learn - words, words, world=data * context, stage=parallel.zero, passes=micro)
-        again = traffic["sums"] if stages > 1 and parallel.zero else 0  # gradients stay whole there
-        found["data"] = sum(traffic.values()) + again
-    return found
+def _share(member: Member, work: Work, *, at_once: int, micro: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Memory and messages of a process."""
+    whole = work.lora is None
+    model = Model(
+        shape=work.shape,
+        width=4 if whole else BYTES[work.dtype],
+        learns=whole,
+        lora=work.lora,
+        adapter=0 if work.lora is None else work.lora.params(work.shape),
+    )
+    held = member.held(model)
+    zero = member.parallel.zero
+    states = zero_bytes(held.learn, world=member.spread, stage=zero)
+    kept = decoder_activations(
+        member.decoder(work.shape, loads=model),
+        rows=at_once,
+        length=member.length(work.length),
+        dtype=work.dtype,
+        gradients=work.gradients,
+        lora=work.lora,
+        recompute="full" if work.recompute else "none",
+    )
+    memory = {
+        **states,
+        "frozen": held.still // (member.spread if zero == 3 else 1),
+        "activations": kept * member.kept(micro),
+    }
+    sent = messages(
+        member,
+        model,
+        positions=member.rows(work.rows) * member.length(work.length),
+        micro=micro,
+        width=BYTES[work.dtype],
+        stream=BYTES[work.dtype],
+        again=work.recompute,
+    )
+    return memory, sent

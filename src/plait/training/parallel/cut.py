@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,40 +17,10 @@ from torch import Tensor, nn
 from plait.core.errors import ConfigError
 from plait.models.crossattend import layers_of
 from plait.models.multimodal import MultimodalLM
+from plait.training.parallel.deal import PLACE, dealt
 
-_PLACE = "trainer.parallel.pipeline"
 _GIVEN = frozenset({"hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache", "kwargs"})
 _GIVEN |= {"cache_position", "encoder_hidden_states", "encoder_attention_mask", "output_attentions", "past_key_value"}
-
-
-def divided(loads: Sequence[float], stages: int, *, before: float = 0.0, after: float = 0.0) -> list[range]:
-    """Blocks of each stage, one after the other, so that the largest load of a stage is as small as can be.
-
-    Args:
-        loads: Of each block.
-        stages: At most as many as blocks; each gets one at least.
-        before: Further load of the first stage.
-        after: Of the last one.
-
-    Example:
-        >>> divided([1, 1, 1, 1], 2, after=2)
-        [range(0, 3), range(3, 4)]
-    """
-
-    @cache
-    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Largest load of the ``left`` last stages, which begin with block ``first``; and where each ends."""
-        extra = before if first == 0 else 0.0
-        if left == 1:
-            return sum(loads[first:]) + extra + after, (len(loads),)
-        ways: list[tuple[float, tuple[int, ...]]] = []
-        for end in range(first + 1, len(loads) - left + 2):
-            rest, ends = best(end, left - 1)
-            ways.append((max(sum(loads[first:end]) + extra, rest), (end, *ends)))
-        return min(ways)
-
-    ends = best(0, stages)[1]
-    return [range(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
 
 
 def stages_of(model: MultimodalLM, stages: int, blocks: Sequence[int] = ()) -> list[range]:
@@ -60,25 +29,10 @@ def stages_of(model: MultimodalLM, stages: int, blocks: Sequence[int] = ()) -> l
     Raises:
         ConfigError: They are not as many as the decoder's.
     """
-    layers = layers_of(model.decoder)
-    if blocks and (len(blocks) != stages or sum(blocks) != len(layers)):
-        raise ConfigError(
-            f"{' + '.join(map(str, blocks))} blocks for {stages} stages, and the decoder has {len(layers)} blocks",
-            place="trainer.parallel.pipeline_blocks",
-            remedy="give one number for each stage, which add up to the decoder's blocks; or leave it out",
-        )
-    if len(layers) < stages:
-        raise ConfigError(
-            f"{stages} stages, and the decoder has {len(layers)} blocks",
-            place=_PLACE,
-            remedy=f"set it to {len(layers)} at most",
-        )
-    if blocks:
-        ends = [sum(blocks[: number + 1]) for number in range(stages)]
-        return [range(end - count, end) for end, count in zip(ends, blocks, strict=True)]
     learns = any(weight.requires_grad for weight in model.encoders.parameters())  # else it is run once, and kept
     media = _size(model.connectors) + (_size(model.encoders) if learns else 0)
-    return divided([_size(layer) for layer in layers], stages, before=media, after=_size(model.head))
+    loads = [_size(layer) for layer in layers_of(model.decoder)]
+    return dealt(loads, stages, blocks, before=media, after=_size(model.head))
 
 
 def owners(model: MultimodalLM, parts: Sequence[range]) -> dict[str, tuple[int, ...]]:
@@ -152,7 +106,7 @@ def check(model: nn.Module, objective: object) -> MultimodalLM:
     """
 
     def refused(why: str) -> ConfigError:
-        return ConfigError(why, place=_PLACE, remedy="set it to 1; trainer.parallel.zero divides any model")
+        return ConfigError(why, place=PLACE, remedy="set it to 1; trainer.parallel.zero divides any model")
 
     if not isinstance(model, MultimodalLM):
         raise refused(f"{type(model).__name__} cannot be cut into stages: only a decoder with connectors can")

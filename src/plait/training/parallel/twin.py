@@ -251,12 +251,7 @@ def _held_as(model: nn.Module, objective: Objective, parallel: Parallel, *, grid
         return Staged(model, objective, parallel, grid=grid, device=device)
     if not parallel.spreads:
         return Whole(model, objective, grid=grid)
-    if parallel.offload and device == "cpu":
-        raise ConfigError(
-            "parallel.offload is true, but the weights are in this processor's memory anyway",
-            place="trainer.parallel.offload",
-            remedy="set it to false, or train on a GPU",
-        )
+    parallel.check_device(device)
     return Sharded(model, objective, parallel, grid=grid, device=device)
 
 

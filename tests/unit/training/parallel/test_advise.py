@@ -41,7 +41,8 @@ def test_states_follow_zero_and_shrink_with_each_dimension() -> None:
     assert whole == 16 * LLAMA_7B.params
     for settings, share in (({"zero": 3}, 1 / 8), ({"tensor": 8}, 1 / 8), ({"tensor": 2, "zero": 3}, 1 / 8)):
         held = sum(chosen(found, **settings).memory[name] for name in states)
-        assert held == pytest.approx(whole * share, rel=1e-6), settings
+        # Norms are whole where matrices are divided.
+        assert held == pytest.approx(whole * share, rel=1e-6 if "tensor" not in settings else 1e-3), settings
     assert found[0].fits
     assert not chosen(found).fits  # 100 GiB of states
 
@@ -54,8 +55,10 @@ def test_tensor_within_machines_and_stages_between_them_are_ranked_together() ->
     both = {"tensor": 8, "pipeline": 4}
     one = chosen(found, **both)
     states = ("weights", "gradients", "optimizer")
-    words = LLAMA_7B.vocab * LLAMA_7B.d_model
-    assert sum(one.memory[name] for name in states) == pytest.approx(16 * ((LLAMA_7B.params - words) / 4 + words) / 8)
+    d = LLAMA_7B.d_model
+    words, block = LLAMA_7B.vocab * d, (LLAMA_7B.params - 2 * LLAMA_7B.vocab * d - d) // 32
+    held = (8 * (block - 2 * d) + words) / 8 + 8 * 2 * d  # the first stage's: norms are whole in each process
+    assert sum(one.memory[name] for name in states) == pytest.approx(16 * held)
     hidden = 64 * 2048 * LLAMA_7B.d_model * 2
     assert one.sent == {"tensor": (8 * 6 + 1) * hidden * 2 * 7 // 8, "pipeline": 2 * hidden}
     # Over slow wires, 32 processes on 4 machines: the classic layout beats each of the two alone.
@@ -69,6 +72,20 @@ def test_bytes_that_are_sent_are_those_measured() -> None:
     sockets = {"tensor": 26.1, "pipeline": 17.0, "context": 118.1}  # MiB of a step, benchmarks/scaling.py
     for name, mib in sockets.items():
         assert sum(chosen(found, **{name: 2}).sent.values()) / 2**20 == pytest.approx(mib, rel=5e-3), name
+
+
+@pytest.mark.row("S4-68")
+def test_experts_are_proposed_where_there_are_some() -> None:
+    mixtral = replace(LLAMA_7B, experts=8, top_k=2)
+    found = layouts(Work(shape=mixtral, rows=64, length=2048), cluster(8))
+    assert {one.parallel.expert for one in found} == {1, 2, 4, 8}
+    alone, among = chosen(found), chosen(found, expert=8)
+    expert = mixtral.layers * 8 * mixtral.expert_params
+    assert alone.memory["weights"] - among.memory["weights"] == 4 * expert * 7 // 8
+    hidden = 8 * 2048 * mixtral.d_model * 2  # of a process, a layer
+    assert among.sent["expert"] == 4 * mixtral.layers * 2 * hidden * 7 // 8
+    assert among.sent["data"] < alone.sent["data"]  # of an expert that nobody else holds nothing is summed
+    assert not any(one.parallel.expert > 1 for one in layouts(Work(shape=LLAMA_7B, rows=64, length=8), cluster(8)))
 
 
 @pytest.mark.row("S4-67")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.rank_script import Case, case_of
 
-from plait.training.parallel.cut import divided
+from plait.training.parallel.deal import divided
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""Bytes that a process sends in a step, by what is divided, where messages go around rings: closed forms.
+
+Narayanan et al., https://arxiv.org/abs/2104.04473, section 3; ZeRO's by :func:`plait.training.zero.zero_traffic`.
+``benchmarks/scaling.py`` measures them.
+"""
+
+from __future__ import annotations
+
+from plait.training.parallel.share import Held, Member, Model
+from plait.training.zero import zero_traffic
+
+
+def messages(
+    member: Member,
+    model: Model,
+    *,
+    positions: int,
+    micro: int,
+    width: int,
+    stream: int,
+    again: bool = False,
+) -> dict[str, int]:
+    """What a process sends in a step.
+
+    Args:
+        member: The process.
+        model: What trains.
+        positions: Of its share of a batch, padding included, as far as they go through blocks here.
+        micro: Micro-batches.
+        width: Bytes of a number that a matrix product gives.
+        stream: And of one that goes from block to block.
+        again: Blocks are computed once more in the backward pass.
+    """
+    held, shape = member.held(model), model.shape
+    parallel, layers = member.parallel, held.layers
+    tensor, stages, context, expert = parallel.tensor, parallel.pipeline, parallel.context, parallel.expert
+    hidden = positions * shape.d_model
+    first, last = member.ends
+    found: dict[str, int] = {}
+    if tensor > 1:
+        sums = layers * (6 if again else 4) + first + last  # table and head
+        found["tensor"] = round(sums * hidden * width * 2 * (tensor - 1) / tensor)
+    if context > 1:
+        heads = 2 * shape.d_kv // tensor
+        found["context"] = (3 * context - 2) * positions * heads * width * layers
+    if stages > 1:
+        found["pipeline"] = hidden * stream * (2 - first - last) + 4 * held.twice
+    if expert > 1:
+        # Tokens go to their experts and come back, forward and backward.
+        ways = 6 if again else 4
+        found["expert"] = round(ways * layers * shape.top_k * hidden * width * (expert - 1) / expert)
+    if member.spread > 1:
+        found["data"] = data_messages(member, held, micro=micro, experts=_experts(member, model, held))
+    return found
+
+
+def data_messages(member: Member, held: Held, *, micro: int, experts: int = 0) -> int:
+    """Bytes a step for sums of gradients and, with ZeRO, gathers of weights, also of those that do not learn.
+
+    Args:
+        member: The process.
+        held: What of the model is its, before ZeRO divides it.
+        micro: Micro-batches.
+        experts: Of its learning weights in blocks, those that only some of the other processes hold.
+    """
+    zero, world = member.parallel.zero, member.spread
+    sent = sum(zero_traffic(held.blocks - experts, held.rest, world=world, stage=zero, passes=micro).values())
+    if zero and member.parallel.pipeline > 1:  # gradients stay whole there
+        sent += zero_traffic(held.blocks, held.rest, world=world, stage=zero, passes=micro)["sums"]
+    if experts:
+        sent += sum(zero_traffic(experts, 0, world=world // member.parallel.expert, stage=0).values())
+    if zero and held.still and member.parallel.pipeline == 1:
+        kind = {"world": world, "stage": zero, "passes": micro, "bytes_number": 1}
+        sent += zero_traffic(held.still_blocks, held.still_rest, **kind)["gathers"]
+    return sent
+
+
+def _experts(member: Member, model: Model, held: Held) -> int:
+    if member.parallel.expert == 1 or not model.learns:
+        return 0
+    return held.layers * (model.shape.experts // member.parallel.expert) * model.shape.expert_params
