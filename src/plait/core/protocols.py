@@ -76,7 +76,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Paced(Objective, Protocol):
-    """A loss that changes in the course of training: a function of the step alone, so that a resumed run goes on alike."""
+    """A loss that changes in the course of training, as a function of the step: a resumed run goes on alike."""
 
     def pace(self, step: int, steps: int) -> None:
         """Be what it is for the update after ``step`` finished steps of ``steps``; told before each update."""

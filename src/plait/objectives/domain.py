@@ -13,7 +13,7 @@ target. The model returns features, ``b d``, and scores of the classes, ``b c``.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ Rows = tuple[Int[Tensor, " a"], Int[Tensor, " c"]]
 """Numbers of some rows of the source and of the target."""
 
 
+@runtime_checkable
 class Distance(Protocol):
     """How far the features of two domains are apart, as a sum over rows of shares that each need all rows."""
 
@@ -223,7 +224,7 @@ def reverse_gradient(values: Float[Tensor, "*n"], factor: float) -> Float[Tensor
         >>> x.grad.tolist()
         [-0.5, -0.5]
     """
-    return _Reversed.apply(values, factor)  # pyright: ignore[reportReturnType]
+    return _Reversed.apply(values, factor)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 class _Reversed(torch.autograd.Function):

@@ -26,12 +26,12 @@ def differences(scores: Rows) -> list[dict[str, Any]]:
             for domain in ("target", "source"):
                 pair = zip(one[domain]["seeds"], at[case, "none"][domain]["seeds"], strict=True)
                 kind = {"shift": one["shift"], "skewed": one["skewed"]}
-                found.append(_difference(arm, case, domain, [a - b for a, b in pair]) | kind)
+                found.append(_difference(arm, case, [a - b for a, b in pair], domain=domain) | kind)
     look = [one for one in found if one["shift"] != "none" and not one["skewed"] and one["domain"] == "target"]
     for arm in dict.fromkeys(one["arm"] for one in look):
         gains = [one["seeds"] for one in look if one["arm"] == arm]
         means = [sum(of_seed) / len(of_seed) for of_seed in zip(*gains, strict=True)]
-        found.append(_difference(arm, "mean of looks", "target", means) | {"shift": "mean", "skewed": False})
+        found.append(_difference(arm, "mean of looks", means, domain="target") | {"shift": "mean", "skewed": False})
     return found
 
 
@@ -52,7 +52,7 @@ def claims(compared: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def _difference(arm: str, case: str, domain: str, gains: list[float]) -> dict[str, Any]:
+def _difference(arm: str, case: str, gains: list[float], *, domain: str) -> dict[str, Any]:
     score = seeds_mean(gains, name=f"{arm} - none: {case}, {domain}", rule="difference of accuracies, paired")
     return {"arm": arm, "case": case, "domain": domain, **asdict(score), "seeds": gains}
 

@@ -67,9 +67,7 @@ def _lost(results: Results) -> str:
             best, taken = max(one["target"] for one in of), next(one["target"] for one in of if one["chosen"])
             row.append(f"{100 * (best - taken):.1f}")
         rows.append(row)
-    about = (
-        "points by which the best candidate for the target was better than the chosen one, with the seed that chooses"
-    )
+    about = "points by which the best candidate in the target was above the chosen one, with the seed that chooses"
     return f"{about}\n\n{table([['alignment', *cases], *rows])}"
 
 

@@ -44,6 +44,10 @@ class Job:
     told: bool = False
 
 
+Chosen = dict[tuple[Case, Arm], Job]
+"""By case and arm."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of a job.
@@ -127,7 +131,7 @@ def collect(study: DomainShift, *, events: Events) -> dict[str, Any]:
     begun = time.monotonic()
     run = partial(finished, partial(trial, study), workers=study.workers, events=events)
     tried = {outcome.job: outcome for outcome in run(_candidates(study))}
-    chosen = {(case, arm): _choose(study, tried, case, arm) for case in study.cases for arm in _arms(study)}
+    chosen: Chosen = {(c, a): _choose(study, tried, case=c, arm=a) for c in study.cases for a in _arms(study)}
     done = {outcome.job: outcome for outcome in run(_jobs(study, chosen))}
     scores = [_scored(study, done, chosen[case, arm], told=False) for case, arm in chosen]
     scores += [_scored(study, done, chosen[case, "none"], told=True) for case in study.cases]
@@ -163,14 +167,14 @@ def _candidates(study: DomainShift) -> list[Job]:
     ]
 
 
-def _choose(study: DomainShift, tried: Mapping[Job, Outcome], case: Case, arm: Arm) -> Job:
+def _choose(study: DomainShift, tried: Mapping[Job, Outcome], *, case: Case, arm: Arm) -> Job:
     """The candidate with most right in reverse; the first of equals. Labels of the target have no part in it."""
     of = [outcome for outcome in tried.values() if (outcome.job.case, outcome.job.arm) == (case, arm)]
     order = {job: at for at, job in enumerate(_candidates(study))}
     return min(of, key=lambda outcome: (-outcome.reverse, order[outcome.job])).job
 
 
-def _jobs(study: DomainShift, chosen: Mapping[tuple[Case, Arm], Job]) -> list[Job]:
+def _jobs(study: DomainShift, chosen: Chosen) -> list[Job]:
     return [
         _final(job, seed=seed, told=told)
         for seed in _seeds(study)
@@ -205,7 +209,7 @@ def _scored(study: DomainShift, done: Mapping[Job, Outcome], job: Job, *, told: 
     return found
 
 
-def _candidate(outcome: Outcome, chosen: Mapping[tuple[Case, Arm], Job]) -> dict[str, Any]:
+def _candidate(outcome: Outcome, chosen: Chosen) -> dict[str, Any]:
     job = outcome.job
     return {
         "case": job.case.title,
