@@ -13,16 +13,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.rank_script import cases_of
 from tests.tiny_run import files, train
+from tests.unit.objectives.domain_ranks import (
+    KINDS,
+    LABELS,
+    Reader,
+    batch,
+    gradients,
+    judge,
+    objective,
+    pieces,
+    weights,
+)
 from torch import Tensor, nn
 
 from plait.core.errors import DataError
 from plait.core.protocols import Paced, Pairwise
 from plait.core.tensors import IGNORE, Batch
 from plait.objectives.domain import SCALES, Adversarial, Aligned, Distance, coral, mmd, reverse_gradient
-from plait.training.gradient import accumulate
 
-D, CLASSES = 5, 3
 DISTANCES: tuple[Distance, ...] = (coral, mmd)
 sizes = st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(1, 6), st.integers(0, 999))
 
@@ -158,81 +168,32 @@ def test_autocast_does_not_make_them_coarse() -> None:
 # --- objectives ------------------------------------------------------------------------------------------------------
 
 
-class Reader(nn.Module):
-    """Vectors in ``token_ids`` to features, and scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.tower = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
-        self.classify = nn.Linear(D, CLASSES)
-        self.to(torch.float64)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        found = self.tower(batch.token_ids.double() / 10)
-        return found, self.classify(found)
-
-
-def batch(labels: Sequence[int], *, seed: int = 0) -> Batch:
-    token_ids = torch.randint(-20, 20, (len(labels), D), generator=torch.Generator().manual_seed(seed))
-    return Batch(
-        token_ids=token_ids,
-        labels=nn.functional.pad(torch.tensor(labels)[:, None], (0, D - 1), value=IGNORE),
-        segment_ids=torch.ones_like(token_ids),
-        media={},
-        item_row={},
-        sample_ids=tuple(f"s{i}" for i in range(len(labels))),
-    )
-
-
-def pieces(whole: Batch, cuts: Sequence[int]) -> list[Batch]:
-    found: list[Batch] = []
-    for begin, end in zip([0, *cuts], [*cuts, len(whole.labels)], strict=True):
-        part = slice(begin, end)
-        found.append(
-            Batch(
-                token_ids=whole.token_ids[part],
-                labels=whole.labels[part],
-                segment_ids=whole.segment_ids[part],
-                media={},
-                item_row={},
-                sample_ids=whole.sample_ids[part],
-            )
-        )
-    return found
-
-
-LABELS = [0, 1, 2, 1, 0, 2, 2, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE]
-
-
-def gradients(objective: Any, micro: Sequence[Batch], **weights: float) -> tuple[dict[str, Tensor], Any]:
-    model = Reader()
-    sums = accumulate(model, objective, micro, weights=weights)
-    named = [*model.named_parameters(), *(objective.named_parameters() if isinstance(objective, nn.Module) else ())]
-    found = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in named}
-    for _, weight in named:
-        weight.grad = None
-    return found, sums
-
-
-def judge() -> nn.Module:
-    torch.manual_seed(4)
-    return nn.Linear(D, 1).double()
-
-
 @pytest.mark.row("S0-53")
 @pytest.mark.parametrize("kind", ["coral", "mmd", "dann"])
 @pytest.mark.parametrize("cuts", [(5,), (7,), (1, 2, 9), tuple(range(1, 13))])
 def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole(kind: str, cuts: tuple[int, ...]) -> None:
     """Pieces of one domain alone, and of one row, too."""
-    objective = Adversarial(judge(), strength=0.7) if kind == "dann" else Aligned({"coral": coral, "mmd": mmd}[kind])
-    weights = {} if kind == "dann" else {"align": 3.0}
     whole = batch(LABELS)
-    expected, at_once = gradients(objective, [whole], **weights)
-    found, sums = gradients(objective, pieces(whole, cuts), **weights)
+    expected, at_once = gradients(objective(kind), [whole], **weights(kind))
+    found, sums = gradients(objective(kind), pieces(whole, cuts), **weights(kind))
     assert sums.terms == pytest.approx(dict(at_once.terms), rel=1e-10)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+
+
+@pytest.mark.row("S0-53")
+def test_processes_have_the_loss_and_the_gradient_of_one() -> None:
+    """Two, with a domain each; and three, one of which has rows of one domain alone."""
+    found = cases_of(Path(__file__).with_name("domain_ranks.py"))
+    for kind in KINDS:
+        expected, at_once = gradients(objective(kind), [batch(LABELS)], **weights(kind))
+        for world in ("2", "3"):
+            assert len(found[world]) == int(world)
+            for rank in found[world]:
+                assert rank[kind]["terms"] == pytest.approx(dict(at_once.terms), rel=1e-10)
+                for name, gradient in expected.items():
+                    here = torch.tensor(rank[kind]["gradient"][name], dtype=torch.float64)
+                    torch.testing.assert_close(here, gradient, rtol=1e-8, atol=1e-12, msg=f"{kind} {name}")
 
 
 @pytest.mark.row("S0-53")
