@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from plait.core.device import Compute
+from plait.core.errors import NumericsError
 from plait.core.events import Events
 from plait.core.protocols import Objective
 from plait.core.tensors import IGNORE, Batch, Patches
@@ -123,7 +124,20 @@ def objective_of(arm: Arm, strength: float, *, d: int) -> tuple[Objective, dict[
             return Adversarial(judge, strength=strength), {}
 
 
-def train(source: Digits, target: Digits, training: Training, *, d_hidden: int, d: int) -> Student:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        student: As it was left.
+        diverged: Whether numbers stopped being finite, so that it ended early.
+    """
+
+    student: Student
+    diverged: bool
+
+
+def train(source: Digits, target: Digits, training: Training, *, d_hidden: int, d: int) -> Trained:
     """A student that learned from the labels of one domain and the pictures of both."""
     torch.manual_seed(training.seed)
     student = Student(d_hidden, d).train()
@@ -140,13 +154,18 @@ def train(source: Digits, target: Digits, training: Training, *, d_hidden: int, 
         log_every=training.steps,
     )
     batches = Domains(source=source, target=target, batch=training.batch, seed=training.seed)
+    diverged = False
     with tempfile.TemporaryDirectory(prefix="plait-domains-") as folder:
-        fit(student, objective, batches, settings=settings, folder=Path(folder), events=Events())
+        try:
+            fit(student, objective, batches, settings=settings, folder=Path(folder), events=Events())
+        except NumericsError:
+            diverged = True
     if training.arm == "layer":
         with torch.no_grad():
             given, wanted = (student.features(of.pixels) for of in (target, source))
-        student.layer.fit(given=given, wanted=wanted, ridge=training.strength)
-    return student.eval()
+        if bool(given.var(0).any()):  # where all features are equal there is nothing to map
+            student.layer.fit(given=given, wanted=wanted, ridge=training.strength)
+    return Trained(student=student.eval(), diverged=diverged)
 
 
 @torch.inference_mode()

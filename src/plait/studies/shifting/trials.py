@@ -59,6 +59,7 @@ class Outcome:
         reverse: For held pictures of the source, by a student that learned from the answers for the target; NaN where
             nobody asked.
         trained: How many trainings it took.
+        diverged: How many of them ended early, as numbers stopped being finite.
         cpu_s: Processor seconds.
     """
 
@@ -67,6 +68,7 @@ class Outcome:
     target: float
     reverse: float
     trained: int
+    diverged: int
     cpu_s: float
 
 
@@ -111,17 +113,19 @@ def trial(study: DomainShift, job: Job) -> Outcome:
             arm=job.arm, lr=job.lr, strength=job.strength, steps=study.steps, batch=study.batch, seed=job.seed
         )
         learn = partial(train, training=training, d_hidden=study.d_hidden, d=study.d)
-        student = learn(of.target if job.told else of.source, of.target)
-        reverse = float("nan")
+        trained = [learn(of.target if job.told else of.source, of.target)]
+        student, reverse = trained[0].student, float("nan")
         if job.judged:
             said = Digits(pixels=of.target.pixels, classes=answers(student, of.target))
-            reverse = right(learn(said, of.source), of.held)
+            trained.append(learn(said, of.source))
+            reverse = right(trained[1].student, of.held)
         return Outcome(
             job=job,
             source=right(student, of.source_test, aligned=False),
             target=right(student, of.target_test),
             reverse=reverse,
-            trained=1 + job.judged,
+            trained=len(trained),
+            diverged=sum(one.diverged for one in trained),
             cpu_s=time.process_time() - begun,
         )
 
@@ -137,6 +141,12 @@ def collect(study: DomainShift, *, events: Events) -> dict[str, Any]:
     scores += [_scored(study, done, chosen[case, "none"], told=True) for case in study.cases]
     compared = differences(scores)
     outcomes = [*tried.values(), *done.values()]
+    for outcome in outcomes:
+        if outcome.diverged:
+            events.warning(
+                f"{outcome.job.arm} on {outcome.job.case.title} at rate {outcome.job.lr:g} and strength "
+                f"{outcome.job.strength:g} diverged with seed {outcome.job.seed}: its answers count as they are"
+            )
     return {
         "study": study.name,
         "spec": study.model_dump(mode="json"),
@@ -145,6 +155,7 @@ def collect(study: DomainShift, *, events: Events) -> dict[str, Any]:
         "differences": compared,
         "claims": claims(compared),
         "trained": sum(outcome.trained for outcome in outcomes),
+        "diverged": sum(outcome.diverged for outcome in outcomes),
         "seconds": round(time.monotonic() - begun, 1),
         "cpu_seconds": round(sum(outcome.cpu_s for outcome in outcomes), 1),
         "machine": cpu_name(),
