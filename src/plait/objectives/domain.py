@@ -107,7 +107,10 @@ def mmd(
         one, other = one - center, other - center
         width = _mean_squared_distance(both) if bandwidth is None else both.new_tensor(bandwidth)
         widths = [scale * width for scale in scales]
-        first, second = (one, other) if of is None else (one[of[0]], other[of[1]])
+        if of is None:
+            own = _kernel(one, one, widths).mean() + _kernel(other, other, widths).mean()
+            return own - 2 * _kernel(one, other, widths).mean()
+        first, second = one[of[0]], other[of[1]]
         shares = (_kernel(first, one, widths) - _kernel(first, other, widths)).sum() / len(one)
         return shares + (_kernel(second, other, widths) - _kernel(second, one, widths)).sum() / len(other)
 
@@ -153,14 +156,12 @@ class Aligned:
         Raises:
             DataError: The whole batch has too few rows of a domain.
         """
-        rows = range(found.rows) if rows is None else rows
-        of_source, of_target = (_inside(found.row_of[name], rows) for name in ("source", "target"))
-        classes = found.classes[found.row_of["source"]]
-        apart = self.distance(found.vectors["source"], found.vectors["target"], of=(of_source, of_target))
-        return {
-            "class": _cross_entropy(found.vectors["scores"][of_source], classes[of_source]),
-            "align": found.rows * apart,
-        }
+        scores, classes, of = found.vectors["scores"], found.classes[found.row_of["source"]], None
+        if rows is not None:
+            of = (_inside(found.row_of["source"], rows), _inside(found.row_of["target"], rows))
+            scores, classes = scores[of[0]], classes[of[0]]
+        apart = self.distance(found.vectors["source"], found.vectors["target"], of=of)
+        return {"class": _cross_entropy(scores, classes), "align": found.rows * apart}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sums over labeled rows, and over all."""
