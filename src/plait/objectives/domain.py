@@ -173,7 +173,7 @@ class Adversarial(nn.Module):
 
     A judge learns to tell from features which domain a row is of (logistic loss); its gradient comes to the features
     reversed, times a strength that grows from 0 with the share p of training that is done:
-    ``strength * (2 / (1 + exp(-steepness p)) - 1)``, section 5.2.2. Both terms are sums over rows: they add up over
+    ``strength * (2 / (1 + exp(-steepness p)) - 1)``, as in the paper. Both terms are sums over rows: they add up over
     micro-batches and processes. The judge's weights are the objective's, saved with the run and not with the model.
 
     Args:

@@ -227,3 +227,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["study", "domain-shift", *quick, "--runs", str(tmp_path)]) == 0
     assert "| mmd " in capsys.readouterr().out
     assert "steps: 1" in (tmp_path / "domain-shift-0001" / "study.yaml").read_text()
+
+
+# --- what was published ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    return read_json(ROOT / "benchmarks" / "results" / "domain_shift.json")
+
+
+@pytest.mark.row("S0-C29")
+def test_the_page_shows_the_published_results_of_todays_defaults(published: dict[str, Any]) -> None:
+    assert DomainShift(**published["spec"]) == DomainShift()
+    page = (ROOT / "docs" / "domain_shift.md").read_text(encoding="utf-8")
+    for part in markdown(published).split("\n\n"):
+        assert part.strip() in page
+
+
+@pytest.mark.row("S0-53")
+@pytest.mark.row("S0-C29")
+def test_published_verdicts_follow_from_published_scores(published: dict[str, Any]) -> None:
+    assert published["differences"] == json.loads(json.dumps(differences(published["scores"])))
+    assert published["claims"] == claims(published["differences"])
+    assert published["diverged"] == 0
+    assert {len(one[domain]["seeds"]) for one in published["scores"] for domain in ("source", "target")} == {5}
+    skewed = [one for one in published["claims"] if "hurts" in one["claim"]]
+    assert {one["claim"].split()[0] for one in skewed} == set(ARMS) - {"none"}
