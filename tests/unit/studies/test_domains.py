@@ -250,7 +250,6 @@ def test_the_page_shows_the_published_results_of_todays_defaults(published: dict
 def test_published_verdicts_follow_from_published_scores(published: dict[str, Any]) -> None:
     assert published["differences"] == json.loads(json.dumps(differences(published["scores"])))
     assert published["claims"] == claims(published["differences"])
-    assert published["diverged"] == 0
     assert {len(one[domain]["seeds"]) for one in published["scores"] for domain in ("source", "target")} == {5}
     skewed = [one for one in published["claims"] if "hurts" in one["claim"]]
     assert {one["claim"].split()[0] for one in skewed} == set(ARMS) - {"none"}
