@@ -25,6 +25,8 @@ STUDIES = {
     "connectors": "plait.studies.connectors:ConnectorStudy",
     # Four picture towers of equal operations: data, moves, details, the whole, alignment, layers.
     "encoders": "plait.studies.encoders:Encoders",
+    # Features aligned across domains whose look, or whose shares of classes, differ.
+    "domain-shift": "plait.studies.domains:DomainShift",
 }
 """Name → settings that run."""
 

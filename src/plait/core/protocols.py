@@ -75,6 +75,15 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Paced(Objective, Protocol):
+    """A loss that changes in the course of training, as a function of the step: a resumed run goes on alike."""
+
+    def pace(self, step: int, steps: int) -> None:
+        """Be what it is for the update after ``step`` finished steps of ``steps``; told before each update."""
+        ...
+
+
+@runtime_checkable
 class Pairwise(Objective, Protocol):
     """A loss over vectors of all rows, such as a contrastive one: a sum over rows, each compared with every other row.
 

@@ -23,7 +23,7 @@ from plait.core.device import fingerprint, seed_everything
 from plait.core.errors import ConfigError, Stopped
 from plait.core.events import Events
 from plait.core.files import write_json
-from plait.core.protocols import Batches, Objective, Pairwise
+from plait.core.protocols import Batches, Objective, Paced, Pairwise
 from plait.core.tensors import Batch
 from plait.training.average import MovingAverage
 from plait.training.computed import computed
@@ -262,6 +262,8 @@ class _Run:
         factor = settings.schedule.factor(step, settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        if isinstance(self.layout.objective, Paced):
+            self.layout.objective.pace(step, settings.steps)
         kept = {name: buffer.clone() for name, buffer in self.train_state.buffers().items()}
         micro, sums = self._gradient(micro, kept, stop)
         norms = self._clip() if sums.complete else Norm(math.nan)  # that of a part of the gradient says nothing
