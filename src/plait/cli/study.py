@@ -25,6 +25,8 @@ STUDIES = {
     "connectors": "plait.studies.connectors:ConnectorStudy",
     # Four picture towers of equal operations: data, moves, details, the whole, alignment, layers.
     "encoders": "plait.studies.encoders:Encoders",
+    # Training itself: memory, number formats, little data, rates by layer, orders of modalities.
+    "training": "plait.studies.training:TrainingStudy",
 }
 """Name → settings that run."""
 
