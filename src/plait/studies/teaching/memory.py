@@ -52,7 +52,7 @@ def measured(kind: Kind) -> tuple[Kind, dict[str, float]]:
             place=f"{kind['size']} pixels, micro-batches of {kind['micro']}, {kind['dtype']}",
             remedy="a smaller memory.batch or memory.d, or parts without `memory`",
         )
-    return kind, json.loads(done.stdout)
+    return kind, {name: float(value) for name, value in json.loads(done.stdout).items()}
 
 
 def expected_peak(one: Mapping[str, float]) -> float:

@@ -95,7 +95,7 @@ def rounds(job: Mapping[str, Any]) -> Rounds:
     return Rounds(samples=samples, batch=job["batch"], seed=0, micro=job["micro"])
 
 
-def measure(job: Mapping[str, Any]) -> dict[str, float]:
+def measure(job: Mapping[str, Any]) -> dict[str, float | int]:
     """Train a few steps.
 
     Args:

@@ -109,7 +109,8 @@ def costs_of(study: TrainingStudy) -> dict[str, int]:
     """Operations of a step in each phase, of a batch."""
     model, samples = built(study).train(), _samples(study, study.batch, "cost")
     found: dict[str, int] = {}
-    for name, reads in (("joint", BOTH), ("freeze", BOTH), ("image", ("image",)), ("text", ("text",))):
+    phases: dict[str, tuple[Modality, ...]] = {"joint": BOTH, "freeze": BOTH, "image": ("image",), "text": ("text",)}
+    for name, reads in phases.items():
         learns(model, reads, still=name == "freeze")
         found[name] = flops(model, samples)
     return found

@@ -67,8 +67,7 @@ def _sorted(found: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 def _precision(study: TrainingStudy, _: Path, events: Events) -> Row:
-    dtypes: Sequence[Dtype] = study.precision.dtypes
-    work = [(seed, dtype) for seed in range(study.seeds) for dtype in dtypes]
+    work: list[tuple[int, Dtype]] = [(s, dtype) for s in range(study.seeds) for dtype in study.precision.dtypes]
     done = list(finished(partial(few.before, study, None), work, workers=study.workers, events=events))
     rows: list[Row] = []
     for dtype in study.precision.dtypes:
@@ -87,8 +86,7 @@ def _towers(study: TrainingStudy, folder: Path, events: Events) -> list[float]:
 
 def _few(study: TrainingStudy, folder: Path, events: Events) -> Row:
     towers = _towers(study, folder, events)
-    methods: Sequence[Method] = study.few.methods
-    arms = [(method, pictures) for pictures in study.few.pictures for method in methods]
+    arms: list[tuple[Method, int]] = [(m, pictures) for pictures in study.few.pictures for m in study.few.methods]
     tries = {
         (method, pictures): [few.Job(method=method, pictures=pictures, seed=TUNING, lr=lr) for lr in study.few.lrs]
         for method, pictures in arms
