@@ -129,5 +129,6 @@ class Classify:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """In nats."""
-        targets = batch.labels[batch.labels != IGNORE]
-        return {"class": nn.functional.cross_entropy(model(batch).float(), targets, reduction="sum")}
+        targets, scores = batch.labels[batch.labels != IGNORE], model(batch)
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        return {"class": nn.functional.cross_entropy(scores, targets, reduction="sum")}

@@ -50,20 +50,12 @@ def _memory(study: TrainingStudy, _: Path, events: Events) -> Row:
     done: dict[str, list[dict[str, float]]] = {}
     for kind, one in finished(memory.measured, work, workers=study.workers, events=events):
         done.setdefault(_key(kind), []).append(one)
-    steps = [
-        {**{name: kind[name] for name in ("size", "micro", "dtype")}, "seeds": _sorted(done[_key(kind)])}
-        for kind in kinds
-    ]
+    steps = [{**{name: kind[name] for name in ("size", "micro", "dtype")}, "seeds": done[_key(kind)]} for kind in kinds]
     return {"trained": len(work), "steps": steps, "gradients": memory.gradient_gaps(study.memory)}
 
 
 def _key(kind: Mapping[str, Any]) -> str:
     return f"{kind['size']} {kind['micro']} {kind['dtype']}"
-
-
-def _sorted(found: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """In order of their peaks, since processes end in any order."""
-    return [dict(one) for one in sorted(found, key=lambda one: one["peak"])]
 
 
 def _precision(study: TrainingStudy, _: Path, events: Events) -> Row:
