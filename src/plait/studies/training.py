@@ -127,7 +127,7 @@ class Mixing(Spec):
     pictures: int = Field(default=2000, ge=1)
     """Training samples."""
 
-    steps: int = Field(default=400, ge=4)
+    steps: int = Field(default=150, ge=4)
     """Updates of `joint`; the others get as many operations."""
 
     alone: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -136,7 +136,7 @@ class Mixing(Spec):
     told: float = Field(default=0.7, gt=0.0, le=1.0)
     """Share of samples whose words name the right glyph."""
 
-    noise: float = Field(default=0.2, ge=0.0)
+    noise: float = Field(default=0.1, ge=0.0)
     """Of the pixels."""
 
     dropped: float = Field(default=0.3, gt=0.0, lt=1.0)
