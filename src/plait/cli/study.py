@@ -27,6 +27,8 @@ STUDIES = {
     "encoders": "plait.studies.encoders:Encoders",
     # Features aligned across domains whose look, or whose shares of classes, differ.
     "domain-shift": "plait.studies.domains:DomainShift",
+    # Training itself: memory, number formats, little data, rates by layer, orders of modalities.
+    "training": "plait.studies.training:TrainingStudy",
 }
 """Name → settings that run."""
 

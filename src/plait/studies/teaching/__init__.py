@@ -1,0 +1,1 @@
+"""What the study of training does; its settings are :class:`plait.studies.training.TrainingStudy`."""
