@@ -43,7 +43,7 @@ from benchmarks.sides.measure import loopback
 from plait import __version__
 from plait.core.device import cpu_name, usable_cores
 from plait.core.files import write_json
-from plait.training.parallel.cut import divided
+from plait.training.parallel.deal import divided
 from plait.training.zero import zero_bytes, zero_traffic
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
