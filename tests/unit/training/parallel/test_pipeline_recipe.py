@@ -1,4 +1,4 @@
-"""A whole recipe in stages, under torchrun: tune's three phases and align learn what one process learns."""
+"""A whole recipe in stages of divided matrices, under torchrun: tune's three phases and align learn what one process learns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plait.core.files import read_json, read_jsonl
 
 SRC = Path(__file__).parents[4] / "src"
 COMMON = ("stages.tune.trainer.async_save=false", "stages.tune.trainer.micro_batch=4")
-STAGES = ("stages.tune.trainer.parallel.pipeline=2", "stages.align.trainer.parallel.pipeline=2")
+STAGES = tuple(f"stages.{s}.trainer.parallel.{d}=2" for s in ("tune", "align") for d in ("pipeline", "tensor"))
 PHASES = ("02-tune/words", "02-tune/connector", "02-tune/decoder", "03-align")
 
 
@@ -36,7 +36,7 @@ def ran(root: Path, home: Path, launcher: tuple[str, ...], *settings: str) -> Pa
 
 
 @pytest.mark.row("S2-30")
-def test_a_recipe_in_two_stages_learns_what_one_process_learns(
+def test_a_recipe_in_two_stages_of_two_processes_learns_what_one_process_learns(
     tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
     alone, several = tmp_path / "alone", tmp_path / "several"
@@ -44,9 +44,9 @@ def test_a_recipe_in_two_stages_learns_what_one_process_learns(
     write_recipe(alone, tiny_folders, steps=6, pretrain=False)
     shutil.copytree(alone, several)
     one = ran(alone, tmp_path, ())
-    two = ran(several, tmp_path, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), *STAGES)
+    four = ran(several, tmp_path, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"), *STAGES)
     for phase in PHASES:
-        losses = [[line["loss"] for line in read_jsonl(run / phase / "metrics.jsonl")] for run in (one, two)]
+        losses = [[line["loss"] for line in read_jsonl(run / phase / "metrics.jsonl")] for run in (one, four)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5), phase
         files = [
             {
@@ -54,14 +54,14 @@ def test_a_recipe_in_two_stages_learns_what_one_process_learns(
                 for path in max((run / phase / "checkpoints").glob("[0-9]*")).rglob("*.safetensors")
                 if not {"resume", "shards"} & {*path.parts}
             }
-            for run in (one, two)
+            for run in (one, four)
         ]
         assert files[0].keys() == files[1].keys()
         for path, tensors in files[0].items():
             for name, tensor in tensors.items():
                 assert tensor.float().allclose(files[1][path][name].float(), atol=2e-5), (phase, path, name)
         if phase != PHASES[0]:  # of which no decoder is a part
-            assert read_json(two / phase / "timeline.json")["stages"] == 2
-    page = (two / "report.html").read_text()
+            assert read_json(four / phase / "timeline.json")["stages"] == 2
+    page = (four / "report.html").read_text()
     assert "02-tune/decoder/timeline.json" in page
     assert "through 2 stages, idle for " in page
