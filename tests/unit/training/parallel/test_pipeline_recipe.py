@@ -1,4 +1,4 @@
-"""A whole recipe in stages of divided matrices, under torchrun: tune's three phases and align learn what one process learns."""
+"""A whole recipe in stages of divided matrices, under torchrun: tune and align learn what one process learns."""
 
 from __future__ import annotations
 
