@@ -346,11 +346,23 @@ def idle(seconds: float = 2.0) -> float:
     return (loopback() - before) / seconds
 
 
+def _kept(path: Path, *, without: Sequence[str]) -> list[Any]:
+    """Rows of an earlier run: of the sizes that were not measured now. Each says its date and rounds."""
+    known = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    return [row for row in known if row["size"] not in without]
+
+
 def main() -> None:
     """Measure, print the tables, write the result."""
     parser = argparse.ArgumentParser(description="What training costs with 1, 2 and 4 processes.")
     parser.add_argument("--rounds", type=int, default=3, help="over all configurations (default 3)")
-    parser.add_argument("--sizes", nargs="+", default=[*SIZES], choices=[*SIZES], help="of the models (default all)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=[*SIZES],
+        choices=[*SIZES],
+        help="default all; rows of others stay",
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest model, one round, to try; keeps no result")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="LAYOUT", help="such as 'tensor 2'; keeps scaling_some.json"
@@ -365,11 +377,13 @@ def main() -> None:
     print(f"\nload average before: {load:.2f}; loopback before: {others:,.0f} bytes a second")
     if args.quick:
         return
+    path = RESULTS.with_name("scaling_some.json") if args.only else RESULTS
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    how = {"date": today, "rounds": args.rounds, "load_average_before": round(load, 2)}
     write_json(
-        RESULTS.with_name("scaling_some.json") if args.only else RESULTS,
+        path,
         {
             "benchmark": "scaling",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": {"cpu": cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"},
             "versions": {
                 "plait": __version__,
@@ -380,12 +394,10 @@ def main() -> None:
             "sizes": {name: asdict(size) for name, size in SIZES.items()},
             "tokens_a_step": ROWS * LENGTH,
             "rows_at_once": 1,
-            "rounds": args.rounds,
             "warm_steps": WARM,
             "live": LIVE,
-            "load_average_before": round(load, 2),
             "loopback_before_bytes_per_s": others,
-            "rows": rows,
+            "rows": [*_kept(path, without=names), *(how | row for row in rows)],
         },
     )
 

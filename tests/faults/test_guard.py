@@ -335,10 +335,11 @@ def test_not_finite_may_end_the_run_at_once_or_go_back_after_ten(tmp_path: Path)
     assert (result.step, result.skipped, result.rewound) == (STEPS, 10, 11)
 
 
-def test_a_source_with_a_state_cannot_go_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [{}, {"answers": torch.zeros(2)}], ids=["empty at first", "from the start"])
+def test_a_source_with_a_state_cannot_go_back(tmp_path: Path, first: dict[str, torch.Tensor]) -> None:
     class Sampled(Stream):
         def state(self) -> dict[str, torch.Tensor]:
-            return {"answers": torch.zeros(2)}
+            return first
 
         def restore(self, tensors: dict[str, torch.Tensor]) -> None: ...
 

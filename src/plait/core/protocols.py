@@ -55,6 +55,11 @@ class StatefulBatches(Batches, Protocol):
         ...
 
 
+def holds_state(batches: Batches) -> bool:
+    """Whether a source, or the one that it hands on, is :class:`StatefulBatches`, as empty as its state may be."""
+    return bool(getattr(batches, "holds_state", isinstance(batches, StatefulBatches)))
+
+
 @runtime_checkable
 class Objective(Protocol):
     """A loss as sums and counts, so that micro-batches and ranks add up to the big batch exactly.

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from plait.core.errors import ConfigError, DataError, PlaitError
 from plait.core.events import Events
-from plait.core.protocols import Batches, StatefulBatches
+from plait.core.protocols import Batches, StatefulBatches, holds_state
 from plait.core.tensors import Batch
 
 TIMEOUT_S = 300.0
@@ -127,7 +127,7 @@ class Loader:
                 raise ConfigError(f"{name} is {value}", place=name, remedy=f"set it to {least} or more")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s}", place="timeout_s", remedy="set it above 0")
-        if workers and isinstance(batches, StatefulBatches):
+        if workers and holds_state(batches):
             raise ConfigError(
                 f"workers is {workers}, but {type(batches).__name__} holds a state, which is of the step at hand",
                 place="workers",
@@ -175,6 +175,11 @@ class Loader:
         if self._next == self.steps and self._stream is not None:
             self._stream.end()
         return found
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether the source does."""
+        return holds_state(self.batches)
 
     def state(self) -> Mapping[str, Tensor]:
         """The source's state; nothing if it has none."""

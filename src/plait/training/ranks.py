@@ -17,7 +17,7 @@ from plait.core.device import seed_everything
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
 from plait.core.grid import Grid
-from plait.core.protocols import Batches, StatefulBatches
+from plait.core.protocols import Batches, holds_state
 from plait.training.interrupt import StopRequest
 from plait.training.state import Origin, TrainState, digest_json
 
@@ -34,7 +34,7 @@ def start_alike(state: TrainState, origin: Origin, batches: Batches, *, events: 
     """
     if not mesh.active():
         return
-    if isinstance(batches, StatefulBatches) and batches.state():
+    if holds_state(batches):
         raise ConfigError(
             f"{type(batches).__name__} holds a state, and each of {mesh.world()} processes has another",
             place="batches",

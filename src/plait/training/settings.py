@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.core.device import Compute
 from plait.core.errors import ConfigError
-from plait.core.protocols import Batches, StatefulBatches
+from plait.core.protocols import Batches, StatefulBatches, holds_state
 from plait.core.spec import defaults
 from plait.core.tensors import Batch
 from plait.training.checkpoint import DEFAULTS
@@ -33,6 +33,11 @@ class OnDevice:
     def step_batches(self, step: int) -> Sequence[Batch]:
         """The other's batches."""
         return [batch.to(torch.device(self.device)) for batch in self.batches.step_batches(step)]
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether the other one does."""
+        return holds_state(self.batches)
 
     def state(self) -> Mapping[str, Tensor]:
         """The other's state; nothing if it has none."""

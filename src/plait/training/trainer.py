@@ -225,7 +225,8 @@ class Trainer(Spec):
     """Largest norm of the whole gradient: a longer one is scaled to it. null never clips."""
     head: Literal["fused", "full"] = "fused"
     """Loss over a vocabulary, in tune and align (pretrain leaves no choice): `fused` goes through the scores of some
-    positions after the others and keeps none; `full` computes all at once. Values and gradients are equal."""
+    positions after the others and keeps none; `full` computes all at once. Values and gradients are equal. Not `full`
+    together with `parallel.tensor`."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What Transformer blocks keep for the backward pass: `none` recomputes nothing; `full` keeps a block's input alone
     and runs the block again; `selective` keeps the results of wide matrix products and of fused attention, too; not
@@ -271,6 +272,11 @@ class Trainer(Spec):
         if self.parallel.pipeline > 1:
             check_staged(compiles=self.compile, async_save=self.async_save)
         check_context(self.parallel, compiles=self.compile)
+        if self.parallel.tensor > 1 and self.head == "full":
+            raise ValueError(
+                "head is full and parallel.tensor is set: every process would put the whole head together and compute "
+                "all scores, which tensor divides; set head to fused"
+            )
         return self
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from plait.core import mesh
 from plait.core.errors import ConfigError, NumericsError
 from plait.core.events import Events
-from plait.core.protocols import Batches, Pairwise, StatefulBatches
+from plait.core.protocols import Batches, Pairwise, holds_state
 from plait.core.tensors import Batch
 from plait.training import blame
 from plait.training.blame import Around
@@ -261,7 +261,7 @@ def _ids(micro: Sequence[Batch]) -> list[str]:
 
 
 def _check_batches(batches: Batches, *, goes_back: bool) -> None:
-    if goes_back and isinstance(batches, StatefulBatches) and batches.state():
+    if goes_back and holds_state(batches):
         raise ConfigError(
             f"{type(batches).__name__} holds a state that belongs to the weights of a step, and guard is to rewind",
             place="guard",

@@ -357,6 +357,16 @@ def test_a_new_decoder_learns_as_a_whole_and_loads_without_plait(
     assert not torch.equal(other, built.language.model.get_input_embeddings().weight)
 
 
+@pytest.mark.row("S0-50")
+def test_full_fine_tuning_moves_every_weight_of_the_decoder(data_stage: Path, tiny_folders: Folders) -> None:
+    folder = tune(data_stage, without_words(tiny_folders, adapt={"steps": 2, "rank": 0}))
+    old = load_file(tiny_folders["decoder"] / "model.safetensors")
+    new = load_file(find_model(folder) / "decoder" / "model.safetensors")
+    assert old.keys() == new.keys()
+    assert [name for name in old if torch.equal(old[name].float(), new[name].float())] == []
+    assert not (find_model(folder) / "adapter").exists()
+
+
 def test_stopped_in_every_phase_it_ends_like_one_that_ran_through(data_stage: Path, tiny_folders: Folders) -> None:
     """With another number of workers at each start, which changes nothing."""
     whole = tune(data_stage, spec(tiny_folders), "whole")

@@ -236,6 +236,10 @@ def _without(plain: Mapping[str, Any], *names: str) -> dict[str, Any]:
             ("stages.tune.trainer.compile=true", "stages.tune.trainer.recompute=selective"),
             "recompute is selective and compile is true",
         ),
+        (
+            ("stages.tune.trainer.head=full", "stages.tune.trainer.parallel={tensor: 3}"),
+            "head is full and parallel.tensor is set: every process would put the whole head together",
+        ),
     ],
 )
 def test_what_a_stage_cannot_use_is_refused_with_the_recipe(load, given: tuple[str, ...], says: str):

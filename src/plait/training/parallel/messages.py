@@ -41,8 +41,7 @@ def messages(
         sums = layers * (6 if again else 4) + first + last  # table and head
         found["tensor"] = round(sums * hidden * width * 2 * (tensor - 1) / tensor)
     if context > 1:
-        heads = 2 * shape.d_kv // tensor
-        found["context"] = (3 * context - 2) * positions * heads * width * layers
+        found["context"] = layers * _attention(member, model, positions=positions, width=width, again=again)
     if stages > 1:
         found["pipeline"] = hidden * stream * (2 - first - last) + 4 * held.twice
     if expert > 1:
@@ -73,6 +72,21 @@ def data_messages(member: Member, held: Held, *, micro: int, experts: int = 0) -
         kind = {"world": world, "stage": zero, "passes": micro, "bytes_number": 1}
         sent += zero_traffic(held.still_blocks, held.still_rest, **kind)["gathers"]
     return sent
+
+
+def _attention(member: Member, model: Model, *, positions: int, width: int, again: bool) -> int:
+    """Bytes of one attention, forward (twice with ``again``) and backward, over positions of which others have more."""
+    from plait.models.sequence.ring import ring_bytes  # imports torch
+    from plait.models.sequence.ulysses import ulysses_bytes
+
+    own, world = member.decoder(model.shape, loads=model), member.parallel.context
+    size = own.d_head or own.d_model // own.heads
+    kind = {"groups": own.kv_heads, "width": size, "value_width": size, "world": world, "size": width}
+    if member.parallel.context_attention == "ulysses":
+        sent = ulysses_bytes((1, positions), heads=own.heads, **kind)
+        return sent * 3 // 2 if again else sent
+    forward = positions * own.kv_heads * 2 * size * width * (world - 1)
+    return ring_bytes((1, positions), wide=max(4, width), **kind) + (forward if again else 0)
 
 
 def _experts(member: Member, model: Model, held: Held) -> int:

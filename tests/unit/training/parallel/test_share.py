@@ -183,3 +183,19 @@ def test_frozen_weights_are_gathered_too() -> None:
     assert sent(0) == 4 * 10
     assert sent(1) == sent(2) == 4 * 10 + (held.still_blocks + held.still_rest) // 2
     assert sent(3) == 4 * 10 + 4 * 4 // 2 + held.still_blocks + held.still_rest // 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_both_ways_of_attention_send_what_their_formulas_say(again: bool) -> None:
+    """docs/parallel.md: (3N - 2) p k 2d numbers around a ring, 4 (N - 1) / N p (h + k') d for dealt out heads."""
+    shape = DecoderShape(layers=3, d_model=48, d_ff=8, heads=6, kv_heads=3, vocab=16)
+    model, p, d, n, size = Model(shape=shape, width=4), 10, 8, 3, 4
+
+    def sent(attention: str) -> int:
+        member = Member.of(Parallel.model_validate({"context": n, "context_attention": attention}), rank=0, world=n)
+        return messages(member, model, positions=p, micro=1, width=size, stream=size, again=again)["context"]
+
+    forward = (n - 1) * p * 3 * 2 * d
+    assert sent("ring") == 3 * size * ((3 * n - 2) * p * 3 * 2 * d + (forward if again else 0))
+    exchanged = 4 * (n - 1) * p * (6 + 3) * d // n
+    assert sent("ulysses") == 3 * size * (exchanged * 3 // 2 if again else exchanged)
