@@ -20,6 +20,7 @@ from plait.core.errors import ConfigError, ResourceError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
 from plait.core.spec import to_yaml
+from plait.models.specs import Words
 from plait.recipes.recipe import Recipe
 from plait.recipes.run import stages
 from plait.stages.align import Align
@@ -99,7 +100,9 @@ def _small_stage(stage: Stage, samples: int) -> Stage:
             update={"batch_size": min(stage.batch_size, samples if learns else _PAIRS), "save_every": 0}
         )
     if isinstance(stage, Tune):
-        words = stage.words.model_copy(update={"batch_size": min(stage.words.batch_size, _PAIRS)})
+        words = stage.words  # no setting of another connector
+        if isinstance(stage.connector, Words):
+            words = words.model_copy(update={"batch_size": min(words.batch_size, _PAIRS)})
         return stage.model_copy(update={"batch_size": min(stage.batch_size, samples), "words": words, "save_every": 0})
     assert isinstance(stage, Align)
     pairs = min(stage.batch_size, max(3, samples // 2))

@@ -127,7 +127,7 @@ class Mixing(Spec):
     pictures: int = Field(default=2000, ge=1)
     """Training samples."""
 
-    steps: int = Field(default=150, ge=4)
+    steps: int = Field(default=400, ge=4)
     """Updates of `joint`; the others get as many operations."""
 
     alone: float = Field(default=0.5, gt=0.0, lt=1.0)

@@ -8,8 +8,10 @@ gates), behind which no gradient could be seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,8 +168,8 @@ class Held:
         self._grads = [(p, p.grad) for p, _ in self._own.values()]
         self._dropping = list(_dropping(self._roots))
         self.quiet = len({id(module) for module, _, _ in self._dropping})
-        for module, name, _ in self._dropping:
-            setattr(module, name, 0.0)
+        for module, name, value in self._dropping:
+            setattr(module, name, _without(name, value))
         self.weights = TrainState(model, objective).weights
         self.frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
         zero = [name for name, weight in self.weights.items() if weight.numel() and not bool(weight.data.any())]
@@ -276,13 +278,27 @@ def held(model: nn.Module, objective: Objective, settings: Settings, *, dtype: t
         found.release()
 
 
-def _dropping(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, float]]:
-    """Module, attribute and value of everything that drops by chance: torch's modules, and rates of transformers."""
+def _dropping(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Module, attribute and value of everything that drops by chance.
+
+    These are torch's modules, rates (of transformers), and sizes that have rates among them (of Plait's own models).
+    """
     for root in roots:
         for module in root.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 yield module, "p", module.p
                 continue
             for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float) and 0 < value < 1:
+                if _without(name, value) is not value:
                     yield module, name, value
+
+
+def _without(name: str, value: Any) -> Any:
+    """0 instead of a rate of dropping; sizes with every such rate in them 0; anything else as it is."""
+    if "drop" in name and isinstance(value, float) and 0 < value < 1:
+        return 0.0
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+    changed = {inner: quiet for inner, old in found.items() if (quiet := _without(inner, old)) is not old}
+    return replace(value, **changed) if changed else value

@@ -64,6 +64,7 @@ def test_the_most_frequent_color_can_be_seen() -> None:
     assert not torch.equal(found.targets, samples.colors(40, "b").targets)
 
 
+@pytest.mark.row("S4-C08")
 def test_words_name_the_glyph_as_often_as_they_are_told_to() -> None:
     found = samples.named(2000, "a", told=0.7, noise=0.2)
     glyphs = torch.tensor([IDS[name] for name in samples.NAMES])
@@ -134,6 +135,7 @@ def test_a_process_that_ends_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("S4-C08")
 @pytest.mark.parametrize("order", ["freeze", "joint", "staged"])
 def test_all_orders_take_as_many_operations(order: Order) -> None:
     study = TrainingStudy()
@@ -147,6 +149,7 @@ def test_all_orders_take_as_many_operations(order: Order) -> None:
     assert (steps.keys() == {"both"}) == (order == "joint")
 
 
+@pytest.mark.row("S4-C08")
 @pytest.mark.parametrize("order", ["freeze", "staged"])
 def test_frozen_towers_stay_as_they_are(order: Order) -> None:
     study = tiny()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,29 @@ class Rows:
         for row in range(5):
             batch.labels[row, 3 + row :] = -100
         return [batch]
+
+
+@dataclass(frozen=True)
+class Inner:
+    dropout: float = 0.5
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    scale: float = 0.5
+
+
+class Sized(nn.Module):
+    """Drops at a rate that stands in its sizes, as Plait's own models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer.scale * nn.functional.dropout(x, self.outer.inner.dropout, self.training)
 
 
 class Model(nn.Module):
@@ -262,6 +285,15 @@ def test_what_begins_at_zero_is_woken_and_put_back() -> None:
     assert "1 tensors that begin at zero (between.gate)" in found["held still"].value
     assert found["what learns"].status == "ok"  # behind a gate of zero the inner layer would have none
     assert not model.between.gate.any()
+
+
+def test_dropout_inside_sizes_is_taken_off_and_put_back() -> None:
+    model = Model(Sized())
+    found = findings(model)
+    assert found["once more"].status == "ok"
+    assert {name for name, one in found.items() if one.status != "ok"} == set()
+    assert isinstance(model.between, Sized)
+    assert model.between.outer.inner == Inner(dropout=0.5)
 
 
 def test_chance_that_is_no_dropout_is_a_warning() -> None:
