@@ -167,9 +167,9 @@ class Held:
         ]
         self._grads = [(p, p.grad) for p, _ in self._own.values()]
         self._dropping = list(_dropping(self._roots))
-        self.quiet = len({id(module) for module, _, _ in self._dropping})
-        for module, name, value in self._dropping:
-            setattr(module, name, _without(name, value))
+        self.quiet = len({id(module) for module, *_ in self._dropping})
+        for module, name, _, quiet in self._dropping:
+            setattr(module, name, quiet)
         self.weights = TrainState(model, objective).weights
         self.frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
         zero = [name for name, weight in self.weights.items() if weight.numel() and not bool(weight.data.any())]
@@ -264,7 +264,7 @@ class Held:
         for module, name, buffer, kept in self._buffers:
             buffer.copy_(kept)
             module._buffers[name] = buffer
-        for module, name, value in self._dropping:
+        for module, name, value, _ in self._dropping:
             setattr(module, name, value)
 
 
@@ -278,19 +278,19 @@ def held(model: nn.Module, objective: Objective, settings: Settings, *, dtype: t
         found.release()
 
 
-def _dropping(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Module, attribute and value of everything that drops by chance.
+def _dropping(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+    """Module, attribute, value and quiet value of everything that drops by chance.
 
     These are torch's modules, rates (of transformers), and sizes that have rates among them (of Plait's own models).
     """
     for root in roots:
         for module in root.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
-                yield module, "p", module.p
+                yield module, "p", module.p, 0.0
                 continue
             for name, value in vars(module).items():
-                if _without(name, value) is not value:
-                    yield module, name, value
+                if (quiet := _without(name, value)) is not value:
+                    yield module, name, value, quiet
 
 
 def _without(name: str, value: Any) -> Any:

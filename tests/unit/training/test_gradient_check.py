@@ -50,9 +50,10 @@ class Sized(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outer = Outer()
+        self.outer, self.module = Outer(), nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.module(x)
         return self.outer.scale * nn.functional.dropout(x, self.outer.inner.dropout, self.training)
 
 
@@ -293,7 +294,7 @@ def test_dropout_inside_sizes_is_taken_off_and_put_back() -> None:
     assert found["once more"].status == "ok"
     assert {name for name, one in found.items() if one.status != "ok"} == set()
     assert isinstance(model.between, Sized)
-    assert model.between.outer.inner == Inner(dropout=0.5)
+    assert (model.between.outer.inner, model.between.module.p) == (Inner(dropout=0.5), 0.3)
 
 
 def test_chance_that_is_no_dropout_is_a_warning() -> None:
