@@ -33,6 +33,7 @@ from benchmarks.layouts import BOUNDS, STEPS, Way, measure, table
 from benchmarks.sides.several import together
 
 from plait import __version__
+from plait.core import dtensors
 from plait.core.device import cpu_name
 from plait.core.files import write_json
 from plait.core.tensors import IGNORE, Batch
@@ -106,7 +107,7 @@ def kept(length: int, setting: dict[str, Any], *, fused: bool = False, recompute
     batch = Batch(
         token_ids=ids, labels=labels, segment_ids=torch.ones_like(ids), media={}, item_row={}, sample_ids=("row",)
     )
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    weights = {dtensors.local(weight).untyped_storage().data_ptr() for weight in layout.model.parameters()}
     storages: dict[int, Tensor] = {}  # held, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def kept(length: int, setting: dict[str, Any], *, fused: bool = False, recompute
             storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with sending() as sent, recomputed(model, recompute):
+    with sending() as sent, recomputed(layout.model, recompute):
         accumulate(
             layout.model,
             layout.objective,

@@ -179,6 +179,7 @@ def ways() -> list[Way]:
         Way(name="tensor 2, ZeRO-3, all learns", zero=3, grid={"tensor": 2}, kv_heads=4, whole=True),
         Way(name="tensor 2, ZeRO-1", zero=1, grid={"tensor": 2}, kv_heads=4),
     ]
+    found += sequences()
     found += pipelines()
     some, tight = Mixture(experts=8, balance=0.1), Mixture(experts=8, balance=0.1, capacity=0.75)
     found += [
@@ -204,6 +205,41 @@ def ways() -> list[Way]:
     for loss, title in (("nce", "InfoNCE"), ("sigmoid", "sigmoid loss")):
         found += [Way(name=f"{layout}, {title}", zero=z, loss=loss) for layout, z in (("DDP", 0), ("ZeRO-3", 3))]
     return found
+
+
+def sequences() -> list[Way]:
+    """Pieces of rows between the matrices that processes divide."""
+    two: dict[str, Any] = {"tensor": 2, "sequence": True}
+    staged, name = two | {"pipeline": 2}, "tensor 2, sequence"
+    keys: dict[str, Any] = {"kv_heads": 4}
+    momentum = SGD(momentum=0.9)
+    again = {"recompute": "full"}
+    return [
+        Way(name=name, grid=two, **keys),
+        Way(name=f"{name}, all learns", grid=two, whole=True, **keys),
+        Way(name="tensor 4, sequence", grid=two | {"tensor": 4}, **keys),
+        Way(name="tensor 4, sequence, all learns", grid=two | {"tensor": 4}, whole=True, **keys),
+        Way(name=f"{name}, one conversation a row", grid=two, packed=False, **keys),
+        Way(name=f"{name}, float32 SGD", grid=two, dtype="float32", optimizer=momentum, **keys),
+        Way(name=f"{name}, bfloat16 SGD", grid=two, dtype="bfloat16", optimizer=momentum, **keys),
+        Way(name=f"{name}, SGD, clipped", grid=two, whole=True, optimizer=momentum, more={"clip_norm": 1e-2}, **keys),
+        Way(name=f"{name}, average, all recomputed", grid=two, more={"average": Average(decay=0.5)} | again, **keys),
+        Way(name=f"{name}, some recomputed", grid=two, whole=True, more={"recompute": "selective"}, **keys),
+        Way(name=f"{name}, ZeRO-1", zero=1, grid=two, worlds=(4,), **keys),
+        Way(name=f"{name}, ZeRO-2, all learns", zero=2, grid=two, whole=True, worlds=(4,), **keys),
+        Way(name=f"{name}, ZeRO-3, all recomputed", zero=3, grid=two, whole=True, more=again, worlds=(4,), **keys),
+        Way(name=f"{name}, pipeline 2", grid=staged, worlds=(4, 8), **keys),
+        Way(
+            name=f"{name}, pipeline 2, one conversation a row, all recomputed",
+            grid=staged,
+            whole=True,
+            packed=False,
+            more=again,
+            worlds=(4,),
+            **keys,
+        ),
+        Way(name=f"{name}, pipeline 2, ZeRO-1, all learns", zero=1, grid=staged, whole=True, worlds=(8,), **keys),
+    ]
 
 
 def pipelines() -> list[Way]:

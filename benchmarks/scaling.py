@@ -96,7 +96,7 @@ class Way:
         if self.processes == 1:
             return "alone"
         if self.grid:
-            return " x ".join(f"{name} {degree}" for name, degree in self.grid.items())
+            return " x ".join(name if degree is True else f"{name} {degree}" for name, degree in self.grid.items())
         return f"ZeRO-{self.zero}" if self.zero else "data parallel"
 
 
@@ -106,7 +106,8 @@ def ways(cores: int) -> list[Way]:
     spread = [Way(processes=processes, zero=zero) for processes in (2, 4) for zero in (0, 1, 2, 3)]
     dimensions = ("tensor", "pipeline", "context")
     apart = [Way(processes=processes, grid={name: processes}) for processes in (2, 4) for name in dimensions]
-    return [*alone, *spread, *apart, Way(processes=4, grid={"tensor": 2, "pipeline": 2})]
+    both = [Way(processes=4, grid={"tensor": 2, "pipeline": 2}), Way(processes=2, grid={"tensor": 2, "sequence": True})]
+    return [*alone, *spread, *apart, *both]
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -196,10 +197,11 @@ def divided_traffic(way: Way, rank: Mapping[str, Any]) -> int:
     """Bytes that the process which sends most sends in a step, where other dimensions than data divide the work.
 
     Tensor: hidden states are summed twice in a block, forward and backward, and once for the embeddings and once for
-    the head. Pipeline: the first stage hands hidden states on, and its copy of the table of words, of which the last
-    has another, sends its gradient. Context: keys and values go round the ring, as many heads of them as of queries;
-    gradients are summed as in data parallel. Tensor and pipeline: those of the stage that has most blocks, with one of
-    table and head, and a part of the table.
+    the head. With pieces of rows a gather and a scatter are one such sum; what a block's two parts were given is
+    gathered once more, rows are cut and joined, and gradients of norms are summed. Pipeline: the first stage hands
+    hidden states on, and its copy of the table of words, of which the last has another, sends its gradient. Context:
+    keys and values go round the ring, as many heads of them as of queries; gradients are summed as in data parallel.
+    Tensor and pipeline: those of the stage that has most blocks, with one of table and head, and a part of the table.
     """
     n, passes = way.processes, rank["micro_batches"]
     hidden = 4 * rank["positions"] * rank["width"]
@@ -210,7 +212,11 @@ def divided_traffic(way: Way, rank: Mapping[str, Any]) -> int:
         blocks = max(map(len, divided([block] * rank["layers"], way.grid["pipeline"], after=words)))
         return round(passes * hidden * (2 * (parts - 1) / parts * (4 * blocks + 1) + 1) + 4 * words / parts)
     if "tensor" in way.grid:
-        return round(passes * hidden * ring * (4 * rank["layers"] + 2))
+        sums = 4 * rank["layers"] + 2
+        if not way.grid.get("sequence"):
+            return round(passes * hidden * ring * sums)
+        norms = 4 * rank["width"] * (2 * rank["layers"] + 1)
+        return round(passes * hidden * ring * (sums + rank["layers"] + 1) + norms * ring)
     if "pipeline" in way.grid:
         return round(passes * hidden + 4 * (rank["weights"] - rank["weights_in_blocks"]))
     travels = (3 * n - 2) * 2 * passes * hidden / n * rank["layers"]

@@ -7,8 +7,8 @@ The references need packages that the project does not install (timm needs torch
         accelerate==1.15.0 timm==1.0.31
     /tmp/goldens/bin/pip install --no-deps torchvision==0.28.0
     /tmp/goldens/bin/pip install torch_geometric==2.8.1 scikit-learn==1.9.1
-    /tmp/goldens/bin/pip install --no-deps pykale==0.2.1
-    PLAIT_HOME=... /tmp/goldens/bin/python tests/parity/make_goldens.py [convnet] [text] [smollm] [fusion]
+    /tmp/goldens/bin/pip install --no-deps pykale==0.2.1 pytorch-metric-learning==2.9.0
+    PLAIT_HOME=... /tmp/goldens/bin/python tests/parity/make_goldens.py [convnet] [text] [smollm] [fusion] [contrast]
 
 (timm wants to pull its own torchvision: install it with --no-deps where that takes a CUDA build.) Weights come from the
 packages that `plait data fetch` unpacked. Beside each file of tensors lies a JSON file with the versions used, the
@@ -44,7 +44,7 @@ TEXTS = (
 
 def main() -> None:
     """Write the parts named on the command line, or all."""
-    parts = {"convnet": convnet, "text": text, "smollm": smollm, "fusion": fusion}
+    parts = {"convnet": convnet, "text": text, "smollm": smollm, "fusion": fusion, "contrast": contrast}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     GOLDENS.mkdir(exist_ok=True)
@@ -211,6 +211,36 @@ def low_rank_tensor() -> dict[str, torch.Tensor]:
     inputs = [torch.randn(7, width, dtype=torch.float64) for width in (5, 4, 3)]
     tensors = {f"x{i}": x for i, x in enumerate(inputs)} | {f"factor{i}": f for i, f in enumerate(layer.factors)}
     return tensors | {"weights": layer.fusion_weights, "bias": layer.fusion_bias, "out": layer(inputs)}
+
+
+def contrast() -> None:
+    """pytorch-metric-learning's losses and their gradients: two views of six samples, in three classes."""
+    from pytorch_metric_learning import losses, miners
+    from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
+    from pytorch_metric_learning.reducers import MeanReducer
+
+    squared = LpDistance(normalize_embeddings=False, power=2)
+    sample, classes = torch.arange(6).repeat(2), torch.tensor([0, 1, 0, 2, 1, 1]).repeat(2)
+    hard = miners.BatchHardMiner(distance=squared)
+    cases: dict[str, tuple[Any, torch.Tensor, Any]] = {
+        "nt_xent": (losses.NTXentLoss(temperature=0.3), sample, None),
+        "supcon": (losses.SupConLoss(temperature=0.2), classes, None),
+        "n_pair": (losses.NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False)), sample, None),
+        "triplet_active": (losses.TripletMarginLoss(margin=0.5, distance=squared), classes, None),
+        "triplet_all": (losses.TripletMarginLoss(margin=0.5, distance=squared, reducer=MeanReducer()), classes, None),
+        "triplet_hard": (
+            losses.TripletMarginLoss(margin=0.5, distance=squared, reducer=MeanReducer()),
+            classes,
+            hard,
+        ),
+    }
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(12, 4, dtype=torch.float64), dim=1).requires_grad_()
+    tensors = {"vectors": vectors.detach(), "sample": sample, "classes": classes}
+    for name, (loss, labels, miner) in cases.items():
+        value = loss(vectors, labels, miner(vectors, labels) if miner else None)
+        tensors |= {name: value.detach(), f"{name}_d_vectors": torch.autograd.grad(value, vectors)[0]}
+    write("contrast", tensors, libraries=("pytorch-metric-learning",))
 
 
 if __name__ == "__main__":

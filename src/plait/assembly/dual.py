@@ -26,6 +26,7 @@ from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, loa
 from plait.core.errors import CheckpointError, DataError
 from plait.core.events import Events
 from plait.core.files import write_json
+from plait.core.manifest import verify_model
 from plait.core.snapshot import later, save_tensors
 from plait.core.tensors import Patches
 from plait.data.sounds import Sound
@@ -204,6 +205,7 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
             the heads were trained on.
         ResourceError: A tower's package is not fetched.
     """
+    verify_model(folder)
     record, config = read_record(folder, kind="dual"), read_fields(folder / _CONFIG)
     try:
         sides = ("image", "text", "audio") if "audio" in record["composition"] else ("image", "text")

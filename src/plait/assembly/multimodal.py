@@ -34,6 +34,7 @@ from plait.assembly.video_towers import VideoTower
 from plait.core.errors import CheckpointError, ConfigError, PlaitError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
+from plait.core.manifest import verify_model
 from plait.core.snapshot import held, later, save_tensors
 from plait.core.types import Modality
 from plait.data.template import Template
@@ -364,6 +365,7 @@ def load_multimodal(folder: Path, *, adapter: bool = True, events: Events | None
 
 
 def _read(folder: Path) -> _Record:
+    verify_model(folder)
     record = read_record(folder, kind="multimodal")
     try:
         parts: Mapping[str, Any] = record["composition"]

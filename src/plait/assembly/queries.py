@@ -21,6 +21,7 @@ from plait.assembly.towers import ImageTower, load_image_tower, text_folder
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
 from plait.core.files import write_json
+from plait.core.manifest import verify_model
 from plait.core.snapshot import later, save_tensors
 from plait.core.spec import Spec
 from plait.models import specs
@@ -239,6 +240,7 @@ def holds_queries(folder: Path) -> bool:
 
 def _read(folder: Path) -> tuple[dict[str, Any], str, Sizes]:
     """Settings of the picture tower, its digest, and the sizes of the model."""
+    verify_model(folder)
     record, config = read_record(folder, kind=KIND), read_fields(folder / _CONFIG)
     try:
         settings = dict(record["composition"]["image"])

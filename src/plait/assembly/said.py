@@ -18,7 +18,7 @@ from plait.core.events import Events
 from plait.core.types import MediaRef
 from plait.data.features import FeatureStore, cached_features
 from plait.data.sounds import decode_sound
-from plait.data.sources import VALIDATION
+from plait.data.sources import JUDGED_SEED, VALIDATION
 from plait.data.speech import RATE, check_voice, refusal, speak
 from plait.data.spoken import STAYS, Saying
 
@@ -43,6 +43,8 @@ def say_names(
 ) -> dict[str, Pairs]:
     """The same splits, their names said aloud; the first split and that of validation in several takes, tests in one.
 
+    Takes of validation do not depend on the seed, so that trainings with different seeds are judged by the same sounds.
+
     Sounds are encoded once, and kept in the cache as features.
 
     Args:
@@ -63,7 +65,8 @@ def say_names(
     sounds: dict[str, _Sounds] = {}
     for number, (split, pairs) in enumerate(splits.items()):
         trained = number == 0 or split == VALIDATION  # no voice of the tests is heard before them
-        sounds[split] = _say_all(sorted(set(pairs.names)), saying, trained=trained, made=made)
+        how = replace(saying, seed=JUDGED_SEED) if split == VALIDATION else saying
+        sounds[split] = _say_all(sorted(set(pairs.names)), how, trained=trained, made=made)
         events.progress("splits said aloud", number + 1, len(splits))
     first = next(iter(splits))
     if not sounds[first].of_name:

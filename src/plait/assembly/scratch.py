@@ -18,6 +18,7 @@ from plait.assembly.local import digest, load_weights
 from plait.assembly.record import PLAIT, read_fields, read_record
 from plait.core.errors import CheckpointError
 from plait.core.files import sha256_file
+from plait.core.manifest import verify_model
 from plait.models import specs, video_specs
 from plait.models.build import build_encoder
 from plait.models.towers.pixels import HALF
@@ -28,6 +29,7 @@ WEIGHTS = "model.safetensors"
 """File of a checkpoint's weights."""
 
 _PREFIX = "tower."
+_KINDS = ("dual", "views")
 
 
 def build_tower(spec: specs.ScratchImage) -> nn.Module:
@@ -101,20 +103,22 @@ class Learned(NamedTuple):
 
 
 def holds_tower(folder: Path) -> bool:
-    """Whether a folder is the checkpoint of a dual encoder whose picture tower learned."""
+    """Whether a folder is a checkpoint whose picture tower learned: a dual encoder's, or one of views."""
     if not (folder / PLAIT).is_file():
         return False
     record = read_fields(folder / PLAIT)
-    return record.get("kind") == "dual" and SCRATCH in record.get("composition", {}).get("image", {})
+    return record.get("kind") in _KINDS and SCRATCH in record.get("composition", {}).get("image", {})
 
 
 def load_learned(folder: Path) -> Learned:
-    """The picture tower of a dual encoder's checkpoint, without its heads.
+    """The picture tower of such a checkpoint, without its heads.
 
     Raises:
         CheckpointError: A file is missing, damaged or of a later format.
     """
-    record = read_record(folder, kind="dual")
+    verify_model(folder)
+    kind = read_fields(folder / PLAIT).get("kind")
+    record = read_record(folder, kind=str(kind) if kind in _KINDS else "dual")
     settings = record["composition"]["image"][SCRATCH]
     contract = ImageContract.from_dict(record["media"]["image"])
     tower = build_tower(read_spec(settings, folder=folder))

@@ -114,6 +114,7 @@ def describe(found: list[Judged], weights: int, memory_gib: float) -> list[str]:
     fitting = [one for one in found if one.fits]
     for number, one in enumerate((fitting or found)[:_SHOWN], 1):
         settings = ", ".join(f"{k}: {v}" for k, v in one.parallel.model_dump(exclude_defaults=True).items())
+        settings = settings.replace("True", "true")  # as a recipe has it
         sent = " + ".join(f"{count / 2**30:.2f} {name}" for name, count in one.sent.items()) or "0"
         rows.append(
             [

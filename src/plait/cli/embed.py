@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from plait.assembly.dual import Dual
+    from plait.assembly.views import ViewModel
     from plait.data.sounds import Sound
 
     Embedded = tuple[list[str], Tensor]
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     }
     for line in _told(items, top=args.top):
         out.line(line)
-    dimension = dual.sizes.d_shared
+    dimension = items["image"][1].shape[1]
     if args.out is not None:
         _write(args.out, items, model=folder)
         counts = ", ".join(f"{len(items[kind][0])} {what}" for kind, what in _KINDS.items())
@@ -156,7 +157,7 @@ def _picture(data: bytes, place: str) -> Image.Image:
     return decode_image(data, place=place)
 
 
-def _sound(data: bytes, place: str, *, dual: Dual) -> Sound:
+def _sound(data: bytes, place: str, *, dual: Dual | ViewModel) -> Sound:
     from plait.data.sounds import decode_sound
 
     sound = decode_sound(data, place=place)

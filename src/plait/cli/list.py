@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "decoders", "fusions", "positions", "optimizers", "schedules")
+KINDS = ("encoders", "connectors", "decoders", "fusions", "positions", "objectives", "optimizers", "schedules")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
             out.line(f"{kind} of {modality} ({len(group)})" if modality else f"{kind} ({len(group)})")
             width = max(len(part["name"]) for part in group)
             for part in group:
-                out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}")
+                where = f"  [{part['where']}]" if "where" in part else ""
+                out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}{where}")
     out.result(found)
     return 0
 
@@ -32,9 +33,10 @@ def main(args: argparse.Namespace, out: Out) -> int:
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Kind → parts, each with ``name``, ``about``, ``source``; settings and defaults as the specs have them.
 
-    Encoders also have the ``modality`` they read.
+    Encoders also have the ``modality`` they read, objectives ``where`` they are chosen.
     """
     from plait.models import audio_specs, composition, fusion_specs, specs, text_specs, video_specs
+    from plait.objectives import specs as objectives
     from plait.training import optim, schedule
 
     by_modality = {
@@ -55,6 +57,10 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "decoders": _parts(composition.Decoder),
         "fusions": _parts(fusion_specs.Fusion),
         "positions": positions,
+        "objectives": [
+            *({**part, "where": objectives.Part.where} for part in _parts(objectives.Objective)),
+            *({"name": name, **found._asdict(), "settings": []} for name, found in objectives.ELSEWHERE.items()),
+        ],
         "optimizers": _parts(optim.Optimizer),
         "schedules": _parts(schedule.Schedule),
     }

@@ -65,6 +65,7 @@ def main(args: argparse.Namespace, out: Out) -> int:
     if plan_size.asked(args):
         return plan_size.main(args, out)
     if _is_model(_named(args)):
+        _refuse_of_runs(args)
         return _plan_model(_named(args), args.overrides, out)
 
     if place():  # of several processes, the first one plans
@@ -178,6 +179,23 @@ def _is_model(path: Path) -> bool:
     from plait.core.yamltext import read_file
 
     return path.is_file() and read_file(path).get("encoders") is not None
+
+
+def _refuse_of_runs(args: argparse.Namespace) -> None:
+    """See that nothing is asked of a model that only a run has.
+
+    Raises:
+        UsageError: Processes, or measuring.
+    """
+    from plait.core.errors import UsageError
+
+    if args.probe is not None or args.processes:
+        what = "--processes" if args.processes else "--probe" if args.probe else "--no-probe"
+        raise UsageError(
+            f"{what} and a model are both given: {args.recipe} has no run in it",
+            place=what,
+            remedy=f"leave {what} out, or plan a recipe that trains the model",
+        )
 
 
 def _plan_model(path: Path, overrides: Sequence[str], out: Out) -> int:

@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,12 @@ from plait.core import mesh
 
 Group = dist.ProcessGroup | None
 """Which processes; None: all."""
+
+# torch 2.13 gave them other names.
+_gather: Any = getattr(dist, "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor")
+_reduce_scatter: Any = getattr(
+    dist, "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+)
 
 BUCKET = 25 * 2**20
 """Bytes that are summed in one message."""
@@ -75,6 +82,38 @@ def all_gather(value: torch.Tensor, group: Group = None) -> list[torch.Tensor]:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=group)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_equal(value: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """Every rank's tensor of one shape, along a new first dimension, in the order of ranks."""
+    if not mesh.active():
+        return value[None]
+    found = value.new_empty(dist.get_world_size(group) * len(value), *value.shape[1:])
+    with mesh.explained():
+        _gather(found, value.contiguous(), group=group)
+    return found.view(-1, *value.shape)
+
+
+def sum_scattered(values: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """This rank's entry of the first dimension, summed over ranks: a reduce-scatter.
+
+    gloo makes one of a whole sum, which sends twice as much; on the CPU, entries go to their ranks, and each sums.
+
+    Args:
+        values: An entry for each rank, of one shape.
+        group: The ranks.
+    """
+    if not mesh.active():
+        return values[0]
+    values = values.contiguous()
+    with mesh.explained():
+        if values.device.type == "cpu":
+            theirs = torch.empty_like(values)
+            dist.all_to_all_single(theirs, values, group=group)
+            return theirs.sum(0)
+        found = values.new_empty(values.shape[1:])
+        _reduce_scatter(found, values.view(-1, *values.shape[2:]), group=group)
+    return found
 
 
 def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:

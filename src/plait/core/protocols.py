@@ -71,7 +71,11 @@ class Objective(Protocol):
     needs_global_batch: bool
 
     def count(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Units each term is normalized by, such as trained tokens."""
+        """Units each term is normalized by, such as trained tokens.
+
+        They add up over micro-batches. What only the whole batch tells, such as pairs that match or triplets above 0,
+        does not: there rows are counted, and the sum is the mean over those units times all rows.
+        """
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

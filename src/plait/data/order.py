@@ -76,6 +76,27 @@ def block(number: int, *, rank: int, world: int) -> slice:
     return slice(start, start + each + (rank < more))
 
 
+def check_enough(number: int, world: int, *, what: str, place: str, remedy: str) -> None:
+    """See that each of several processes gets one, where a batch has no more than there are.
+
+    Args:
+        number: How many there are.
+        world: How many processes there are.
+        what: They are, in words.
+        place: Where they come from.
+        remedy: What makes more of them.
+
+    Raises:
+        ConfigError: There are fewer than processes.
+    """
+    if number < world:
+        raise ConfigError(
+            f"{number} {what} for {world} processes: a batch has no more, whatever batch_size is",
+            place=place,
+            remedy=f"start {number} processes or fewer, or {remedy}",
+        )
+
+
 def check_rank(rank: int, world: int) -> None:
     """Refuse a rank that is not there.
 

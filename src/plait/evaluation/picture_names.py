@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 from plait.assembly.pairs import Named, Pairs
+from plait.core.errors import NumericsError
 from plait.core.types import Score
 from plait.data.pair_batches import StoredPixels, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
@@ -78,6 +79,13 @@ class NamedTask:
         Raises:
             NumericsError: A similarity is NaN.
         """
+        if lost := int(np.isnan(similarity).any(1).sum()):
+            raise NumericsError(
+                f"of {lost} of {len(similarity)} pictures the model makes no numbers (NaN): its weights have run away",
+                place=f"split {self.name}",
+                remedy="lower the learning rate, or let steps warm up (trainer.schedule.warmup); the warnings before "
+                "this name the first step and module; checkpoints saved before are as they were",
+            )
         return RetrievalResult(similarity, self.gallery.directions(similarity))
 
     def answers(self, result: RetrievalResult, *, limit: int | None = None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from plait.core.files import RUNS, find_model, find_run, find_stage, read_done
 if TYPE_CHECKING:
     from plait.assembly.dual import Dual
     from plait.assembly.multimodal import Multimodal
+    from plait.assembly.views import ViewModel
     from plait.assembly.vlm import Vlm
 
 _PLAIT, _RECIPE, _HUB = "plait.json", "recipe.yaml", "config.json"
@@ -131,8 +132,8 @@ def load(folder: Path, *, say: Callable[[str], None]) -> Multimodal | Vlm:
     return load_multimodal(folder, events=_listening(say))
 
 
-def load_dual(folder: Path, *, say: Callable[[str], None]) -> Dual:
-    """Load a dual encoder in eval mode, with torch's thread count set for this machine.
+def load_dual(folder: Path, *, say: Callable[[str], None]) -> Dual | ViewModel:
+    """Load a dual encoder, or a tower that learned from views, in eval mode, with torch's threads set for this machine.
 
     Args:
         folder: As :func:`find_dual_folder` gives it.
@@ -143,9 +144,12 @@ def load_dual(folder: Path, *, say: Callable[[str], None]) -> Dual:
         ResourceError: A package is not fetched.
     """
     from plait.assembly.dual import load_dual as loaded
+    from plait.assembly.views import holds_views, load_views
     from plait.core import device
 
     device.setup()
+    if holds_views(folder):
+        return load_views(folder)
     return loaded(folder, events=_listening(say))
 
 

@@ -1,5 +1,7 @@
 """Small networks on top of an encoder."""
 
+from itertools import chain, pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 
 class ProjectionHead(nn.Module):
-    """Two-layer MLP into a shared space: linear, GELU, dropout, linear.
+    """MLP into a shared space, of two layers or more: linear, GELU, dropout, linear.
 
     Features are scaled to root mean square 1 first, without a learned weight: towers differ (unit vectors of width 384
     have 0.05, ReLU6 features about 0.5), and one learning rate has to fit both sides.
@@ -17,6 +19,7 @@ class ProjectionHead(nn.Module):
         d_hidden: Width between the layers.
         d_out: Width of the shared space.
         dropout: Share of hidden units dropped while training.
+        depth: Linear layers.
 
     Example:
         >>> head = ProjectionHead(1280, 512, 256, dropout=0.3)
@@ -24,12 +27,12 @@ class ProjectionHead(nn.Module):
         787200
     """
 
-    def __init__(self, d_in: int, d_hidden: int, d_out: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, d_in: int, d_hidden: int, d_out: int, *, dropout: float = 0.0, depth: int = 2) -> None:
         super().__init__()
         self.d_out = d_out
-        self.layers = nn.Sequential(
-            nn.Linear(d_in, d_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_hidden, d_out)
-        )
+        widths = [d_in, *[d_hidden] * (depth - 1)]
+        inner = [(nn.Linear(a, b), nn.GELU(), nn.Dropout(dropout)) for a, b in pairwise(widths)]
+        self.layers = nn.Sequential(*chain.from_iterable(inner), nn.Linear(widths[-1], d_out))
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         """Project; the result is not normalized."""

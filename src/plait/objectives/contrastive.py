@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
@@ -134,7 +134,7 @@ class Contrastive:
 
     def loss(self, found: Embedded, *, rows: range | None = None) -> Mapping[str, Tensor]:
         """Sum over pairs, and over sounds."""
-        return _terms(found, partial(_nce, scale=found.factors["scale"], cells=self.cells), rows=rows)
+        return terms_of(found, partial(_nce, scale=found.factors["scale"], cells=self.cells), rows=rows)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sum over pairs, and over sounds."""
@@ -172,7 +172,7 @@ class SigmoidContrastive(nn.Module):
 
     def loss(self, found: Embedded, *, rows: range | None = None) -> Mapping[str, Tensor]:
         """Sum over pairs, and over sounds."""
-        return _terms(
+        return terms_of(
             found, partial(_judged, scale=found.factors["scale"], bias=self.bias, cells=self.cells), rows=rows
         )
 
@@ -204,13 +204,13 @@ def row_nce(logits: Float[Tensor, "a b"], positives: Bool[Tensor, "a b"]) -> Flo
 
 def sum_in_blocks(
     one: Callable[[Tensor], Tensor], rows: Int[Tensor, " a"], *, width: int, cells: int
-) -> Float[Tensor, ""]:
+) -> Shaped[Tensor, "*k"]:
     """Sum of a function of rows over blocks of them, so that a table of scores is never there as a whole.
 
     Several blocks are computed again in the backward pass (``torch.utils.checkpoint``).
 
     Args:
-        one: Sum over the rows of which it is given the numbers.
+        one: Sum, or sums, over the rows of which it is given the numbers.
         rows: Their numbers.
         width: Scores of a row.
         cells: Scores in a block at most, but one row at least.
@@ -220,12 +220,19 @@ def sum_in_blocks(
         return one(rows)
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
     parts: list[Tensor] = [checkpoint(one, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sides:
-    """Two sides of which row i belongs to row i; rows of one group match. The loss sums over the anchors, or all."""
+class Sides:
+    """Two sides of which row i belongs to row i; rows of one group match. The loss sums over the anchors, or all.
+
+    Attributes:
+        left: Unit vectors.
+        right: Unit vectors.
+        groups: Equal numbers match.
+        anchors: Rows that are summed over; None: all.
+    """
 
     left: Float[Tensor, "k d"]
     right: Float[Tensor, "k d"]
@@ -234,9 +241,11 @@ class _Sides:
 
     @property
     def rows(self) -> Int[Tensor, " a"]:
+        """Numbers of the anchors."""
         return torch.arange(len(self.left), device=self.left.device) if self.anchors is None else self.anchors
 
     def positives(self, rows: Int[Tensor, " a"]) -> Bool[Tensor, "a k"]:
+        """Which rows match some rows, themselves included."""
         return self.groups[rows][:, None] == self.groups[None]
 
 
@@ -256,22 +265,28 @@ def _embed(model: nn.Module, batch: Batch) -> Embedded:
     return Embedded(vectors=vectors, row_of=row_of, classes=batch.labels[:, 0], factors={"scale": scale})
 
 
-def _terms(found: Embedded, between: Callable[[_Sides], Tensor], *, rows: range | None) -> dict[str, Tensor]:
-    """Pairs, and each sound with its picture and with its text."""
+def terms_of(found: Embedded, between: Callable[[Sides], Tensor], *, rows: range | None) -> dict[str, Tensor]:
+    """The terms of :class:`Contrastive`: pairs, and each sound with its picture and with its text.
+
+    Args:
+        found: What was embedded.
+        between: Sum over the anchors of two sides.
+        rows: Rows of the batch that are summed over; all by default.
+    """
     groups, (image, text) = match_groups(found.classes), (found.vectors["image"], found.vectors["text"])
     anchors = None if rows is None else torch.arange(rows.start, rows.stop, device=groups.device)
-    terms = {"contrastive": between(_Sides(left=image, right=text, groups=groups, anchors=anchors))}
+    terms = {"contrastive": between(Sides(left=image, right=text, groups=groups, anchors=anchors))}
     if "audio" in found.vectors:
         pair_of, audio = found.row_of["audio"], found.vectors["audio"]
         if rows is not None:
             anchors = ((pair_of >= rows.start) & (pair_of < rows.stop)).nonzero()[:, 0]
         for term, side in zip(_HEARD, (image, text), strict=True):
-            sides = _Sides(left=side[pair_of], right=audio, groups=groups[pair_of], anchors=anchors)
+            sides = Sides(left=side[pair_of], right=audio, groups=groups[pair_of], anchors=anchors)
             terms[term] = between(sides)
     return terms
 
 
-def _nce(sides: _Sides, *, scale: Tensor, cells: int) -> Float[Tensor, ""]:
+def _nce(sides: Sides, *, scale: Tensor, cells: int) -> Float[Tensor, ""]:
     left, right, rows, width = sides.left, sides.right, sides.rows, len(sides.left)
     if sides.anchors is None and width**2 <= cells:
         return info_nce(left, right, scale, positives=sides.positives(rows))
@@ -283,7 +298,7 @@ def _nce(sides: _Sides, *, scale: Tensor, cells: int) -> Float[Tensor, ""]:
     return in_blocks(partial(one_way, left, right)) + in_blocks(partial(one_way, right, left))
 
 
-def _judged(sides: _Sides, *, scale: Tensor, bias: Tensor, cells: int) -> Float[Tensor, ""]:
+def _judged(sides: Sides, *, scale: Tensor, bias: Tensor, cells: int) -> Float[Tensor, ""]:
     def judged(block: Tensor) -> Tensor:
         logits = scale * sides.left[block] @ sides.right.T + bias
         signs = 2 * sides.positives(block).to(logits.dtype) - 1

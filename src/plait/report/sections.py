@@ -57,6 +57,11 @@ def _made(run: RunFolder, stage: StageFolder) -> list[str]:
         asked = sum(sum(its.values()) for its in _mappings(summary.get("instruct")))
         rows = f", made from {number(ledger.get('rows'))} source rows" if is_mapping(ledger) else ""
         return [f"pictures: {counts}; {asked:,} questions{rows}"]
+    if stage.kind == "pretrain" and is_mapping(summary.get("pictures")):
+        objective, tower = stage.spec.get("objective"), stage.spec.get("image_tower")
+        kind = objective.get("kind") if is_mapping(objective) else "views"
+        done = f"{number(summary.get('steps'))} steps on {number(summary['pictures'].get('train'))} pictures"
+        return [f"{tower_name(tower)}, from scratch, by views of pictures alone ({kind}): {done}"]
     if stage.kind == "pretrain" and is_mapping(summary.get("pairs")):
         image, text = stage.spec.get("image_tower"), stage.spec.get("text_tower")
         done = f"{number(summary.get('steps'))} steps on {number(summary['pairs'].get('train'))} pairs"

@@ -16,7 +16,7 @@ from plait.core.packages import home
 from plait.core.spec import defaults
 from plait.core.yamltext import Keys
 from plait.data.choice import HELD_OUT
-from plait.data.sources import VALIDATION
+from plait.data.sources import JUDGED_SEED, VALIDATION
 from plait.stages.fitting import fit_ahead
 from plait.stages.stage import Stage, Task, named_setting
 from plait.stages.validating import check_judged, judged_splits, outcome, said
@@ -232,7 +232,7 @@ class Align(Stage):
                     f"without the stage: stages.{self.kind}=null",
                 )
             limit = self._limit(split)
-            chosen = spread(found, self.tasks, limit=limit, seed=self.seed)
+            chosen = spread(found, self.tasks, limit=limit, seed=JUDGED_SEED if split == VALIDATION else self.seed)
             events.note(
                 f"{split}: {len(chosen):,} of {len(found):,} questions with a right and a wrong answer; "
                 f"{missing[split]:,} have no wrong one"

@@ -75,6 +75,7 @@ class Compress(Stage):
         from plait.compression.quantize import part_bytes, quantize_decoder
         from plait.core.device import setup
         from plait.core.files import find_model, find_stage, folder_atomic, mark_done, write_json, write_jsonl
+        from plait.core.manifest import write_manifest
         from plait.evaluation.asking import collect
 
         source, data = find_model(previous), find_stage(previous, "data")
@@ -86,6 +87,7 @@ class Compress(Stage):
         made = quantize_decoder(built)
         with folder_atomic(folder / MODEL) as target:
             save_multimodal(made.built, target)
+            write_manifest(target, step=0)
         after = part_bytes(made.built)
         # What is scored is what was written.
         built = load_multimodal(folder / MODEL, events=events)

@@ -1,6 +1,6 @@
-"""The pretrain stage: a dual encoder (CLIP objective), or the first stage of a Q-Former (BLIP-2); scored by retrieval.
+"""The pretrain stage: a dual encoder (CLIP), a tower from views (SimCLR, MoCo), or a Q-Former's first stage (BLIP-2).
 
-Small trained heads stand on frozen towers; or a picture tower from scratch learns with them; or a Q-Former learns.
+Small trained heads stand on frozen towers; or a picture tower from scratch learns, with them or alone; or a Q-Former.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from plait.core.packages import home
 from plait.core.spec import Derived, defaults
 from plait.core.yamltext import Keys
 from plait.models.specs import EfficientNetLite, Part, QFormerShape, ResNet, ScratchImage
+from plait.objectives.specs import OVER_VIEWS, Contrastive, Objective, OverViews
 from plait.report import names
 from plait.stages.fitting import fit_ahead
+from plait.stages.pretraining.settings import SpokenNames, Views, check_form
 from plait.stages.stage import Stage, named_setting
 from plait.stages.validating import check_judged, judged_splits
-from plait.stages.voices import Voices
 from plait.training.optim import AdamW
 from plait.training.schedule import Cosine
 from plait.training.trainer import Trainer, only_in_one_process
@@ -40,46 +41,8 @@ if TYPE_CHECKING:
 TESTS = ("test-concept", "test-style", "test-both")
 """Splits that are scored, as far as the data stage made them."""
 
-WHISPER = "whisper-tiny-en"
-"""The packaged audio tower."""
-
-_HEADS_ONLY = ("d_hidden", "dropout")
-"""Settings of a dual encoder's heads, which a Q-Former has not."""
-
-
-class SpokenNames(Voices):
-    """Names said aloud: sounds as a third modality of the space. Needs the extra `speech` (espeak-ng)."""
-
-    audio_tower: str = WHISPER
-    """Frozen tower that hears: `whisper-tiny-en`, or a local Hugging Face folder of an audio family."""
-    window_s: float = Field(default=0.0, ge=0.0, le=30.0)
-    """Of Whisper: seconds it hears at once; 4 of `whisper-tiny-en`, unless said otherwise. 0 is the 30 of its training;
-    less takes less time, and gives other features."""
-    takes: int = Field(default=3, ge=1)
-    """In how many ways, each with its voice and speed, a name of training is said."""
-    max_seconds: float = Field(default=4.0, gt=0.0, le=30.0)
-    """What takes longer to say is left out, and counted."""
-
-    @classmethod
-    def derive(cls, given: Mapping[str, Any]) -> Mapping[tuple[str, ...], Derived]:
-        """Names are short: the packaged Whisper need not hear 30 s of silence behind each."""
-        packaged = given.get("audio_tower", WHISPER) == WHISPER
-        return {("window_s",): Derived(4.0, "audio_tower")} if packaged else {}
-
-    @model_validator(mode="after")
-    def _fits(self) -> SpokenNames:
-        ways = len({*self.voices}) * len({*self.speeds})
-        if self.takes > ways:
-            raise ValueError(
-                f"takes is {self.takes}: {len({*self.voices})} voices at {len({*self.speeds})} speeds are "
-                f"{ways}; give fewer takes, or more voices or speeds"
-            )
-        if self.window_s and self.max_seconds > self.window_s:
-            raise ValueError(
-                f"max_seconds is {self.max_seconds:g}, but window_s only {self.window_s:g}: "
-                "raise window_s or lower max_seconds"
-            )
-        return self
+_HEADS_ONLY = ("d_hidden", "dropout", "objective", "views")
+"""Settings of a dual encoder, which a Q-Former has not."""
 
 
 class Pretrain(Stage):
@@ -90,6 +53,9 @@ class Pretrain(Stage):
     scratch (``image_tower: {kind: vit, ...}``) learns too, and sees all pictures of a batch in every step. Writes
     ``metrics.jsonl``, ``results.csv``, ``samples/<step>.json`` (answers for a few test pictures),
     ``checkpoints/<step>/``, ``scores.json`` and ``predictions.jsonl``.
+
+    With an objective over views (``objective: {kind: nt-xent}``) such a tower learns by itself, without texts: changed
+    views of a picture are told from those of others. It is scored by what its nearest neighbors show.
 
     With ``qformer`` it is BLIP-2's first stage instead: a Q-Former learns on the cached features of the frozen picture
     tower, and the tokens of the names, to compare pictures and names, to judge pairs, and to write names.
@@ -110,6 +76,11 @@ class Pretrain(Stage):
     image_tower: str | ScratchImage = "efficientnet-lite0"
     """Frozen picture tower: `efficientnet-lite0`, or a local folder in Hugging Face's layout. A mapping such as
     `{kind: vit, size: 64}` is a tower from scratch, which learns."""
+    objective: Objective = Contrastive()
+    """What is minimized; `plait list objectives` tells them all. Not used with `qformer`, which has its own."""
+    views: Views | None = None
+    """How many views of each picture an objective over views compares, and how they come about; derived as `{}` for
+    one of these."""
     resolution: Literal[0] | Annotated[int, Field(ge=32)] = 160
     """Pixels a side that pictures are scaled to; 0 takes the tower's own, as a tower from scratch always does."""
     qformer: QFormerShape | None = None
@@ -150,9 +121,14 @@ class Pretrain(Stage):
 
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[tuple[str, ...], Derived]:
-        """A tower from scratch has its own size."""
+        """A tower from scratch has its own size; views are compared without dropout."""
         scratch = isinstance(given.get("image_tower"), (Mapping, Part))
-        return {("resolution",): Derived(0, "image_tower.size")} if scratch else {}
+        found = {("resolution",): Derived(0, "image_tower.size")} if scratch else {}
+        objective = given.get("objective")
+        kind = objective.get("kind") if isinstance(objective, Mapping) else getattr(objective, "kind", None)
+        if kind in OVER_VIEWS:
+            found |= {("views",): Derived({}, "objective.kind"), ("dropout",): Derived(0.0, "objective.kind")}
+        return found
 
     @model_validator(mode="after")
     def _one_size(self) -> Pretrain:
@@ -179,10 +155,15 @@ class Pretrain(Stage):
             fields = type(self).model_fields
             if given := [name for name in _HEADS_ONLY if getattr(self, name) != fields[name].default]:
                 raise ValueError(
-                    f"{', '.join(given)}: settings of a dual encoder's heads, here a Q-Former learns (it has a dropout "
+                    f"{', '.join(given)}: settings of a dual encoder, here a Q-Former learns (it has a dropout "
                     "of its own); take them out (set them to null where a parent recipe gives them)"
                 )
             self.trainer.check_whole(stage="a Q-Former, which judges pairs of the whole batch,")
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Pretrain:
+        check_form(self)
         return self
 
     @model_validator(mode="after")
@@ -211,7 +192,11 @@ class Pretrain(Stage):
         from plait.core.files import find_stage, mark_done
 
         data = find_stage(previous, "data")
-        if self.qformer is None:
+        if isinstance(self.objective, OverViews):
+            from plait.stages.pretraining.views import learn_views
+
+            summary = learn_views(self, data, folder=folder, events=events)
+        elif self.qformer is None:
             summary = self._dual(data, folder, events=events)
         else:
             from plait.stages.pretraining.queries import learn_queries
@@ -245,10 +230,13 @@ class Pretrain(Stage):
                 find_tower(self.image_tower, IMAGE_TOWER)
         else:
             from plait.stages.pretraining.needs import tower_account  # imports torch
+            from plait.stages.pretraining.view_needs import check_views
 
             tower_account(self.image_tower)
-        with named_setting(f"stages.{self.kind}.text_tower"):
-            find_tower(self.text_tower, TEXT_TOWER)
+            check_views(self)
+        if not isinstance(self.objective, OverViews):
+            with named_setting(f"stages.{self.kind}.text_tower"):
+                find_tower(self.text_tower, TEXT_TOWER)
         if self.spoken is not None:
             from plait.data.speech import check_voice
             from plait.stages.pretraining.needs import check_hearing
@@ -312,6 +300,7 @@ class Pretrain(Stage):
         from plait.core.device import setup
         from plait.core.files import sha256_file, write_json, write_jsonl
         from plait.core.held_out import opened
+        from plait.data.order import check_enough
         from plait.evaluation.picture_names import RetrievalTask, beside, compare
         from plait.stages.pretraining.outcome import shapes, show, summarize
 
@@ -326,6 +315,8 @@ class Pretrain(Stage):
             events=events,
         )
         check_judged(pairs, self.trainer, place=data)
+        there = len(pairs["train"].ids)
+        check_enough(there, mesh.world(), what="training pairs", place=str(data), remedy="give the data stage more")
         pairs = self._said(pairs, dual, events)
         counts = {split: len(found.ids) for split, found in pairs.items()}
         tasks = [RetrievalTask(found, name=split, seed=self.seed) for split, found in pairs.items() if split in TESTS]
@@ -406,7 +397,7 @@ class Pretrain(Stage):
         import torch
 
         from plait.assembly.dual import save_dual
-        from plait.objectives.contrastive import Contrastive
+        from plait.objectives.build import over_pairs
         from plait.stages.pretraining.outcome import check_pairs, milestones, say_pieces, show
         from plait.stages.pretraining.validating import judge_pairs
         from plait.training.model_flops import dual_flops
@@ -415,6 +406,9 @@ class Pretrain(Stage):
         pairs = splits["train"]
         check_pairs(len(pairs.ids), folder)
         batches = self._batches(pairs)
+        objective = over_pairs(self.objective, batch=batches.batch_size)
+        if isinstance(objective, torch.nn.Module):
+            objective.to(settings.compute.device)
         say_pieces(dual.model, batches.batch_size, batches.micro_batch, events=events)
         shown = milestones(settings.steps)
 
@@ -423,7 +417,7 @@ class Pretrain(Stage):
 
         hooks = Hooks(
             save_model=lambda target: save_dual(dual, target),
-            evaluate=judge_pairs(self, dual.model, splits, compute=settings.compute),
+            evaluate=judge_pairs(self, dual.model, objective, splits=splits, compute=settings.compute),
             on_step=on_step,
             tells=shown.__contains__,
             task=self.kind,
@@ -435,7 +429,7 @@ class Pretrain(Stage):
             batches = batches.to(torch.device("cpu"))
         return fit_ahead(
             dual.model,
-            Contrastive(),
+            objective,
             batches,
             workers=workers,
             settings=settings,

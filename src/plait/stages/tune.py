@@ -268,11 +268,17 @@ class Tune(Stage):
 
     @model_validator(mode="after")
     def _shares_rows(self) -> Tune:
-        if self.trainer.parallel.context > 1 and isinstance(self.connector, specs.GatedCrossAttention):
+        how = self.trainer.parallel
+        if how.context > 1 and isinstance(self.connector, specs.GatedCrossAttention):
             raise ValueError(
-                f"trainer.parallel.context is {self.trainer.parallel.context}, and the connector "
-                f"`{self.connector.kind}` reads pictures inside the decoder, which shared rows do not; set context to "
-                "1, or take another connector"
+                f"trainer.parallel.context is {how.context}, and the connector `{self.connector.kind}` reads pictures "
+                "inside the decoder, which shared rows do not; set context to 1, or take another connector"
+            )
+        if how.sequence and isinstance(self.connector, specs.GatedCrossAttention):
+            raise ValueError(
+                f"trainer.parallel.sequence is true, and the connector `{self.connector.kind}` reads pictures inside "
+                "the decoder, where each process would have a piece of a row; set sequence to false, or take another "
+                "connector"
             )
         return self
 

@@ -19,12 +19,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from plait.core.device import differences
-from plait.core.errors import CheckpointError, ConfigError, DataError
+from plait.core.errors import CheckpointError, ConfigError
 from plait.core.events import Events
-from plait.core.files import disk_error, folder_atomic, fsync_dir, read_json, sha256_file, write_json
+from plait.core.files import disk_error, folder_atomic, fsync_dir
+from plait.core.manifest import verify, write_manifest
 from plait.training.state import Origin, read_state
 
-MANIFEST = "manifest.json"
 QUARANTINE = "quarantine"
 _DELETED = re.compile(r"\.\d+\.deleted")
 _PARTIAL = re.compile(r"\.\d+\.\d+\.(tmp|old)")  # as folder_atomic names them
@@ -183,45 +183,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
-
-
-def write_manifest(folder: Path, *, step: int) -> None:
-    """Seal a checkpoint: size and sha256 of every file."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
-    write_json(folder / MANIFEST, {"step": step, "files": listed})
-
-
-def verify(folder: Path) -> None:
-    """Compare a checkpoint with its manifest: all sizes first, then all digests.
-
-    Files that the manifest does not list are ignored.
-
-    Raises:
-        CheckpointError: A file is missing, cut or changed, or the manifest is; the cause names it.
-    """
-
-    def fail(cause: str) -> CheckpointError:
-        return CheckpointError(
-            cause, place=str(folder), remedy="resume the run: it falls back to the newest whole checkpoint"
-        )
-
-    try:
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        step = int(manifest["step"])
-        files = {str(n): (int(f["size"]), str(f["sha256"])) for n, f in manifest["files"].items()}
-    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise fail(f"damaged: {MANIFEST} is missing or not readable") from error
-    if folder.name.isdigit() and step != int(folder.name):
-        raise fail(f"damaged: its manifest is that of step {step}")
-    for name, (size, _) in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise fail(f"damaged: {name} " + ("is missing" if found is None else f"has {found:,} bytes of {size:,}"))
-    for name, (_, sha256) in files.items():
-        if (found := sha256_file(folder / name)) != sha256:
-            raise fail(f"damaged: sha256 of {name} is {found[:12]}…, was {sha256[:12]}… when saved")
 
 
 # --- may this checkpoint be continued? -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,9 @@ class DecoderShape:
 
     ``d_head`` 0 means ``d_model // heads``; ``tied`` means that the head is the embedding. With ``experts``, each layer
     has so many feed-forward networks and a router, and a token passes ``top_k`` of them.
+
+    What one of several processes has may come with ``pieces``: so many keep each their own positions of what is between
+    the matrices, and of what norms give these (:mod:`plait.training.parallel.sequence`).
     """
 
     layers: int
@@ -85,6 +89,7 @@ class DecoderShape:
     tied: bool = True
     experts: int = 0
     top_k: int = 1
+    pieces: int = 1
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
@@ -298,14 +303,16 @@ def decoder_activations(
         recompute: What blocks keep (:mod:`plait.models.recompute`): all; their inputs; or these and their products.
             In the backward pass one block's worth of everything is there besides.
     """
+    own = math.ceil(length / shape.pieces)
     if recompute != "none" and gradients != "none":
         kind: dict[str, Any] = {"dtype": dtype, "gradients": gradients, "attention": attention, "lora": lora}
-        kept = kept_between(shape, products=recompute == "selective", **kind)
+        inputs = kept_between(shape, products=False, **kind)
+        kept = kept_between(shape, products=recompute == "selective", **kind) - inputs
         one = dataclasses.replace(shape, layers=1)
         block = decoder_activations(one, rows=rows, length=length, **kind)
-        return shape.layers * (rows * length * kept + _RANDOM) + block
+        return shape.layers * (rows * (own * inputs + length * kept) + _RANDOM) + block
     s, f, d, a = BYTES[dtype], shape.top_k * shape.d_ff, shape.d_model, shape.d_attention
-    token, copies = 8 * d + 8 + 3 * s * f, 0
+    between, token, copies = 8 * d + 8, 3 * s * f, 0
     if attention == "sdpa":
         token += 4 * s * a + 4 * shape.heads + s * length
     elif isinstance(attention, int):
@@ -314,16 +321,18 @@ def decoder_activations(
     else:
         token += 3 * s * a + shape.heads * length * (4 if dtype == "float32" else 4 + s)
     if gradients == "full":
-        inputs = _inputs_kept(shape, tuple(shape.matrices()), dtype=dtype, attention=attention)
+        normed, inputs = _inputs_kept(shape, tuple(shape.matrices()), dtype=dtype, attention=attention)
         if dtype != "float32" and attention == "sdpa":
             inputs -= a  # nothing to convert: the output of attention is in the working format and kept anyway
-        token += 8 * d + s * inputs
+        between += 8 * d + s * (normed if shape.pieces == 1 else 2 * d)  # converted before it is sent: once
+        token += s * inputs
         copies += shape.linear_params * s if dtype != "float32" else 0
     if lora is not None:
-        inputs = 0 if gradients == "full" else _inputs_kept(shape, lora.targets, dtype=dtype, attention=attention)
-        token += s * (inputs + lora.rank * len(lora.targets))
+        kept = (0, 0) if gradients == "full" else _inputs_kept(shape, lora.targets, dtype=dtype, attention=attention)
+        between += s * (kept[0] + lora.rank * len(lora.targets))
+        token += s * kept[1]
         copies += lora.params(shape) * s if dtype != "float32" else 0
-    return rows * length * token * (1 if gradients == "none" else shape.layers) + copies
+    return rows * (length * token + own * between) * (1 if gradients == "none" else shape.layers) + copies
 
 
 def kept_between(
@@ -346,20 +355,22 @@ def kept_between(
         token += s * sum(outputs for inputs, outputs in sizes.values() if inputs >= _WIDE)
         token += s * shape.d_attention + 4 * shape.heads if attention == "sdpa" else 0
         if lora is not None:
-            token += s * sum(lora.rank for name in lora.targets if sizes[name][0] >= _WIDE)
+            ranks = [lora.rank for name in lora.targets if sizes[name][0] >= _WIDE]
+            own = sum(_INPUT_OF[name].startswith("norm") for name in lora.targets if sizes[name][0] >= _WIDE)
+            token += s * (sum(ranks) - own * lora.rank * (shape.pieces - 1) // shape.pieces)
             token += s * sum(sizes[name][1] for name in lora.targets if lora.rank >= _WIDE)
     return token
 
 
-def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: Attention) -> int:
-    """Width of all inputs that trained linear layers of a block keep."""
+def _inputs_kept(shape: DecoderShape, names: tuple[str, ...], *, dtype: str, attention: Attention) -> tuple[int, int]:
+    """Width of all inputs that trained linear layers of a block keep: of what norms give, and of the others."""
     widths = {name: inputs for name, (inputs, _) in shape.matrices().items() if name in names}
-    if dtype != "float32":
-        return sum(widths.values())  # each keeps its own converted copy
-    shared = {_INPUT_OF[name]: width for name, width in widths.items()}
-    if attention == "sdpa":
-        shared.pop("attention", None)  # its output is kept anyway
-    return sum(shared.values())
+    if dtype == "float32":  # otherwise each keeps its own converted copy
+        widths = {_INPUT_OF[name]: width for name, width in widths.items()}
+        if attention == "sdpa":
+            widths.pop("attention", None)  # its output is kept anyway
+    normed = sum(width for name, width in widths.items() if _INPUT_OF.get(name, name).startswith("norm"))
+    return normed, sum(widths.values()) - normed
 
 
 def logits_bytes(shape: DecoderShape, positions: int, *, gradients: Gradients = "through") -> int:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from plait.core.tensors import Batch, Patches
 from plait.models.dual import DualEncoder
 from plait.models.multimodal import MultimodalLM
+from plait.models.views import ViewEncoder
 from plait.training.cost import DecoderShape, Gradients, linear_flops
 
 _ALIKE = 0.02
@@ -108,6 +109,17 @@ def dual_flops(model: DualEncoder, *, pairs: int, width: int) -> Callable[[Batch
         return media(batch) + 6.0 * len(batch.sample_ids) * pairs * width  # forward, and both sides' gradients
 
     return flops
+
+
+def view_flops(model: ViewEncoder, *, share: float = 1.0) -> Callable[[Batch], float]:
+    """What a batch of views costs: tower and head, forward and back.
+
+    Args:
+        model: With the weights that learn now.
+        share: Of that; 2/3 where one of two views goes forward alone.
+    """
+    media = MediaFlops({"image": nn.Sequential(model.tower, _Pooled(model.head))})
+    return lambda batch: share * media(batch)
 
 
 class _Pooled(nn.Module):

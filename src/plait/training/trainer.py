@@ -37,8 +37,9 @@ class Validate(Spec):
     every: int = Field(default=50, ge=1)
     """Steps from one evaluation to the next; the last step is evaluated, too."""
     samples: int = Field(default=128, ge=2)
-    """Most samples that are evaluated, the same ones every time, in the shares that training has (of tasks). A
-    contrastive loss compares all of them with each other, so its value depends on their number, not on `batch_size`."""
+    """Most samples that are evaluated, the same ones every time and for every seed of the stage, in the shares that
+    training has (of tasks). A contrastive loss compares all of them with each other, so its value depends on their
+    number, not on `batch_size`."""
     patience: int = Field(default=0, ge=0)
     """So many evaluations in a row without a gain end training early; 0 never does."""
     least_gain: float = Field(default=0.0, ge=0.0)
@@ -62,6 +63,10 @@ class Parallel(Spec):
     tensor: int = Field(default=1, ge=1)
     """Processes that divide the matrices of a language model's blocks, its vocabulary and its heads between them
     (Megatron): neighbours, which get the same batches. The number of processes is a multiple of it."""
+    sequence: bool = False
+    """Between these matrices (norms, the stream from block to block, dropout) each of the processes that `tensor`
+    divides them among keeps its own piece of the positions (Megatron's sequence parallelism): less memory for
+    activations, the same results. Needs `tensor` of 2 or more; not together with `context`."""
     pipeline: int = Field(default=1, ge=1)
     """Stages that the blocks of a language model are cut into, each on a process of its own: towers, connectors and
     embeddings are on the first, norm, head and loss on the last. Of `m` micro-batches (`micro_batch`) and `p` stages,
@@ -87,7 +92,7 @@ class Parallel(Spec):
 
     def data_only(self) -> Parallel:
         """Without what divides a language model: for a part that has none."""
-        off = {"tensor": 1, "expert": 1, "context": 1, "pipeline": 1, "pipeline_blocks": ()}
+        off = {"tensor": 1, "sequence": False, "expert": 1, "context": 1, "pipeline": 1, "pipeline_blocks": ()}
         return self.model_copy(update=off)
 
     @property
@@ -184,6 +189,19 @@ class Parallel(Spec):
     def _spread(self) -> Parallel:
         if self.offload and not self.zero:
             raise ValueError("offload moves what is spread, and zero is 0: set zero to 1, 2 or 3, or offload to false")
+        return self
+
+    @model_validator(mode="after")
+    def _pieces(self) -> Parallel:
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "sequence cuts rows for the processes that divide matrices, and tensor is 1: set tensor to 2 or more, "
+                "or sequence to false"
+            )
+        if self.sequence and self.context > 1:
+            raise ValueError(
+                f"sequence is true and context is {self.context}: both cut rows by their positions; set one off"
+            )
         return self
 
     @model_validator(mode="after")

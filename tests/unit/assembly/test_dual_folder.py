@@ -10,6 +10,7 @@ import torch
 from plait.assembly.dual import Dual, HeadSizes, build_dual, load_dual, save_dual
 from plait.assembly.towers import load_image_tower, load_text_tower
 from plait.core.errors import CheckpointError
+from plait.core.manifest import write_manifest
 
 pytestmark = pytest.mark.real
 
@@ -74,3 +75,21 @@ def test_missing_and_cut_files_are_named(folder: Path, file: str):
     with pytest.raises(CheckpointError) as caught:
         load_dual(folder)
     assert file in str(caught.value)
+
+
+def test_a_flipped_bit_is_found_by_the_manifest_before_anything_is_loaded(folder: Path):
+    (folder / "resume").mkdir()
+    (folder / "resume" / "optimizer.safetensors").write_bytes(b"not the model's")
+    write_manifest(folder, step=3)
+    load_dual(folder)
+    (folder / "resume" / "optimizer.safetensors").write_bytes(b"damaged, and not the model's")
+    load_dual(folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"damaged: sha256 of model\.safetensors") as caught:
+        load_dual(folder)
+    assert caught.value.place == str(folder)
+    assert "manifest.json" in caught.value.remedy
+    (folder / "manifest.json").unlink()  # somebody answers for the change
+    load_dual(folder)

@@ -44,12 +44,14 @@ def test_two_processes_send_what_the_closed_form_says(scaling: Any, zero: int) -
     "dimension",
     [
         pytest.param("tensor", marks=pytest.mark.row("S2-29")),
+        pytest.param("sequence", marks=pytest.mark.row("S4-65")),
         pytest.param("pipeline", marks=pytest.mark.row("S2-30")),
         pytest.param("context", marks=pytest.mark.row("S4-65")),
     ],
 )
 def test_two_processes_that_divide_send_what_the_closed_form_says(scaling: Any, dimension: str) -> None:
-    way = scaling.Way(processes=2, grid={dimension: 2})
+    grid = {"tensor": 2, "sequence": True} if dimension == "sequence" else {dimension: 2}
+    way = scaling.Way(processes=2, grid=grid)
     ranks = scaling.run(scaling.SIZES["5 M"], way, steps=1, warm=1)
     sent = max(rank["written"] for rank in ranks)
     assert sent == pytest.approx(scaling.sent_by_formula(ranks[0], way)["gloo"], rel=0.02)
@@ -97,5 +99,5 @@ def test_utilization_by_hand(scaling: Any) -> None:
 
 def test_every_layout_is_measured(scaling: Any) -> None:
     assert [str(way) for way in scaling.ways(2)][:4] == ["alone", "alone", "data parallel", "ZeRO-1"]
-    assert len(set(scaling.ways(1))) == 1 + 2 * (4 + 3) + 1  # and tensor with pipeline, in 4
+    assert len(set(scaling.ways(1))) == 1 + 2 * (4 + 3) + 2  # and tensor with pipeline, in 4, and with sequence
     assert all(scaling.ROWS % way.processes == 0 for way in scaling.ways(2))

@@ -247,6 +247,15 @@ def test_numbers_of_processes_that_mean_nothing(
         plan.main(parsed("demo", *words), Out())
 
 
+@pytest.mark.parametrize("words", [["--processes", "2"], ["--processes", "-1"], ["--probe"], ["--no-probe"]])
+def test_what_only_a_run_has_is_refused_of_a_model(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text("encoders: {image: {kind: vit}}\n")
+    with pytest.raises(UsageError, match=f"{words[0]} and a model are both given") as caught:
+        plan.main(parsed(str(path), *words), Out())
+    assert "leave" in caught.value.remedy
+
+
 def test_what_run_refuses_in_so_many_processes_plan_refuses_in_its_words(
     asked: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from plait.assembly.pairs import Texts
 from plait.assembly.queries import TextTokens, load_tokens
+from plait.core.errors import NumericsError
 from plait.data.features import FeatureStore
 from plait.evaluation.query_names import QueryTask, _before
 from plait.models.blip2 import Blip2Stage1
@@ -91,3 +92,13 @@ def test_the_few_come_first_and_the_rest_keep_its_order(data: st.DataObject) -> 
         assert set(order[row, :few]) == set(first[row])
         assert list(order[row, :few]) == sorted(first[row], key=lambda c: -sure[row, c])
         assert list(order[row, few:]) == [c for c in np.argsort(-near[row]) if c not in set(first[row])]
+
+
+def test_vectors_that_are_no_numbers_name_the_split_and_what_to_do(words: TextTokens) -> None:
+    asked, _ = task(words)
+    similarity = np.zeros((5, 5))
+    similarity[1, 2] = np.nan
+    with pytest.raises(NumericsError, match="of 1 of 5 pictures the model makes no numbers") as error:
+        asked.result(similarity)
+    assert error.value.place == "split test"
+    assert "learning rate" in error.value.remedy

@@ -52,6 +52,19 @@ def test_data_parallel_needs_a_replica_in_each_process_and_the_others_a_part() -
     }  # fmt: skip
 
 
+def test_pieces_of_rows_take_less_memory_in_tune_and_align() -> None:
+    plain, pieces = (tune(tensor=2, sequence=sequence).estimate(TWO, BEFORE) for sequence in (False, True))
+    assert training(pieces, 0) < training(plain, 0)
+    assert pieces.shares[0].sent["tensor"] > plain.shares[0].sent["tensor"]
+    before = {**BEFORE, "tune": Tune().estimate(TWO, BEFORE)}
+    plain, pieces = (
+        Align.model_validate({"trainer": {"parallel": {"tensor": 2, "sequence": sequence}}}).estimate(TWO, before)
+        for sequence in (False, True)
+    )
+    assert pieces.shares[0].moments["training"] < plain.shares[0].moments["training"]
+    assert pieces.shares[0].sent["tensor"] > plain.shares[0].sent["tensor"]
+
+
 def test_only_the_first_process_encodes() -> None:
     found = tune().estimate(TWO, BEFORE)
     first, other = (next(share for share in found.shares if rank in share.ranks) for rank in (0, 1))

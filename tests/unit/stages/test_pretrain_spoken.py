@@ -118,6 +118,7 @@ def test_a_model_that_does_not_hear_and_another_tower_are_refused(
     plain = json.loads(record.read_text())
     plain["composition"]["audio"]["key"] = "0" * 64
     record.write_text(json.dumps(plain))
+    (record.parent / "manifest.json").unlink()  # the change is on purpose
     with pytest.raises(CheckpointError, match="the audio tower"):
         load_dual(record.parent)
 

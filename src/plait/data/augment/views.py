@@ -61,7 +61,16 @@ def _colored(picture: Image.Image, rng: random.Random) -> Image.Image:
 def _outlined(picture: Image.Image, rng: random.Random) -> Image.Image:
     if rng.random() >= _OUTLINE:
         return picture
-    threshold = rng.choice((25, 40))
+    return outlined(picture, threshold=rng.choice((25, 40)))
+
+
+def outlined(picture: Image.Image, *, threshold: int) -> Image.Image:
+    """Black lines, three pixels wide, along edges.
+
+    Args:
+        picture: RGB.
+        threshold: Least level of the edge filter that is a line.
+    """
     gray = picture.convert("L")
     edges = gray.filter(ImageFilter.FIND_EDGES).point([255 if level > threshold else 0 for level in range(256)])
     # The filter copies the outermost pixels as they are: no edges there.

@@ -14,6 +14,9 @@ from plait.core.types import Sample
 VALIDATION = "validation"
 """Split that training is judged by while it goes on: never trained on, and no test."""
 
+JUDGED_SEED = 0
+"""Chooses what of that split judges. No setting moves it: trainings of any seed are judged by the same samples."""
+
 
 def sample_id(source: str, *content: bytes | str) -> str:
     """A stable id: 24 hex digits of a hash over the source and everything that makes the sample what it is.

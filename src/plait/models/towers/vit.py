@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
         encode, grid = self.features, self.grid_out(media.grid)
         packed = self.packs(media.grid)
         if packed:  # what stands in front of a picture's patches is packed with them
-            encode = self._embedded
+            encode = self.embedded
             frames = grid.repeat_interleave(grid[:, 0], dim=0)
             count = frames[:, 1] * frames[:, 2] + self.prefix
             grid = torch.stack([torch.ones_like(count), count, torch.ones_like(count)], dim=1)
@@ -230,6 +230,8 @@ class VisionTransformer(nn.Module):
         *,
         weights: list[Tensor] | None = None,
         hidden: list[Tensor] | None = None,
+        masked: Bool[Tensor, "b n"] | None = None,
+        mask: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "b m d"]:
         """All tokens, those in front included: class token, registers, patches.
 
@@ -237,15 +239,31 @@ class VisionTransformer(nn.Module):
             pixels: RGB in 0..1.
             weights: If given, attention weights of every block are appended.
             hidden: If given, what goes into every block is appended.
+            masked: Patches in whose place the mask stands, with their positions.
+            mask: A learned token.
         """
-        x = self._embedded(pixels)
+        x = self.embedded(pixels, masked=masked, mask=mask)
         places = self._places(*self._cells_of(pixels), x)
         return self.transformer(x, places, weights=weights, hidden=hidden)
 
-    def _embedded(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b m d"]:
-        """What goes into the first block: patches with their positions, and what stands in front of them."""
+    def embedded(
+        self,
+        pixels: Float[Tensor, "b 3 h w"],
+        *,
+        masked: Bool[Tensor, "b n"] | None = None,
+        mask: Float[Tensor, " d"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """What goes into the first block: patches with their positions, and what stands in front of them.
+
+        Args:
+            pixels: RGB in 0..1.
+            masked: Patches in whose place the mask stands, with their positions.
+            mask: A learned token.
+        """
         rows, columns = self._cells_of(pixels)
-        x = self.embed(self._whole(self.normalize(pixels).to(self.embed_dtype)))
+        x = self.embed(self.whole(self.normalize(pixels).to(self.embed_dtype)))
+        if masked is not None and mask is not None:
+            x = torch.where(masked[..., None], mask.to(x), x)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         x = self._positioned(x, rows, columns)
@@ -313,7 +331,7 @@ class VisionTransformer(nn.Module):
         """Of the weights that read pixels."""
         return next(self.embed.parameters()).dtype
 
-    def _whole(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+    def whole(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Pictures of whole patches."""
         h, w = pixels.shape[2:]
         p = self.sizes.patch

@@ -109,6 +109,13 @@ def _parallel(ledger: Ledger, target: Target) -> int:
             ledger.maps(name, settings | ({f"{PARALLEL}.schedule": "1f1b"} if other else {}), "by 1F1B")
         else:
             ledger.maps(name, settings)
+    if (key := "sequence_parallel") in ledger:
+        if not ledger.flag(key):
+            ledger.keeps(key, "false is the default")
+        elif any(row.settings.get(f"{PARALLEL}.tensor", 1) > 1 for row in ledger.rows):
+            ledger.maps(key, {f"{PARALLEL}.sequence": True})
+        else:
+            ledger.keeps(key, "one process has all positions where one has whole matrices")
     _sharding(ledger)
     return sharing
 

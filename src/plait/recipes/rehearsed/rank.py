@@ -23,6 +23,7 @@ from plait.core.files import write_json
 from plait.recipes.recipe import load_recipe
 from plait.recipes.rehearse import read_reference, reference_folder
 from plait.recipes.run import stages
+from plait.training.gradient import check_batches
 from plait.training.held import compare, held
 from plait.training.parallel.twin import lay_out
 from plait.training.rehearsal import Asked, rehearsing
@@ -40,13 +41,17 @@ def compared(asked: Asked, reference: Path) -> dict[str, Any]:
     Args:
         asked: What this process is about to train, its weights those of the other one.
         reference: Folder of what that one kept.
+
+    Raises:
+        ConfigError: The trainer would refuse to divide the batch: the loss is no sum over its rows.
     """
+    micro = asked.batches.step_batches(0)
+    check_batches(micro, asked.objective, step=0)  # as the loop does before every step
     record = read_reference(reference)
     right: dict[str, Tensor | None] = {**load_file(reference / "gradient.safetensors")}
     right |= dict.fromkeys(record["without"])
     dtype = getattr(torch, record["dtype"]) if record["dtype"] else None
     settings = asked.settings
-    micro = asked.batches.step_batches(0)
     with held(asked.model, asked.objective, settings, dtype=dtype) as still:
         layout = lay_out(asked.model, asked.objective, settings.parallel, device=settings.compute.device)
         try:

@@ -308,6 +308,12 @@ class _Sweeping:
             looks = [*looks[:-1], self._look(best, max(len(looks), 1))]
         write_json(path, looks)
         look = looks[-1]
+        if look["trial"] != best.number:
+            self.events.warning(
+                f"trial {best.number} is the best now, and {files.BEST} has its settings, but the last run goes on "
+                f"with trial {look['trial']}, for which it was begun; when that is done, `plait sweep --resume "
+                f"--again` takes trial {best.number}, as a second look at the test splits"
+            )
         trial = next(one for one in self.trials if one.number == look["trial"])
         from_run = files.trial_folder(self.folder, trial.number)
         names = (*self.plan.shared, *self.plan.middle)

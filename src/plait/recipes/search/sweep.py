@@ -17,16 +17,15 @@ from plait.core.errors import ConfigError
 from plait.core.spec import Derived, Resolved, Spec, load, resolve
 from plait.core.yamltext import Keys, Node, Source, read_file, read_override
 from plait.recipes.recipe import Recipe, find_recipe, load_recipe, rooted, shipped
-from plait.stages.align import Align
-from plait.stages.data import EmojiSource
-from plait.stages.pretrain import Pretrain
+from plait.recipes.search.measures import EVALUATION, ON_TRAINING, Judge, check_measure, check_reference
 from plait.stages.stage import Stage
-from plait.stages.tune import Tune
 
 PHASES = ("words", "connector", "decoder")
 """Of a tune stage, each with its own metrics; the last one is meant where none is named."""
 
 _TRAINS = ("pretrain", "tune", "align")
+_MORE_IS_BETTER = ("accuracy", "margin", "chosen")
+_NO_TESTS = (EVALUATION, ON_TRAINING, "loss")
 _OF_TESTS = ("test", "retrieval", "recall", "r@", "score", "accuracy", "f1", "exact")
 
 
@@ -90,7 +89,7 @@ class Sweep(Spec):
     metric: str
     """`STAGE.FIELD`, or `STAGE.PHASE.FIELD` in tune: a field of that `metrics.jsonl`, such as `pretrain.evaluation`."""
     direction: Literal["minimize", "maximize"] = "minimize"
-    """What is better."""
+    """What is better; `maximize` for the terms `accuracy`, `margin` and `chosen` of align."""
     take: Literal["best", "last"] = "last"
     """Which value of a trial counts; of an `evaluation` the best, since that checkpoint is kept."""
     halving: Halving | None = None
@@ -102,10 +101,12 @@ class Sweep(Spec):
 
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:
-        """The best evaluation of a trial counts."""
+        """The best evaluation of a trial counts; of some terms of align more is better."""
         metric = given.get("metric")
-        if isinstance(metric, str) and metric.endswith(".evaluation"):
+        if isinstance(metric, str) and metric.endswith(f".{EVALUATION}"):
             return {("take",): Derived("best", "metric")}
+        if isinstance(metric, str) and metric.rpartition("/")[2] in _MORE_IS_BETTER:
+            return {("direction",): Derived("maximize", "metric")}
         return {}
 
     @model_validator(mode="after")
@@ -290,6 +291,7 @@ def check(sweep: Sweep) -> Plan:
     stage, phase, field = _metric(sweep.metric, base.spec)
     order = ["data", *names]
     _check_before(names[: names.index(stage)], base.spec, stage)
+    judge = Judge(stage=stage, phase=phase, field=field)
     firsts: list[int] = []
     for key, given in sweep.search.items():
         at = _place(key, order)
@@ -308,7 +310,9 @@ def check(sweep: Sweep) -> Plan:
                 if any(word in fault.cause for word in ("unknown setting", "expected", "cannot set")):
                     raise ConfigError(f"search: {fault.cause}", place=fault.place, remedy=fault.remedy) from fault
                 # Settings that do not go together may do so with another one of the same trial.
-        _check_measure(key, found, stage, field=field)
+        check_measure(key, found, judge)
+        if at < order.index(stage):
+            check_reference(key, base.spec, judge)
     cut = min(firsts)
     return Plan(
         sweep=sweep if sweep.name else sweep.model_copy(update={"name": base.spec.name}),
@@ -339,74 +343,6 @@ def _check_before(names: Sequence[str], recipe: Recipe, stage: str) -> None:
         )
 
 
-def _check_measure(key: str, tried: Sequence[Recipe], stage: str, *, field: str) -> None:
-    """See that a searched setting changes what is trained, and not what it is measured by.
-
-    Args:
-        key: The setting.
-        tried: Recipes with its values.
-        stage: That is judged.
-        field: Of its metrics.
-
-    Raises:
-        ConfigError: Values of the metric would not compare.
-    """
-    for what, of, why in _MEASURES:
-        if len({of(recipe, stage, field) for recipe in tried}) > 1:
-            raise ConfigError(
-                f"search.{key} changes {what}: {why}: trials would not compare".format(stage=stage),
-                place=f"search.{key}",
-                remedy="take it out, or give it one value under `set`",
-            )
-
-
-def _held_out(recipe: Recipe, stage: str, field: str) -> float:
-    source = recipe.data.source
-    return float(source.held_out) if isinstance(source, EmojiSource) else source.test_fraction
-
-
-def _samples(recipe: Recipe, stage: str, field: str) -> int:
-    part = recipe.stages[stage]
-    judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) else None
-    return judged.samples if judged else 0
-
-
-def _compared(recipe: Recipe, stage: str, field: str) -> int:
-    """Pairs that a contrastive loss tells apart in a step; 0 where that does not judge."""
-    part = recipe.stages[stage]
-    return part.batch_size if isinstance(part, Pretrain) and field == "loss" else 0
-
-
-_MEASURES: tuple[tuple[str, Callable[[Recipe, str, str], float], str], ...] = (
-    (
-        "data.source.validation",
-        lambda recipe, stage, field: recipe.data.source.validation,
-        "another split would judge, and less be left to train on",
-    ),
-    (
-        "what is held out to test with",
-        _held_out,
-        "another split would judge, and more or less be left to train on",
-    ),
-    (
-        "data.seed",
-        lambda recipe, stage, field: recipe.data.seed,
-        "another split would judge (a stage has a seed of its own: stages.{stage}.seed)",
-    ),
-    (
-        "stages.{stage}.trainer.validation.samples",
-        _samples,
-        "other samples would judge, and a contrastive loss grows with their number",
-    ),
-    (
-        "stages.{stage}.batch_size",
-        _compared,
-        "a contrastive loss grows with the pairs it tells apart (judge by {stage}.evaluation, which has its own)",
-    ),
-)
-"""What trials are measured by: it must be the same in all. The setting, its value, why it may not differ."""
-
-
 def metrics_file(plan: Plan, folder: Path) -> Path:
     """Where the metric of a trial is written, in the folder of its stage."""
     return (folder / plan.phase if plan.phase else folder) / "metrics.jsonl"
@@ -425,8 +361,9 @@ def _metric(metric: str, recipe: Recipe) -> tuple[str, str, str]:
     name, *rest = metric.split(".")
     trains = {key: stage for key, stage in recipe.stages.items() if stage.kind in _TRAINS}
     stage: Stage | None = recipe.stages.get(name)
-    lowered = metric.lower()
-    if (stage is not None and stage.kind == "evaluate") or any(word in lowered for word in _OF_TESTS):
+    of_training = bool(rest) and rest[-1].partition("/")[0] in _NO_TESTS
+    of_test = not of_training and any(word in metric.lower() for word in _OF_TESTS)
+    if (stage is not None and stage.kind == "evaluate") or of_test:
         raise ConfigError(
             f"{metric}: a score of a test split cannot judge trials: the best of many looks at the test is no test",
             place="metric",

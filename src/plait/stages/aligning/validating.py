@@ -9,8 +9,9 @@ from torch import nn
 from plait.assembly.multimodal import Multimodal
 from plait.assembly.questions import Questions
 from plait.core.errors import DataError
+from plait.data.choice import spread
 from plait.data.preference_batches import PreferenceBatches
-from plait.data.sources import VALIDATION
+from plait.data.sources import JUDGED_SEED, VALIDATION
 from plait.objectives.preference import DirectPreference
 from plait.stages.align import Align
 from plait.training.settings import Settings
@@ -20,7 +21,8 @@ from plait.training.validate import Judged, Validation
 def judged_pairs(stage: Align, built: Multimodal, questions: Questions) -> dict[str, PreferenceBatches]:
     """Pairs of ``validation``, and as many of ``train`` where the gap is wanted; nothing where nothing is judged.
 
-    Every process has all of them: the first one judges.
+    Every process has all of them: the first one judges. Which ones they are does not depend on the stage's seed, but
+    for those of ``train`` where it does not learn from all.
 
     Args:
         stage: Its settings.
@@ -41,7 +43,8 @@ def judged_pairs(stage: Align, built: Multimodal, questions: Questions) -> dict[
         )
     chosen = {VALIDATION: held}
     if stage.trainer.validation.gap:
-        chosen["train"] = questions.samples["train"][: len(held)]
+        learned = questions.samples["train"]
+        chosen["train"] = spread(learned, stage.tasks, limit=len(held), seed=JUDGED_SEED)
     return {split: stage.batches(built, questions, samples, rank=0, world=1) for split, samples in chosen.items()}
 
 

@@ -13,6 +13,7 @@ from plait.core.estimate import Estimate, Machine, Peak, Peaks, Share
 from plait.core.files import read_json
 from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
+from plait.objectives.specs import OverViews
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import BYTES, linear_flops, time_range
@@ -41,12 +42,12 @@ _WRITTEN = 5  # of them trained where a text is written
 # Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
 _SECONDS_PER_PICTURE_160 = (0.010, 0.025)
 _SECONDS_PER_TEXT = (0.002, 0.006)
-_SECONDS_START = (1.0, 15.0)  # imports and loading the towers
+SECONDS_START = (1.0, 15.0)  # imports and loading the towers
 _HEAD_EFFICIENCY = (0.15, 0.7)
 
-_SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
+SECONDS_PREPARED = (0.0005, 0.004)  # a picture decoded, scaled and kept as pixels, up to 224 of them a side
 # Of a tower that learns, float32, by CPU time: EfficientNet-Lite 0.13, Swin 0.29, ViT 0.40, ResNet 0.42 at 64 pixels.
-_TOWER_EFFICIENCY = (0.12, 0.7)
+TOWER_EFFICIENCY = (0.12, 0.7)
 _AT_ONCE, _MAP = 16, 96  # pictures encoded at once, and channels of the tower's largest map, of half their side
 _QUERY_EFFICIENCY = (0.15, 0.8)  # 0.5 was measured, 20 steps of 128 pairs at width 128
 _JUDGED = 16  # nearest names of a picture that are judged again
@@ -105,6 +106,10 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
     """
     if spec.qformer is not None:
         return _queries(spec, spec.qformer, machine, samples=samples)
+    if isinstance(spec.objective, OverViews):
+        from plait.stages.pretraining.view_needs import of_views
+
+        return of_views(spec, machine, samples)
     if isinstance(spec.image_tower, str):
         found = _frozen(spec, machine, samples)
     else:
@@ -149,7 +154,7 @@ def _hearing(
         flops=found.flops + flops,
         **peaks(found),
         shares=tuple(replace(share, **peaks(share)) for share in found.shares),
-        disk_bytes=found.disk_bytes + _left(spec, train) * one,
+        disk_bytes=found.disk_bytes + checkpoints_kept(spec, train) * one,
         spare_bytes=found.spare_bytes + one,
         home_bytes=found.home_bytes + features,
         seconds=(found.seconds[0] + low, found.seconds[1] + high),
@@ -161,7 +166,7 @@ def _hearing(
     )
 
 
-def _left(spec: Pretrain, train: int) -> int:
+def checkpoints_kept(spec: Pretrain, train: int) -> int:
     """Checkpoints that stay."""
     return checkpoints_left(spec.steps_for(max(train, 1)), spec.save_every, judged=spec.trainer.judged_every)
 
@@ -222,7 +227,7 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
     flops = 3.0 * passes * batch * steps + (_EVALUATIONS * tests * passes + judged) / 5
     low, high = time_range(flops, machine, dtype="float32", efficiency=_QUERY_EFFICIENCY)
     area = side**2 / (160 / 224) ** 2
-    seconds = [_SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area for i in (0, 1)]
+    seconds = [SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area for i in (0, 1)]
     features = pictures * cells * IMAGE_WIDTH * 2
     seen = 4 * batch * (shape.depth * 40 * d * tokens + 5 * cells * (IMAGE_WIDTH + 2 * looks * d))
     memory = peak_memory(
@@ -251,7 +256,7 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
             machine.processes,
             lambda _: {"before": _encoding(spec, machine, image=True), "training": memory},
         ),
-        disk_bytes=_left(spec, train) * one + pictures * 600,
+        disk_bytes=checkpoints_kept(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
@@ -305,7 +310,7 @@ def tower_has_blocks(spec: Pretrain) -> bool:
     return getattr(spec.image_tower, "kind", "") in ("vit", "swin")
 
 
-def _training(
+def moments_of(
     spec: Pretrain, member: Member, memory: dict[str, int], *, held: Held, early: int | None = None
 ) -> dict[str, dict[str, int]]:
     """Moments of one of several processes while heads, or a tower, learn.
@@ -327,7 +332,7 @@ def _training(
     return {"training": found, **apart}
 
 
-def _shared(
+def by_member(
     spec: Pretrain,
     machine: Machine,
     moments: Callable[[Member], dict[str, dict[str, int]]],
@@ -355,7 +360,7 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
     low, high = time_range(head_flops, machine, dtype="float32", efficiency=_HEAD_EFFICIENCY)
     area = side**2 / (160 / 224) ** 2
     seconds = [
-        _SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)
+        SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)
     ]
     cells = math.ceil((spec.resolution or 224) / 32) ** 2
     features = pictures * cells * IMAGE_WIDTH * 2
@@ -375,7 +380,7 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         )
         before = _encoding(spec, machine, image=True, encodes=not member.rank)
         before["caches"] += features
-        return {"before": before, **_training(spec, member, memory, held=held)}
+        return {"before": before, **moments_of(spec, member, memory, held=held)}
 
     one = checkpoint_bytes(weights=4 * heads, trainable=heads, state=state)
     return Estimate(
@@ -386,8 +391,8 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
         tokens=pictures * cells + texts * _TEXT_TOKENS,
         image_tokens=pictures * cells,
         flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
-        **_shared(spec, machine, moments, held=held, batch=batch),
-        disk_bytes=_left(spec, train) * one + pictures * 600,
+        **by_member(spec, machine, moments, held=held, batch=batch),
+        disk_bytes=checkpoints_kept(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
         seconds=(low + seconds[0], high + seconds[1]),
@@ -415,8 +420,8 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     passes = 3.0 + again(spec, batch)
     tower_flops = tower.flops * (passes * batch * steps + tests)
     head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
-    low, high = time_range(tower_flops + head_flops, machine, dtype="float32", efficiency=_TOWER_EFFICIENCY)
-    seconds = [_SECONDS_START[i] + pictures * _SECONDS_PREPARED[i] + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)]
+    low, high = time_range(tower_flops + head_flops, machine, dtype="float32", efficiency=TOWER_EFFICIENCY)
+    seconds = [SECONDS_START[i] + pictures * SECONDS_PREPARED[i] + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)]
     micro = at_once(spec, batch)
     kept = tower.kept_bytes * micro
     together = f"{micro:,} of which" if micro < batch else "all of which"
@@ -448,7 +453,7 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         before = _encoding(spec, machine, image=False)
         before["weights"] += 4 * (trained + still)
         early = 4 * heads if at_once(spec, own) == own else None
-        return {"before": before, **_training(spec, member, memory, held=held, early=early)}
+        return {"before": before, **moments_of(spec, member, memory, held=held, early=early)}
 
     one = checkpoint_bytes(weights=4 * (trained + still), trainable=trained, state=state)
     seen = batch * steps + tests
@@ -460,8 +465,8 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         tokens=seen * tower.tokens + texts * _TEXT_TOKENS,
         image_tokens=seen * tower.tokens,
         flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
-        **_shared(spec, machine, moments, held=held, batch=batch),
-        disk_bytes=_left(spec, train) * one + pictures * 600,
+        **by_member(spec, machine, moments, held=held, batch=batch),
+        disk_bytes=checkpoints_kept(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=2 * pixels * pictures,
         d_image=tower.d_out,

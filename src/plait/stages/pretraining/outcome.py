@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.types import Score
-from plait.evaluation.picture_names import NamedTask, RetrievalResult, RetrievalTask
+from plait.evaluation.picture_names import RetrievalTask
 from plait.evaluation.space import LEAST
 from plait.models.dual import DualEncoder
 from plait.stages.validating import outcome, said
@@ -43,7 +43,7 @@ def check_pairs(number: int, place: Path, *, what: str = "training") -> None:
         )
 
 
-def say_pieces(model: nn.Module, batch: int, micro: int, *, events: Events) -> None:
+def say_pieces(model: nn.Module, batch: int, micro: int, *, events: Events, what: str = "pairs") -> None:
     """Say in what pieces batches go through the model, and warn where the gradient is not that of the whole.
 
     Args:
@@ -51,27 +51,49 @@ def say_pieces(model: nn.Module, batch: int, micro: int, *, events: Events) -> N
         batch: Pairs of a step.
         micro: Pairs at once; 0: all.
         events: Told.
+        what: Is in a batch.
     """
     if not 0 < micro < batch:
         return
     pieces = -(-batch // micro)
-    events.note(f"each batch of {batch:,} pairs is embedded {micro:,} at a time, in {pieces:,} micro-batches")
+    events.note(f"each batch of {batch:,} {what} is embedded {micro:,} at a time, in {pieces:,} micro-batches")
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if norms := sum(isinstance(module, kinds) for module in model.modules()):
         events.warning(
-            f"{norms} batch norms take their statistics from {micro:,} pairs at a time: the gradient is not that of "
+            f"{norms} batch norms take their statistics from {micro:,} {what} at a time: the gradient is not that of "
             f"{batch:,} at once, as it is of a tower with layer norms (vit, swin)"
         )
+
+
+@runtime_checkable
+class Found(Protocol):
+    """What a task gives."""
+
+    def recall_at_1(self) -> float:
+        """Share of pictures whose first answer is right."""
+        ...
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """A task whose answers are shown."""
+
+    name: str
+
+    def answers(self, result: Any, *, limit: int | None = None) -> list[dict[str, Any]]:
+        """Records of the first pictures."""
+        ...
 
 
 def show(
     folder: Path,
     step: int,
-    tasks: Sequence[NamedTask],
+    tasks: Sequence[Asked],
     *,
-    results: Sequence[RetrievalResult],
+    results: Sequence[Found],
     written: Sequence[Sequence[str]] = (),
     events: Events,
+    says: str = "is read as",
 ) -> None:
     """Keep answers for a few pictures of each split, and say one; written as a whole, so a repeated step repeats it.
 
@@ -82,6 +104,7 @@ def show(
         results: Of each task.
         written: Names that the model writes for the first pictures of each split, where it writes any.
         events: Told.
+        says: What a picture does with the first answer to it.
     """
     (folder / "samples").mkdir(exist_ok=True)
     recall = {task.name: result.recall_at_1() for task, result in zip(tasks, results, strict=True)}
@@ -94,7 +117,7 @@ def show(
     if samples:
         first = samples[0]
         said = ", ".join(f"{split} {value:.1%}" for split, value in recall.items())
-        text = f"step {step}: a picture of {first['truth']!r} is read as {first['top'][0]['text']!r}; R@1: {said}"
+        text = f"step {step}: a picture of {first['truth']!r} {says} {first['top'][0]['text']!r}; R@1: {said}"
         if "written" in first:
             text += f"; its name is written {first['written']!r}"
         events.emit("sample", text, step=step, recall_at_1=recall, **{k: first[k] for k in ("id", "truth", "top")})

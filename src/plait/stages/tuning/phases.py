@@ -34,7 +34,7 @@ from plait.data.augment.views import View
 from plait.data.choice import HELD_OUT, spread
 from plait.data.conversations import Conversation, ConversationBatches, check_lengths
 from plait.data.packing import row_length
-from plait.data.sources import VALIDATION, rank
+from plait.data.sources import VALIDATION
 from plait.data.word_batches import WordBatches
 from plait.evaluation.asking import show_answers
 from plait.inference.build import build_engine
@@ -52,7 +52,7 @@ from plait.stages.tune import Adapt, Frozen, Tune, Words
 from plait.stages.tuning.first_batch import draw_first_questions
 from plait.stages.tuning.learning import ExpertTerms, connector_trains, dropout_of, gate_rates, let_media_learn
 from plait.stages.tuning.validating import judge_questions, judged_conversations, judged_questions
-from plait.stages.tuning.vocabulary import read_vocabulary
+from plait.stages.tuning.vocabulary import learned_pictures, named_pictures, read_vocabulary
 from plait.stages.validating import check_judged, judged_splits, outcome, said
 from plait.training.computed import computed
 from plait.training.model_flops import MediaFlops, multimodal_flops
@@ -141,7 +141,7 @@ class _Tuning:
         self.built.model.to(self.compute.device)
         self.built.model.eval()
         template = self.built.template
-        self.learned = self._learned()
+        self.learned = learned_pictures(spec, self._train())
         self.conversations = [
             Conversation(
                 id=sample.id,
@@ -187,8 +187,7 @@ class _Tuning:
         assert names is not None
         assert isinstance(onto, specs.Words)
         assert isinstance(connector, Chain)
-        asked = [s for s in self._train() if s.meta["task"] == "name.en"]
-        samples = [s for s in asked if s.media()[0].sha256 in self.learned]
+        samples = named_pictures(self.spec, self._train(), processes=mesh.world())
         row = {name: number for number, name in enumerate(names.names)}
         first = onto.tokens - onto.free
         long = sum(len(ids) > first for ids in names.ids)
@@ -351,7 +350,10 @@ class _Tuning:
 
         def choose(split: str, samples: Sequence[Sample]) -> Sequence[Sample]:
             if split == "train":
-                return [sample for sample in samples if sample.meta["task"] in wanted]
+                kept = [sample for sample in samples if sample.meta["task"] in wanted]
+                if isinstance(self.spec.connector, specs.Words):  # too few: said before they are encoded
+                    named_pictures(self.spec, kept, processes=mesh.world())
+                return kept
             if split == VALIDATION:
                 return judged_questions(self.spec, samples)
             return spread(samples, ("name.en", "yesno"), limit=_SHOWN_EACH, seed=self.spec.seed)
@@ -380,14 +382,6 @@ class _Tuning:
 
     def _train(self) -> Sequence[Sample]:
         return self.questions.samples["train"]
-
-    def _learned(self) -> frozenset[str]:
-        """Pictures that the first phase learns by heart; all of them where there is none."""
-        if self.vocabulary is None:
-            return frozenset(ref.sha256 for sample in self._train() for ref in sample.media())
-        named = {s.media()[0].sha256 for s in self._train() if s.meta["task"] == "name.en"}
-        order = sorted(named, key=lambda sha256: rank(self.spec.seed, "words", sha256))
-        return frozenset(order[: max(1, round(len(order) * self.spec.words.share))])
 
     def _weights(self, new_pictures: float) -> dict[str, float]:
         """Share of each task, divided between pictures of the first phase and others; canvases count as others."""

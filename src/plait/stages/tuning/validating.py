@@ -15,7 +15,7 @@ from plait.core.types import MediaRef, Sample
 from plait.data.choice import in_shares
 from plait.data.conversations import Conversation
 from plait.data.held_batches import HeldBatches
-from plait.data.sources import VALIDATION
+from plait.data.sources import JUDGED_SEED, VALIDATION
 from plait.data.template import Template
 from plait.objectives.language import NextToken
 from plait.stages.tune import Tune
@@ -23,7 +23,7 @@ from plait.training.validate import Judged, Validation
 
 
 def judged_questions(spec: Tune, samples: Sequence[Sample], *, limit: int = 0) -> list[Sample]:
-    """Questions in the shares of ``tasks``.
+    """Questions in the shares of ``tasks``; the same ones whatever the stage's seed is.
 
     Args:
         spec: Of the stage; validation is set.
@@ -35,7 +35,7 @@ def judged_questions(spec: Tune, samples: Sequence[Sample], *, limit: int = 0) -
     """
     assert spec.trainer.validation is not None
     shares = {str(task): share for task, share in spec.tasks.items()}
-    found = in_shares(samples, shares, limit=limit or spec.trainer.validation.samples, seed=spec.seed)
+    found = in_shares(samples, shares, limit=limit or spec.trainer.validation.samples, seed=JUDGED_SEED)
     if not found:
         raise DataError(
             f"no question of the split {VALIDATION!r} is of the tasks {', '.join(shares)}",

@@ -106,7 +106,8 @@ def layouts(work: Work, cluster: Cluster) -> list[Judged]:
 
 
 def _parts(parallel: Parallel) -> int:
-    return parallel.zero + parallel.tensor + parallel.pipeline + parallel.context + parallel.expert
+    degrees = parallel.zero + parallel.tensor + parallel.pipeline + parallel.context + parallel.expert
+    return degrees + parallel.sequence
 
 
 def _settable(work: Work, cluster: Cluster) -> Iterator[Parallel]:
@@ -121,12 +122,12 @@ def _settable(work: Work, cluster: Cluster) -> Iterator[Parallel]:
         if work.rows < data or shape.d_ff % tensor or (shape.experts and each > 1):
             continue
         experts = [d for d in degrees if shape.experts and data % d == 0 and shape.experts % d == 0] or [1]
-        for zero, expert in itertools.product((0, 1, 2, 3), experts):
-            if zero and data * context == 1:
+        for zero, expert, sequence in itertools.product((0, 1, 2, 3), experts, (False, True)):
+            if (zero and data * context == 1) or (sequence and (tensor == 1 or work.length < tensor)):
                 continue
             degree = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
             try:
-                yield Parallel.model_validate({**degree, "zero": zero})
+                yield Parallel.model_validate({**degree, "zero": zero, "sequence": sequence})
             except ValueError:  # not together
                 continue
 

@@ -35,6 +35,7 @@ class Whole:
         elsewhere: Names of weights that train, or not, in other processes alone.
         experts: Which processes divide experts between them, where they do.
         rows: How processes share rows, where they do.
+        in_part: Names of weights that the processes of ``tensor`` have whole and use for their own positions alone.
     """
 
     in_step = False
@@ -42,6 +43,7 @@ class Whole:
     elsewhere: frozenset[str] = frozenset()
     experts: ExpertGroups | None = None
     rows: Rows | None = None
+    in_part: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module, objective: Objective, *, grid: Grid | None = None) -> None:
         self.model, self.objective = model, objective
@@ -71,6 +73,11 @@ class Whole:
 
         A process in which a weight got none still takes part in its sum.
         """
+        if self.in_part:
+            named = self.model.named_parameters()
+            own = [weight for name, weight in named if name in self.in_part and weight.requires_grad]
+            if own:
+                self._sum(own, self.grid.group("tensor"))
         if self.grid.data * self.grid.context == 1:
             return
         weights = [weight for weight in self._learning() if not _summed_on_the_way(weight)]

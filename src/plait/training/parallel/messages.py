@@ -6,8 +6,13 @@ Narayanan et al., https://arxiv.org/abs/2104.04473, section 3; ZeRO's by :func:`
 
 from __future__ import annotations
 
+import math
+
 from plait.training.parallel.share import Held, Member, Model
 from plait.training.zero import zero_traffic
+
+_BY_INPUTS = frozenset({"o_proj", "down_proj"})
+"""Matrices whose inputs tensor parallelism divides."""
 
 
 def messages(
@@ -38,12 +43,11 @@ def messages(
     first, last = member.ends
     found: dict[str, int] = {}
     if tensor > 1:
-        sums = layers * (6 if again else 4) + first + last  # table and head
-        found["tensor"] = round(sums * hidden * width * 2 * (tensor - 1) / tensor)
+        found["tensor"] = _of_tensor(member, model, held, numbers=positions * width, again=again)
     if context > 1:
         found["context"] = layers * _attention(member, model, positions=positions, width=width, again=again)
     if stages > 1:
-        found["pipeline"] = hidden * stream * (2 - first - last) + 4 * held.twice
+        found["pipeline"] = math.ceil(hidden / member.pieces) * stream * (2 - first - last) + 4 * held.twice
     if expert > 1:
         # Tokens go to their experts and come back, forward and backward.
         ways = 6 if again else 4
@@ -51,6 +55,42 @@ def messages(
     if member.spread > 1:
         found["data"] = data_messages(member, held, micro=micro, experts=_experts(member, model, held))
     return found
+
+
+def _of_tensor(member: Member, model: Model, held: Held, *, numbers: int, again: bool) -> int:
+    """What processes that divide matrices send: a sum is two halves, a scatter and a gather.
+
+    A block computed again ends where nothing that is kept follows: before its last sum, unless an adapter comes then.
+    With pieces, what matrices that learn are given is gathered again in the backward pass; rows are cut before the
+    first block and joined behind the last; and gradients of weights that all have whole are summed.
+
+    Args:
+        member: The process.
+        model: What trains.
+        held: What of it is its.
+        numbers: Bytes of one number at all positions.
+        again: Blocks are computed once more.
+    """
+    shape, pieces, (first, last) = model.shape, member.pieces > 1, member.ends
+    targets = model.lora.targets if model.lora is not None and model.adapter else ()
+    behind = [name for name in targets if name in _BY_INPUTS]
+    block = 8 + again * (4 if "down_proj" in targets else 2 + pieces) + (2 if pieces and model.learns else 0)
+    halves = held.layers * block + 2 * (first + last)  # table and head
+    rank, whole = 0, 0
+    if pieces:
+        halves += last + (first and (model.learns or model.beside > 0))
+        rank = 3 * len(targets) - len(behind) + again * len(targets)
+        whole = (2 * held.layers + last) * shape.d_model if model.learns else 0
+    else:
+        rank = 2 * len(targets) + again * 2 * len(behind)
+    found = numbers * halves * shape.d_model
+    if model.lora is not None:
+        found += numbers * held.layers * model.lora.rank * rank
+        sizes = shape.matrices()
+        sides = sum(sizes[name][name in behind] for name in targets)
+        whole += held.layers * model.lora.rank * sides
+    share = (member.parallel.tensor - 1) / member.parallel.tensor
+    return round(share * (found + pieces * 2 * 4 * whole))
 
 
 def data_messages(member: Member, held: Held, *, micro: int, experts: int = 0) -> int:

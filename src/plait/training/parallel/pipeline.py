@@ -101,7 +101,9 @@ class Staged(Whole):
         self.elsewhere |= self._buffers.keys() - _buffers(twin).keys()  # gone with modules of other stages
         devices = grid.devices(device) if parallel.tensor > 1 or parallel.zero else None
         if parallel.tensor > 1 and devices is not None:
-            divide(twin, devices["tensor"])
+            self.in_part = divide(twin, devices["tensor"], sequence=parallel.sequence)
+            if parallel.sequence:
+                grid.group("tensor")  # made here, where all processes are
         self._shares = devices if parallel.zero and grid.data > 1 else None
         self._pieces: RowPieces | None = None
         self._held = dict(twin.named_parameters())

@@ -147,6 +147,11 @@ class Member:
         """Of a row's positions, how many go through blocks here."""
         return math.ceil(row / self.parallel.context)
 
+    @property
+    def pieces(self) -> int:
+        """Processes among which positions are divided between the matrices of a block."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
     def kept(self, pieces: int) -> int:
         """Micro-batches whose activations are there at once, of so many a step."""
         if self.parallel.pipeline == 1:
@@ -174,6 +179,7 @@ class Member:
             kv_heads=math.ceil(shape.kv_heads / tensor),
             d_ff=math.ceil(shape.d_ff / tensor),
             vocab=math.ceil(shape.vocab / tensor),
+            pieces=self.pieces,
         )
 
     def _blocks(self, model: Model) -> int:

@@ -17,24 +17,21 @@ values are asked three times instead of once.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.nn import functional
+from torch.distributed.tensor import Shard
 
-from plait.core import dtensors, mesh
 from plait.core.errors import ConfigError
 from plait.models.fused_head import fuses
+from plait.training.parallel.pairs import OF_HEADS, Pairs, place
+from plait.training.parallel.sequence import SequencePairs, check_pieces
 
-_OF_HEADS = "replicated_with_grad_allreduce"
-"""What transformers calls a module that works on each head: of its gradient, a process has the part of its own."""
 
-
-def divide(model: nn.Module, ranks: DeviceMesh) -> None:
+def divide(model: nn.Module, ranks: DeviceMesh, *, sequence: bool = False) -> frozenset[str]:
     """Cut the language models in ``model`` for the processes of ``ranks``, in place.
 
     Weights that are cut become ``DTensor``. Towers and connectors stay whole in every process.
@@ -42,9 +39,15 @@ def divide(model: nn.Module, ranks: DeviceMesh) -> None:
     Args:
         model: Whose language models are of Hugging Face.
         ranks: One-dimensional.
+        sequence: Whether each process has its piece of the positions between the matrices (:mod:`.sequence`).
+
+    Returns:
+        Names of weights that all processes have whole and use for their own positions alone: their gradients are to be
+        summed. None without ``sequence``.
 
     Raises:
-        ConfigError: There is no language model that could be cut, or its heads cannot be dealt out evenly.
+        ConfigError: There is no language model that could be cut, or its heads cannot be dealt out evenly; or its
+            blocks may do something else across positions than attention.
     """
     bases = dict(planned(model))
     if not bases:
@@ -56,11 +59,18 @@ def divide(model: nn.Module, ranks: DeviceMesh) -> None:
     cuts = {
         name: _cuts(base, parts=ranks.size()) for name, base in bases.items()
     }  # all are looked at before one is cut
+    if sequence:
+        for name, base in bases.items():
+            check_pieces(base, {id(module) for module, _ in cuts[name]})
+    partly: set[int] = set()
     for name, base in bases.items():
-        pairs = _Pairs(ranks)
+        pairs = SequencePairs(ranks) if sequence else Pairs(ranks)
         for module, how in cuts[name]:
             pairs.cut(module, how)
         _vocabulary(model, base, pairs)
+        if isinstance(pairs, SequencePairs):
+            partly |= {id(weight) for weight in pairs.divide(base)}
+    return frozenset(name for name, weight in model.named_parameters() if id(weight) in partly)
 
 
 def planned(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -72,7 +82,7 @@ def planned(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _cuts(base: Any, *, parts: int) -> list[tuple[nn.Module, str]]:
-    """Modules that are cut, and how: ``colwise``, ``rowwise``, or :data:`_OF_HEADS`."""
+    """Modules that are cut, and how: ``colwise``, ``rowwise``, or :data:`OF_HEADS`."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         count = getattr(base.config, name, None)
         if count is not None and count % parts:
@@ -89,7 +99,7 @@ def _cuts(base: Any, *, parts: int) -> list[tuple[nn.Module, str]]:
             if not fnmatch.fnmatchcase(name, pattern):
                 continue
             matched.add(pattern)
-            if how == _OF_HEADS:
+            if how == OF_HEADS:
                 found.append((module, how))
                 continue
             if how not in ("colwise", "rowwise"):
@@ -121,85 +131,7 @@ def _matrices(module: nn.Module, how: str) -> list[str]:
     return ["base_layer", *(f"{side}.{name}" for name in beside)]
 
 
-def _place(module: nn.Module, name: str, ranks: DeviceMesh, *, placement: Placement) -> None:
-    weight = module.get_parameter(name)
-    cut = nn.Parameter(distribute_tensor(weight.detach(), ranks, [placement]), requires_grad=weight.requires_grad)
-    module.register_parameter(name, cut)
-
-
-class _Pairs:
-    """The cut matrices of a language model, of which each process computes its part.
-
-    Args:
-        ranks: The processes.
-    """
-
-    def __init__(self, ranks: DeviceMesh) -> None:
-        self.ranks = ranks
-        self._asked: tuple[Tensor, Tensor] | None = None
-
-    def cut(self, module: nn.Module, how: str) -> None:
-        """Cut the weights of one module, and let it compute on this process's part of them."""
-        if how == _OF_HEADS:
-            module.__dict__["forward"] = partial(self.of_heads, module, module.forward)
-            return
-        assert isinstance(module, nn.Linear)
-        columns = how == "colwise"
-        _place(module, "weight", self.ranks, placement=Shard(0) if columns else Shard(1))
-        if module.bias is not None:
-            _place(module, "bias", self.ranks, placement=Shard(0) if columns else Replicate())
-        module.__dict__["forward"] = partial(self.columns if columns else self.rows, module)
-
-    def columns(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """This process's outputs of a linear layer."""
-        bias = None if linear.bias is None else dtensors.local(linear.bias)
-        return functional.linear(self._shared(x), dtensors.local(linear.weight), bias)
-
-    def rows(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """All outputs of a linear layer of which each process has its inputs: the sum over the processes."""
-        self._asked = None
-        part = DTensor.from_local(functional.linear(x, dtensors.local(linear.weight)), self.ranks, [Partial()])
-        with mesh.explained():
-            found = part.redistribute(placements=[Replicate()]).to_local()
-        return found if linear.bias is None else found + dtensors.local(linear.bias)
-
-    def words(self, table: nn.Embedding, ids: Tensor) -> Tensor:
-        """Rows of a table of which each process has its own: the sum over the processes."""
-        own = dtensors.local(table.weight)
-        first = self.ranks.get_local_rank() * -(-len(table.weight) // self.ranks.size())
-        here = (ids >= first) & (ids < first + len(own))
-        padding = None if table.padding_idx is None else table.padding_idx - first
-        padding = padding if padding is not None and 0 <= padding < len(own) else None
-        part = own.new_zeros(*ids.shape, own.shape[1]).masked_scatter(
-            here[..., None], functional.embedding(ids[here] - first, own, padding)
-        )
-        with mesh.explained():
-            return DTensor.from_local(part, self.ranks, [Partial()]).redistribute(placements=[Replicate()]).to_local()
-
-    def of_heads(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A module on this process's heads; backward, the gradient of its weights is the sum over all heads.
-
-        Not a hook of the weights: FSDP puts others in their place.
-        """
-        weights = dict(module.named_parameters(recurse=False))
-        known = {n: DTensor.from_local(w, self.ranks, [Replicate()]) for n, w in weights.items()}
-        try:
-            for name, weight in known.items():
-                module._parameters[name] = weight.to_local(grad_placements=[Partial()])  # pyright: ignore[reportArgumentType]
-            return forward(x)
-        finally:
-            for name, weight in weights.items():
-                module._parameters[name] = weight
-
-    def _shared(self, x: Tensor) -> Tensor:
-        """The same numbers; backward, the sum over the processes, once for all matrices that are asked the same."""
-        if self._asked is None or self._asked[0] is not x:
-            known = DTensor.from_local(x, self.ranks, [Replicate()]).to_local(grad_placements=[Partial()])
-            self._asked = x, known
-        return self._asked[1]
-
-
-def _vocabulary(model: nn.Module, base: Any, pairs: _Pairs) -> None:
+def _vocabulary(model: nn.Module, base: Any, pairs: Pairs) -> None:
     """Cut the embeddings and the head by words, each where it is here and plain; one table that is both where both are.
 
     A stage of a pipeline may have one of them alone (:mod:`.cut`).
@@ -214,11 +146,11 @@ def _vocabulary(model: nn.Module, base: Any, pairs: _Pairs) -> None:
     if tied and not (looked_up and scored):
         return
     if looked_up:
-        _place(table, "weight", pairs.ranks, placement=Shard(0))
+        place(table, "weight", pairs.ranks, placement=Shard(0))
         table.__dict__["forward"] = partial(pairs.words, table)
     if tied:
         head.weight = table.weight
     elif scored:
-        _place(head, "weight", pairs.ranks, placement=Shard(0))
+        place(head, "weight", pairs.ranks, placement=Shard(0))
     if scored and head.bias is not None:
-        _place(head, "bias", pairs.ranks, placement=Shard(0))
+        place(head, "bias", pairs.ranks, placement=Shard(0))

@@ -81,7 +81,9 @@ class Sharded(Whole):
         self._reach = False
         devices = grid.devices(device)
         if parallel.tensor > 1:
-            divide(self.model, devices["tensor"])
+            self.in_part = divide(self.model, devices["tensor"], sequence=parallel.sequence)
+            if parallel.sequence:
+                grid.group("tensor")  # made here, where all processes are
         if parallel.expert > 1:
             self.experts = ExpertGroups(grid, parallel.expert, device=device)
             self.experts.deal_out(self.model)

@@ -40,13 +40,14 @@ VALUES: dict[str, Any] = {
     "--recompute-granularity": "full",
 }
 FLAGS = ("--use-distributed-optimizer", "--optimizer-cpu-offload", "--bf16", "--fp16", "--recompute-activations")
-FLAGS += ("--async-save",)
+FLAGS += ("--async-save", "--sequence-parallel")
 WITH = {
     "zero_optimization.offload_optimizer.device": {"zero_optimization.stage": 1},
     "--optimizer-cpu-offload": {"--use-distributed-optimizer": None},
     "--micro-batch-size": {"--global-batch-size": 64},
     "--train-samples": {"--global-batch-size": 64},
     "--min-lr": {"--lr": "4"},
+    "--sequence-parallel": {"--tensor-model-parallel-size": "2"},
 }
 REFUSED = {"expert": "the decoder has no experts"}
 """Settings of `trainer.parallel` that the standard recipe's decoder does not allow: then the row says so."""

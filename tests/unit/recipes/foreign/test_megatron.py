@@ -137,6 +137,15 @@ def test_the_inverse_root_is_megatrons(tmp_path: Path) -> None:
     assert [schedule.factor(step, 900) for step in (100, 400, 900)] == pytest.approx([1, 1 / 2, 1 / 3])
 
 
+def test_pieces_of_rows_come_with_divided_matrices(tmp_path: Path) -> None:
+    found = imported(tmp_path, "--sequence-parallel --tensor-model-parallel-size 2", name="args.txt")
+    assert stage(tmp_path, found).trainer.parallel.sequence
+    alone = imported(tmp_path, "--sequence-parallel --lr 1", name="args.txt")
+    assert rows(alone)["--sequence-parallel"][0] == "as it is"
+    both = "--sequence-parallel --tensor-model-parallel-size 2 --context-parallel-size 2"
+    assert rows(imported(tmp_path, both, name="args.txt"))["--sequence-parallel"][0] == "not mapped"
+
+
 def test_yaml_with_groups_is_read(tmp_path: Path) -> None:
     config = {
         "ENV_VARS": {"NCCL_NVLS_ENABLE": "0"},
@@ -177,7 +186,10 @@ VALUES: dict[str, st.SearchStrategy[str | None]] = {
     "adam_beta2": st.just("0.95"),
     "sgd_momentum": st.just("0.8"),
     **dict.fromkeys(
-        ("bf16", "fp16", "use_distributed_optimizer", "use_torch_fsdp2", "optimizer_cpu_offload", "async_save"),
+        (
+            *("bf16", "fp16", "use_distributed_optimizer", "use_torch_fsdp2"),
+            *("optimizer_cpu_offload", "async_save", "sequence_parallel"),
+        ),
         st.none(),
     ),
     "recompute_activations": st.none(),

@@ -15,6 +15,7 @@ from tests.tiny_recipe import write_recipe
 from plait.cli.main import main
 from plait.core import held_out
 from plait.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
+from plait.core.events import Event
 from plait.core.files import mark_done, read_json
 from plait.data.shards import ShardReader
 from plait.recipes import run as runner
@@ -26,6 +27,17 @@ from plait.training import plan
 
 LR = "stages.pretrain.lr"
 STEPS = 8
+
+
+class Said:
+    """Listens for warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "warning":
+            self.warnings.append(event.text)
 
 
 class Killed(BaseException):
@@ -65,7 +77,7 @@ class Fake:
                     return ended
                 if name == "tune":
                     (folder / "decoder").mkdir(exist_ok=True)
-                    (folder / "decoder" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+                    (folder / "decoder" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "evaluation": 1.0}\n')
                 splits = {"train": 8, "validation": 2, "test-concept": 4}
                 mark_done(
                     folder, kind=stage.kind, previous=previous, summary={"splits": splits} if name == "data" else {}
@@ -152,7 +164,7 @@ def test_paths_mean_the_same_wherever_the_sweep_is_read(
     ],
 )
 def test_the_best_recipe_is_that_of_the_best_trial(target: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
-    metric = "metric=tune.loss" if "drop" in words[0] else "metric=pretrain.loss"
+    metric = "metric=tune.evaluation" if "drop" in words[0] else "metric=pretrain.loss"
     found = sweeping.start(target("method=grid", metric, *words), root=tmp_path / "s", worker=Fake())
     assert found.best is not None
     best = load_recipe(str(found.folder / "best.yaml")).spec
@@ -280,6 +292,31 @@ def test_more_trials_may_follow_but_the_test_is_not_read_again(target: Any, tmp_
     assert len(read_json(found.folder / "test_access.json")) == 1
 
 
+@pytest.mark.row("S3-28")
+def test_a_last_run_that_goes_on_with_what_is_the_best_no_more_says_so(target: Any, tmp_path: Path) -> None:
+    class Dies(Fake):
+        def __call__(self, run: Path, watch: Watcher | None) -> Ended:
+            if run.name.startswith("final"):
+                raise Killed
+            return super().__call__(run, watch)
+
+    words = (*GRID, f"{LR}=[1e-4, 1e-3, 3e-3]", "trials=2")
+    with pytest.raises(Killed):
+        sweeping.start(target(*words), root=tmp_path / "s", worker=Dies())
+    folder = sweeping.find_sweep("latest", tmp_path / "s")
+    with pytest.raises(Killed):
+        sweeping.resume(folder, worker=Dies(), listeners=(said := Said(),))
+    assert not said.warnings, "it is the best still"
+    more = sweeping.resume(folder, trials=3, worker=Fake(), listeners=(said := Said(),))
+    assert more.best is not None
+    assert more.best.number == 2
+    assert [look["trial"] for look in read_json(folder / "test_access.json")] == [1]
+    assert load_recipe(str(folder / "best.yaml")).spec.stages["pretrain"].model_dump()["lr"] == 3e-3
+    (warning,) = said.warnings
+    assert "trial 2 is the best now" in warning
+    assert "the last run goes on with trial 1" in warning
+
+
 def test_a_trial_that_fails_is_told_and_the_sweep_goes_on(target: Any, tmp_path: Path) -> None:
     found = sweeping.start(target(*GRID), root=tmp_path / "s", worker=Fake(fail=(1e-4, 3e-3)))
     assert [t.state for t in found.trials] == ["failed", "complete", "failed", "complete", "complete"]
@@ -344,7 +381,13 @@ def test_a_disk_that_holds_one_trial_and_not_all_is_refused(
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(target: Any, tmp_path: Path) -> None:
     drop = "stages.tune.adapt.drop"
-    words = ("method=grid", "metric=tune.loss", f"{drop}.least=[0.2, 0.5]", f"{drop}.most=[0.4, 0.9]", f"{LR}=1e-3")
+    words = (
+        "method=grid",
+        "metric=tune.evaluation",
+        f"{drop}.least=[0.2, 0.5]",
+        f"{drop}.most=[0.4, 0.9]",
+        f"{LR}=1e-3",
+    )
     found = sweeping.start(target(*words), root=tmp_path / "s", worker=Fake())
     assert [t.state for t in found.trials] == ["complete", "complete", "failed", "complete"]
     assert "least 0.5 is above most 0.4" in found.trials[2].error

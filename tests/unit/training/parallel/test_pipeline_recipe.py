@@ -18,6 +18,7 @@ from plait.core.files import read_json, read_jsonl
 SRC = Path(__file__).parents[4] / "src"
 COMMON = ("stages.tune.trainer.async_save=false", "stages.tune.trainer.micro_batch=4")
 STAGES = tuple(f"stages.{s}.trainer.parallel.{d}=2" for s in ("tune", "align") for d in ("pipeline", "tensor"))
+STAGES += ("stages.align.trainer.parallel.sequence=true",)
 PHASES = ("02-tune/words", "02-tune/connector", "02-tune/decoder", "03-align")
 
 
@@ -36,6 +37,7 @@ def ran(root: Path, home: Path, launcher: tuple[str, ...], *settings: str) -> Pa
 
 
 @pytest.mark.row("S2-30")
+@pytest.mark.row("S4-65")
 def test_a_recipe_in_two_stages_of_two_processes_learns_what_one_process_learns(
     tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:

@@ -156,6 +156,19 @@ def test_activations_shrink_with_what_is_divided() -> None:
     assert kept(pipeline=2) == whole // 2
 
 
+@pytest.mark.row("S4-65")
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_pieces_of_rows_divide_all_that_a_block_keeps(tensor: int) -> None:
+    """Korthikanti et al., https://arxiv.org/abs/2205.05198: equation 4 is equation 1 over the number of processes."""
+    shape = DecoderShape(layers=4, d_model=64, d_ff=128, heads=4, kv_heads=4, vocab=100)
+    kind: dict[str, Any] = {"length": 12, "rows": 3, "dtype": "float32", "gradients": "full", "attention": "eager"}
+    member = Member.of(Parallel(tensor=tensor, sequence=True), rank=0, world=tensor)
+    plain = Member.of(Parallel(tensor=tensor), rank=0, world=tensor)
+    whole = decoder_activations(shape, **kind)
+    assert decoder_activations(member.decoder(shape), **kind) * tensor == whole
+    assert decoder_activations(plain.decoder(shape), **kind) * tensor > whole
+
+
 def test_alike_processes_are_told_together() -> None:
     def moments(member: Member) -> dict[str, dict[str, int]]:
         return {"training": {"weights": 8 if member.ends[1] else 5}}

@@ -1,0 +1,1 @@
+"""What of a sample is hidden, so that a model learns to find it."""
