@@ -24,6 +24,7 @@ from plait.data.features import FeatureStore
 from plait.data.preference_batches import PreferenceBatches
 from plait.data.spoken import Saying
 from plait.models.specs import QFormerShape
+from plait.objectives.contrastive import Contrastive
 from plait.stages.align import Align
 from plait.stages.aligning.validating import judged_pairs
 from plait.stages.pretrain import Pretrain
@@ -107,7 +108,11 @@ def test_pairs_of_a_dual_encoder() -> None:
     )
     splits = {"train": pairs, "validation": pairs}
     found = [
-        ids(judge_pairs(Pretrain(seed=seed, trainer=JUDGED), nn.Linear(1, 1), splits, compute=COMPUTE))
+        ids(
+            judge_pairs(
+                Pretrain(seed=seed, trainer=JUDGED), nn.Linear(1, 1), Contrastive(), splits=splits, compute=COMPUTE
+            )
+        )
         for seed in SEEDS
     ]
     assert found[0] == found[1] == found[2]
