@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from benchmarks.scaling import LIVE
 from plait.core.device import cpu_name
 from plait.core.estimate import Estimate, Machine, Share
 from plait.core.files import new_run, read_json, write_json
+from plait.core.launch import free_port
 from plait.core.packages import home
 from plait.recipes.recipe import load_recipe
 from plait.training.plan import estimate_all, survey
@@ -74,9 +74,7 @@ MIB = 2**20
 
 def run_all(run: Path, own: Path, count: int, *, more: Mapping[str, str]) -> list[dict[str, Any]]:
     """The stage after the data, in so many processes; what each measured, in the order of ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {"PLAIT_HOME": own, "OMP_NUM_THREADS": 1, **more}
     if count > 1:
         common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -22,7 +22,6 @@ import datetime
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from benchmarks.sides.measure import loopback
 from plait import __version__
 from plait.core.device import cpu_name, usable_cores
 from plait.core.files import write_json
+from plait.core.launch import free_port
 from plait.training.parallel.deal import divided
 from plait.training.zero import zero_bytes, zero_traffic
 
@@ -126,10 +126,8 @@ def run(
         more: Environment variables.
         cap: Bytes that each process may have beyond what it has before the model; 0: as many as there are.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
         result = Path(folder) / "result.json"
         job = {
             "model": size.model,

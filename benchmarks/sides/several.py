@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from plait.core import mesh
+from plait.core.launch import free_port
 
 
 def together(world: int, work: Callable[[], Any], *, join: bool = True) -> list[Any]:
     """What each rank gives back, or how it failed; ``killed`` for one that died. Without ``join``, it joins itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes = []
     for rank in range(world):
         read, write = os.pipe()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from plait.core.errors import PlaitError
+from plait.core.errors import PlaitError, ResourceError
 
 _Result = TypeVar("_Result")
 
@@ -161,3 +162,24 @@ def tell_launcher(fault: PlaitError) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         told = {"message": str(fault), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
+
+
+def free_port() -> int:
+    """A port of this machine where processes that are about to start can meet.
+
+    Below those that systems hand out for connections (49,152 and up by RFC 6335, Linux from 32,768): of these, one that
+    is free now may be somebody's end of a connection a moment later.
+
+    Raises:
+        ResourceError: There is none.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 200):
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ResourceError(
+        "no free port between 10,000 and 32,000 on 127.0.0.1", remedy="end what holds them, or start with torchrun"
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from plait.core.errors import ConfigError, ResourceError
 from plait.core.events import Events
 from plait.core.files import read_json, write_json
+from plait.core.launch import free_port
 from plait.core.spec import to_yaml
 from plait.models.specs import Words
 from plait.recipes.recipe import Recipe
@@ -288,9 +288,7 @@ def in_processes(run: Path, stage: str, count: int, *, cores: int, events: Event
     Raises:
         ResourceError: A process failed and said nothing that can be passed on, or took too long.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     out = run / f"ranks-{stage}-{count}"
     out.mkdir()
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}

@@ -16,6 +16,7 @@ from plait.core.errors import ConfigError
 from plait.core.protocols import Batches, StatefulBatches, holds_state
 from plait.core.spec import defaults
 from plait.core.tensors import Batch
+from plait.data.sources import JUDGED_SEED
 from plait.training.checkpoint import DEFAULTS
 from plait.training.guard import Guard
 from plait.training.optim import AdamW, Optimizer, Rates
@@ -180,7 +181,8 @@ class Settings:
         optimizer = trainer.optimizer
         if weight_decay is not None:
             optimizer = optimizer.model_copy(update={"weight_decay": weight_decay})
-        judged = {"validation": {"samples": trainer.validation.samples}} if trainer.validation else {}
+        how = trainer.validation
+        judged = {"validation": {"samples": how.samples, "seed": JUDGED_SEED}} if how else {}
         return replace(
             self,
             context={**self.context, **judged},  # a value over other samples is not to be compared

@@ -87,3 +87,10 @@ def test_a_fault_is_left_where_the_launcher_looks(monkeypatch: pytest.MonkeyPatc
     told = ProcessFailure(local_rank=1, pid=1, exitcode=4, error_file=str(path))
     assert told.timestamp > 0
     assert json.loads(path.read_text())["message"]["message"] == "half a picture | at sample 7"
+
+
+def test_a_free_port_is_none_that_connections_are_given() -> None:
+    port = launch.free_port()
+    assert 10_000 <= port < 32_000
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", port))

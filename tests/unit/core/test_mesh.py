@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 
 from plait.core import collectives, mesh
 from plait.core.errors import ConfigError
+from plait.core.launch import free_port
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,9 +70,7 @@ assert not mesh.active() and mesh.world() == 1
 
 
 def test_two_processes_sum() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER],

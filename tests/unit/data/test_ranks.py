@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from tests.unit.data import ranks
 
 from plait.core.errors import ConfigError
+from plait.core.launch import free_port
 from plait.core.tensors import IGNORE, Batch
 from plait.core.types import MediaRef
 from plait.data.augment.feature_dropout import FeatureDropout
@@ -279,9 +279,7 @@ def test_every_item_equally_often_though_the_number_of_ranks_changes(
 def test_two_processes_text_only_here_and_pictures_there_give_the_gradient_of_one(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     places = [str(tiny_folders["image"]), str(tiny_folders["decoder"])]
     workers = [
         subprocess.Popen(

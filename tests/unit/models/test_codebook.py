@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from plait.core.errors import ConfigError, DataError
+from plait.core.launch import free_port
 from plait.models.codebook import VectorQuantizer
 
 
@@ -137,9 +137,7 @@ print(json.dumps([again, early, quantizer.codes.tolist()]))
 
 def test_two_processes_move_the_codes_as_one_does():
     def run(world: int) -> list[list]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen([sys.executable, "-c", WORKER], env={**os.environ, **own, "RANK": str(rank)},

@@ -122,3 +122,20 @@ def test_what_follows_is_planned_with_the_decoder_that_was_tuned() -> None:
     assert Compress().estimate(ONE, usual).disk_bytes == pytest.approx(
         Compress().estimate(ONE, {}).disk_bytes, rel=0.01
     )
+
+
+VIEWS = {"objective": {"kind": "nt-xent"}, "image_tower": {"kind": "resnet", "size": 48, "width": 24}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "said"),
+    [
+        (Pretrain(), 1128, "1127 training pictures for 1128 processes"),
+        (Pretrain.model_validate(VIEWS), 1128, "1127 training pictures for 1128 processes"),
+        (Tune.model_validate({"words": {"share": 0.5}}), 565, "564 named pictures in the first phase for 565"),
+    ],
+)
+def test_a_plan_refuses_fewer_pictures_than_processes(stage: Any, processes: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        stage.estimate(replace(ONE, processes=processes), BEFORE)
+    stage.estimate(replace(ONE, processes=processes - 1), BEFORE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ from tests.unit.training.pairwise_model import PAIRS, SOUNDS, distance, dual, gr
 from torch import nn
 
 from plait.core.errors import ConfigError
+from plait.core.launch import free_port
 from plait.core.protocols import Pairwise
 from plait.core.tensors import IGNORE, Batch, Embedded, Patches
 from plait.objectives.contrastive import Contrastive, SigmoidContrastive
@@ -382,12 +382,6 @@ for world, port in worlds:
 """
 
 CASES = [(k, d, m) for k in ("nce", "sigmoid") for d in ("float64", "float32") for m in (0, 2)]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ def test_hooks_see_the_whole_model_in_the_first_process_alone(case: Case) -> Non
     found = case("shown")
     log = found.pop("log")
     for name, (first, second) in found.items():
+        assert isinstance(first, dict), (name, first, second, log)
         assert first["seen"] == 11, log  # five steps, three evaluations, three checkpoints
         assert first["whole"], name
         assert first["last"] == [True], name

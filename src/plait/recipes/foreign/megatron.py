@@ -112,12 +112,18 @@ def _parallel(ledger: Ledger, target: Target) -> int:
     if (key := "sequence_parallel") in ledger:
         if not ledger.flag(key):
             ledger.keeps(key, "false is the default")
-        elif any(row.settings.get(f"{PARALLEL}.tensor", 1) > 1 for row in ledger.rows):
+        elif _divided(ledger, target):
             ledger.maps(key, {f"{PARALLEL}.sequence": True})
         else:
             ledger.keeps(key, "one process has all positions where one has whole matrices")
     _sharding(ledger)
     return sharing
+
+
+def _divided(ledger: Ledger, target: Target) -> bool:
+    """Whether processes divide matrices: by these settings, or by those of the recipe that they are put on."""
+    given = [row.settings[f"{PARALLEL}.tensor"] for row in ledger.rows if f"{PARALLEL}.tensor" in row.settings]
+    return (given[-1] if given else target.at(f"{PARALLEL}.tensor") or 1) > 1
 
 
 def _sharding(ledger: Ledger) -> None:

@@ -145,7 +145,7 @@ def _held_out(recipe: Recipe, judge: Judge) -> float:
 
 def _samples(recipe: Recipe, judge: Judge) -> int:
     part = recipe.stages[judge.stage]
-    judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) else None
+    judged = part.trainer.validation if isinstance(part, Pretrain | Tune | Align) and judge.evaluates else None
     return judged.samples if judged else 0
 
 
@@ -168,7 +168,8 @@ def _questions(recipe: Recipe, judge: Judge) -> Any:
         found |= {"canvases": asked.canvases > 0}
     if "yes_no" in found and judge.trains:
         found["yes_no_easy"] = asked.yes_no_easy
-    return found | {"spoken": asked.spoken.model_dump(mode="json") if asked.spoken else None}
+    spoken = asked.spoken.model_dump(mode="json", exclude={"test_voices"}) if asked.spoken else None
+    return found | {"spoken": spoken}
 
 
 # --- what is asked, and what the loss is ---------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def _sounds(recipe: Recipe, judge: Judge) -> Any:
     counts = (judge.evaluates or judge.trains) and judge.term != "contrastive"
     if not isinstance(part, Pretrain) or part.spoken is None or not counts:
         return None
-    return part.spoken.model_dump(mode="json", include={"voices", "speeds", "max_seconds"})
+    return part.spoken.model_dump(mode="json", include={"takes", "voices", "speeds", "max_seconds"})
 
 
 # --- what only the loss of training depends on ---------------------------------------------------------------------

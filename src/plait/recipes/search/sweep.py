@@ -101,11 +101,11 @@ class Sweep(Spec):
 
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[Keys, Derived]:
-        """The best evaluation of a trial counts; of some terms of align more is better."""
+        """The best evaluation of a trial counts; of some terms of align, and of speed, more is better."""
         metric = given.get("metric")
         if isinstance(metric, str) and metric.endswith(f".{EVALUATION}"):
             return {("take",): Derived("best", "metric")}
-        if isinstance(metric, str) and metric.rpartition("/")[2] in _MORE_IS_BETTER:
+        if isinstance(metric, str) and (metric.rpartition("/")[2] in _MORE_IS_BETTER or metric.endswith("_per_s")):
             return {("direction",): Derived("maximize", "metric")}
         return {}
 
@@ -369,6 +369,13 @@ def _metric(metric: str, recipe: Recipe) -> tuple[str, str, str]:
             place="metric",
             remedy="use the loss on the validation split: STAGE.evaluation, with trainer.validation of the stage set",
         )
+    if rest and rest[-1].partition("/")[0] == ON_TRAINING:
+        raise ConfigError(
+            f"{metric}: how well a model knows samples that it was trained on does not say how good it is, and which "
+            "samples these are depends on what is searched",
+            place="metric",
+            remedy=f"judge by {name}.{EVALUATION}, of the validation split",
+        )
     if name not in trains or not rest:
         near = difflib.get_close_matches(name, trains, n=1)
         hint = f"did you mean {'.'.join([near[0], *(rest or ['evaluation'])])!r}? " if near else ""
@@ -378,6 +385,12 @@ def _metric(metric: str, recipe: Recipe) -> tuple[str, str, str]:
         )
     if trains[name].kind != "tune":
         return name, "", ".".join(rest)
+    if rest[0] == PHASES[0] and rest[-1].partition("/")[0] == EVALUATION:
+        raise ConfigError(
+            f"{metric}: the first phase, which learns words, is not judged",
+            place="metric",
+            remedy=f"judge by {name}.{EVALUATION}, of the last phase, or by {name}.{PHASES[0]}.loss",
+        )
     if rest[0] in PHASES and len(rest) > 1:
         return name, rest[0], ".".join(rest[1:])
     return name, PHASES[-1], ".".join(rest)

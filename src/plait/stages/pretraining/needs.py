@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine, Peak, Peaks, Share
 from plait.core.files import read_json
+from plait.data.order import check_enough
 from plait.data.sources import VALIDATION
 from plait.data.speech import RATE
 from plait.objectives.specs import OverViews
@@ -103,7 +104,15 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
         spec: Its settings.
         machine: What this machine can do.
         samples: Pictures of each split that it uses.
+
+    Raises:
+        ConfigError: It cannot be run so: there are fewer pictures than processes, or its parts do not fit together.
     """
+    if "train" in samples:
+        number, place = samples["train"], f"stages.{spec.kind}"
+        check_enough(
+            number, machine.processes, what="training pictures", place=place, remedy="give the data stage more"
+        )
     if spec.qformer is not None:
         return _queries(spec, spec.qformer, machine, samples=samples)
     if isinstance(spec.objective, OverViews):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from plait.core.errors import ConfigError
 from plait.core.estimate import Estimate, Machine
+from plait.data.order import check_enough
 from plait.models import specs
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
@@ -73,6 +74,8 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
 
     known = before["data"].samples if "data" in before else {}
     train = known.get("train", 0)
+    if "train" in known and isinstance(spec.connector, specs.Words):
+        _check_named(spec, train, processes=machine.processes)
     kept = train * (1 + spec.views) + round(train * _CANVASES) * 2
     pictures = kept if spec.cache else _encoded_anew(spec)
     picture, shape = _picture(spec, before), decoder_shape(spec)
@@ -139,6 +142,12 @@ def estimate(spec: Tune, machine: Machine, before: Mapping[str, Estimate]) -> Es
         connectors=of.parameters + sounds.parameters,
         words=_WORDS * shape.d_model if isinstance(spec.connector, specs.Words) else 0,
     )
+
+
+def _check_named(spec: Tune, pictures: int, *, processes: int) -> None:
+    named, more = max(1, round(pictures * spec.words.share)), f"raise words.share above {spec.words.share:g}"
+    what, place = "named pictures in the first phase", f"stages.{spec.kind}.words"
+    check_enough(named, processes, what=what, place=place, remedy=more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,9 +242,13 @@ class SequencePairs(Pairs):
             layer.register_forward_pre_hook(self._tell, with_kwargs=True)
             layer.__dict__["forward"] = partial(self._block, layer.forward)
             self._gather_before(layer)
+            for dropout in (part for part in layer.children() if type(part) is nn.Dropout):
+                dropout.__dict__["forward"] = partial(self._drop, dropout)
         if layers[-1] in here:
-            base.norm.register_forward_hook(self._join)
-            here.append(base.norm)
+            norm = last_norm(base)
+            assert norm is not None, "looked for before anything is cut"
+            norm.register_forward_hook(self._join)
+            here.append(norm)
         for module in (part for layer in here for part in layer.modules()):
             if getattr(module.__dict__.get("forward"), "func", None) != self.of_heads:
                 yield from (w for w in module.parameters(recurse=False) if _is_whole(w))
@@ -297,6 +301,13 @@ class SequencePairs(Pairs):
     def _block(self, forward: Callable[..., Any], *args: Any, row_length: int, **kwargs: Any) -> Any:
         self._pieces = self._of(row_length)
         return forward(*args, **kwargs)
+
+    def _drop(self, module: nn.Dropout, piece: Tensor) -> Tensor:
+        """Dropout of hidden states: of one mask for whole rows, the same in all processes, this one's piece."""
+        if not (module.training and module.p):
+            return piece
+        whole = piece.new_ones(len(piece), self._cutting.length, *piece.shape[2:])
+        return piece * self._cutting.own(functional.dropout(whole, module.p))
 
     def _gather_before(self, block: nn.Module) -> None:
         """Give whole rows to the parts of a block whose matrices are cut by their outputs."""
@@ -358,8 +369,17 @@ def check_pieces(base: Any, cut: set[int]) -> None:
             if weights and not known:
                 kind = f"{type(base).__name__} has at layers.{number}.{name} a {type(module).__name__}"
                 raise _refused(f"{kind}, of which it is not known whether it works position by position")
-    if any(True for _ in base.layers[-1].parameters()) and not _is_norm(getattr(base, "norm", None)):
-        raise _refused(f"{type(base).__name__} has no norm behind its blocks")
+            if type(module) is nn.Dropout and module.p and "." in name and ".lora_" not in name:
+                kind = f"{type(base).__name__} has at layers.{number}.{name} dropout of {module.p:g}"
+                raise _refused(f"{kind}, of which it is not known whether it sees pieces or whole rows")
+    if any(True for _ in base.layers[-1].parameters()) and last_norm(base) is None:
+        raise _refused(f"{type(base).__name__} has not one norm behind its blocks, but none or several")
+
+
+def last_norm(base: Any) -> nn.Module | None:
+    """The norm behind the blocks of a language model; None where there is not just one."""
+    norms = [module for module in base.children() if _is_norm(module)]
+    return norms[0] if len(norms) == 1 else None
 
 
 def _is_norm(module: nn.Module | None) -> bool:

@@ -59,9 +59,11 @@ def divide(model: nn.Module, ranks: DeviceMesh, *, sequence: bool = False) -> fr
     cuts = {
         name: _cuts(base, parts=ranks.size()) for name, base in bases.items()
     }  # all are looked at before one is cut
-    if sequence:
-        for name, base in bases.items():
-            check_pieces(base, {id(module) for module, _ in cuts[name]})
+    for name, base in bases.items():
+        known = {id(module) for module, _ in cuts[name]}
+        if sequence:
+            check_pieces(base, known)
+        _check_whole(base, known)
     partly: set[int] = set()
     for name, base in bases.items():
         pairs = SequencePairs(ranks) if sequence else Pairs(ranks)
@@ -113,6 +115,29 @@ def _cuts(base: Any, *, parts: int) -> list[tuple[nn.Module, str]]:
     if missing := plan.keys() - matched:
         raise _refused(f"{type(base).__name__} has no {min(missing)}, which its family's plan cuts")
     return found
+
+
+def _check_whole(base: Any, cut: set[int]) -> None:
+    """See that inside the parts of a block nothing learns on a process's share alone, for its gradient is not summed.
+
+    What stands beside the parts of a block, such as its norms, computes the whole stream in every process.
+
+    Args:
+        base: A language model with ``layers``, of which nothing is cut yet.
+        cut: Modules that are cut, or work on the heads of one that is, by ``id``.
+
+    Raises:
+        ConfigError: Something may.
+    """
+    for number, block in enumerate(base.layers):
+        for part, top in block.named_children():
+            if not any(id(module) in cut for module in top.modules()):
+                continue
+            for path, module in top.named_modules(prefix=part):
+                weights = any(True for _ in module.parameters(recurse=False))
+                if weights and id(module) not in cut and ".lora_" not in path:
+                    kind = f"{type(base).__name__} has at layers.{number}.{path} a {type(module).__name__}"
+                    raise _refused(f"{kind} with weights, of which its family's plan does not say how they are cut")
 
 
 def _refused(cause: str) -> ConfigError:

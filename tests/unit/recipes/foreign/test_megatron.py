@@ -144,6 +144,10 @@ def test_pieces_of_rows_come_with_divided_matrices(tmp_path: Path) -> None:
     assert rows(alone)["--sequence-parallel"][0] == "as it is"
     both = "--sequence-parallel --tensor-model-parallel-size 2 --context-parallel-size 2"
     assert rows(imported(tmp_path, both, name="args.txt"))["--sequence-parallel"][0] == "not mapped"
+    parent = tmp_path / "parent.yaml"
+    parent.write_text("extends: quickstart\nstages: {tune: {trainer: {parallel: {tensor: 2}}}}\n")
+    onto = imported(tmp_path, "--sequence-parallel --lr 1", name="args.txt", extends=str(parent))
+    assert stage(tmp_path, onto).trainer.parallel.sequence
 
 
 def test_yaml_with_groups_is_read(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ VIT = "set={stages.pretrain.image_tower: {kind: vit}}"
         ("pretrain.evaluation/contrast", [Q_FORMER, "stages.pretrain.text_tower=[a, b]"], "", ""),
         ("pretrain.evaluation", [SAID, f"{SPOKEN}.speeds=[[150], [170, 190]]"], "the sounds", "alone"),
         ("pretrain.evaluation/contrastive", [SAID, f"{SPOKEN}.speeds=[[150], [170, 190]]"], "", ""),
-        ("pretrain.evaluation", [SAID, f"{SPOKEN}.takes=[1, 2]"], "", ""),
+        ("pretrain.evaluation", [SAID, f"{SPOKEN}.takes=[1, 2]"], "other sounds would judge", "evaluation/contrastive"),
     ],
 )
 def test_what_moves_the_value_that_judges_is_not_searched(
@@ -290,7 +290,10 @@ def test_decoders_of_one_tokenizer_are_searched(tmp_path: Path) -> None:
     [
         ("align.evaluation/accuracy", ""),
         ("align.loss/accuracy", ""),
-        ("align.evaluation_training", ""),
+        ("align.evaluation_training", "judge by align.evaluation, of the validation split"),
+        ("tune.words.evaluation_training", "judge by tune.evaluation, of"),
+        ("tune.words.evaluation", "which learns words, is not judged"),
+        ("tune.evaluation_training/text", "judge by tune.evaluation, of"),
         ("align.accuracy", "a score of a test split"),
         ("align.test/evaluation", "a score of a test split"),
         ("align.retrieval", "a score of a test split"),
@@ -311,6 +314,7 @@ def test_more_of_some_terms_is_better() -> None:
         return load_sweep("quickstart", ["stages.align.lr=[1e-4, 3e-4]", *words]).direction
 
     assert found("metric=align.evaluation/accuracy") == found("metric=align.evaluation/margin") == "maximize"
+    assert found("metric=align.tokens_per_s") == "maximize"
     assert found("metric=align.evaluation") == found("metric=align.evaluation/dpo") == "minimize"
     assert found("metric=align.evaluation/accuracy", "direction=minimize") == "minimize"
 

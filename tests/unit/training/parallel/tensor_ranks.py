@@ -19,8 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -53,6 +57,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "Gemma 3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, head_dim=8, layer_types=["full_attention"] * 2, sliding_window=16)
     ),
+    "Phi, dropout of hidden states": lambda: PhiForCausalLM(PhiConfig(**SIZES, resid_pdrop=0.3, embd_pdrop=0.2)),
+    "GPT-NeoX, dropout of hidden states": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, hidden_dropout=0.3)),
 }
 
 
@@ -69,8 +75,10 @@ def built(family: str, *, lora: bool = False) -> nn.Module:
 
 def loss_of(model: Any) -> Tensor:
     ids = torch.randint(0, 37, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)  # of dropout
     hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    return -token_logprobs(model.lm_head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), scores=74).sum()
+    head = model.get_output_embeddings()
+    return -token_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), scores=74).sum()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_families_give_the_losses_and_gradients_of_one_process(case: Case) -> No
             assert loss <= bound, (name, log)
             assert gradient <= bound, name
             assert norm <= bound, name
-    assert [len(ranks[0]) for ranks in found.values()] == [2, 8]
+    assert [len(ranks[0]) for ranks in found.values()] == [2, 10]
 
 
 @pytest.mark.row("S4-65")
@@ -253,13 +253,16 @@ def test_a_run_goes_on_in_another_layout_after_every_step(case: Case) -> None:
 def test_what_may_work_across_positions_is_refused_before_anything_is_cut(two: DeviceMesh) -> None:
     inside = LlamaForCausalLM(config(2))
     inside.model.layers[1].add_module("mixed", nn.Conv1d(96, 96, 3))
+    dropping = LlamaForCausalLM(config(1))
+    dropping.model.layers[0].mlp.add_module("dropout", nn.Dropout(0.1))
     bare = LlamaForCausalLM(config(1))
     bare.model.norm = nn.Identity()
     reading = LlamaForCausalLM(config(1))
     reading.model.layers[0] = ReadingLayer(reading.model.layers[0], None)
     cases = {
         "LlamaModel has at layers.1.mixed a Conv1d, of which it is not known": inside,
-        "LlamaModel has no norm behind its blocks": bare,
+        "LlamaModel has at layers.0.mlp.dropout dropout of 0.1": dropping,
+        "LlamaModel has not one norm behind its blocks": bare,
         "LlamaModel reads media inside its blocks": reading,
     }
     for said, model in cases.items():

@@ -10,7 +10,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from tests.rank_script import cases_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from plait.core.errors import ConfigError
 from plait.training.parallel.tensor import divide
@@ -35,7 +44,7 @@ def test_families_give_the_losses_and_gradients_of_one_process(cases: dict[str, 
             assert gradient <= (1e-5 if name.startswith("Gemma") else 1e-12), name  # its norms are in float32
             assert norm <= 1e-12, name
             assert held <= (0.6 if name.endswith("2") else 0.35), name
-    assert len(found) == 9
+    assert len(found) == 11
 
 
 @pytest.mark.row("S2-29")
@@ -94,6 +103,10 @@ class Ranks(DeviceMesh):
                 LlamaForCausalLM(LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4)),
             ),
             "an adapter of another kind than plain LoRA at a Linear",
+        ),
+        (
+            lambda: ApertusForCausalLM(ApertusConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4)),
+            "ApertusModel has at layers.0.mlp.act_fn a XIELUActivation with weights",
         ),
     ],
 )
