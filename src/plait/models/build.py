@@ -145,6 +145,7 @@ def _vit(spec: specs.ViT) -> ViTSizes:
         class_token=spec.class_token,
         registers=spec.registers,
         pool="class" if spec.class_token else "mean",
+        patch_dropout=spec.patch_dropout,
     )
 
 

@@ -45,7 +45,7 @@ class MaskedAutoencoder(nn.Module):
             better.
 
     Raises:
-        ConfigError: The tower has relative positions, or the width is no multiple of 4.
+        ConfigError: The tower has relative positions or drops patches, or the width is no multiple of 4.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class MaskedAutoencoder(nn.Module):
                 place="relative",
                 remedy="use absolute positions (learned, sincos, row_column)",
             )
+        _check_keeps(tower)
         self.tower, self.normalized = tower, normalized
         self.narrow = nn.Linear(tower.d_out, d)
         self.mask = nn.Parameter(torch.empty(d))
@@ -118,10 +119,14 @@ class MaskedCells(nn.Module):
     Args:
         tower: Sees the whole grid; relative positions are welcome.
         codes: How many there are.
+
+    Raises:
+        ConfigError: The tower drops patches.
     """
 
     def __init__(self, tower: VisionTransformer, *, codes: int) -> None:
         super().__init__()
+        _check_keeps(tower)
         self.tower = tower
         self.mask = nn.Parameter(torch.empty(tower.d_out))
         nn.init.trunc_normal_(self.mask, std=0.02)
@@ -136,6 +141,15 @@ class MaskedCells(nn.Module):
         pixels, hidden, _ = _read(self.tower, batch, some=False)
         found = self.tower.tokens(pixels, masked=hidden, mask=self.mask)
         return self.head(found[:, self.tower.prefix :][hidden])
+
+
+def _check_keeps(tower: VisionTransformer) -> None:
+    if tower.sizes.patch_dropout:
+        raise ConfigError(
+            f"patch_dropout is {tower.sizes.patch_dropout:g}, and hidden cells would be among what is dropped",
+            place="patch_dropout",
+            remedy="set it to 0: how much is hidden says the mask",
+        )
 
 
 def _read(

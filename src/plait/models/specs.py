@@ -114,6 +114,9 @@ class ViT(Part):
     """Share of what each part adds that is dropped while training."""
     drop_path: Share = 0.0
     """Share of pictures for which the last block is skipped while training; earlier ones less."""
+    patch_dropout: Share = 0.0
+    """Share of the patches of each picture that is left out while training (FLIP): blocks take about that much less
+    time and memory. Not with relative positions."""
 
 
 class ResNet(Part):

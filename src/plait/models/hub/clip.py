@@ -125,7 +125,7 @@ def config_from(sizes: ClipSizes) -> dict[str, Any]:
             "pad_token_id": None,
         },
     }
-    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path"))
+    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path", "patch_dropout"))
     return record
 
 

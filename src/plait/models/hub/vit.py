@@ -65,7 +65,7 @@ def config_from(sizes: ViTSizes) -> dict[str, Any]:
     """The ``config.json`` of sizes.
 
     Mean and deviation of pixels belong into ``preprocessor_config.json``; what happens to pixels that make no whole
-    patch, and ``drop_path``, have no place in any file of the layout.
+    patch, ``drop_path`` and ``patch_dropout`` have no place in any file of the layout.
 
     Raises:
         CheckpointError: The layout has no place for what these sizes ask for.
@@ -80,7 +80,7 @@ def config_from(sizes: ViTSizes) -> dict[str, Any]:
         "num_channels": 3,
         "qkv_bias": True,
     }
-    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path"))
+    require_same(sizes, sizes_from(record), besides=("mean", "std", "remainder", "drop_path", "patch_dropout"))
     return record
 
 

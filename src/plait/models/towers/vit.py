@@ -45,6 +45,9 @@ class ViTSizes:
         norm_first: A norm before the first block (CLIP).
         patch_bias: Whether the embedding of patches has a bias (CLIP has none).
         num_classes: Width of the classifier; 0: none.
+        patch_dropout: Share of the patches of each picture that is left out while training, drawn anew for every
+            picture: blocks compute the others alone (FLIP, https://arxiv.org/abs/2212.00794). What stands in front of
+            them stays.
         remainder: What happens to pixels that make no whole patch: ``pad`` fills up with the mean color below and to
             the right, ``crop`` cuts them off there, ``error`` refuses the picture.
         mean: Of the pixels, subtracted.
@@ -64,6 +67,7 @@ class ViTSizes:
     norm_first: bool = False
     patch_bias: bool = True
     num_classes: int = 0
+    patch_dropout: float = 0.0
     remainder: Remainder = "pad"
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
@@ -139,10 +143,12 @@ class VisionTransformer(nn.Module):
             Else they are packed, and each sees only itself (NaViT, https://arxiv.org/abs/2307.06304): 0 puts all in one
             row and attends picture by picture, so that nothing is filled up; another number makes rows of so many
             tokens, or as many as the largest has, with a mask: few large operations. Not done where positions are
-            biases of scores (``grid_bias``, ``alibi``), nor, while training, with ``drop_path``, which drops rows.
+            biases of scores (``grid_bias``, ``alibi``), nor, while training, with ``drop_path``, which drops rows, or
+            with ``patch_dropout``.
 
     Raises:
-        ConfigError: It is to pool a class token that it has not.
+        ConfigError: It is to pool a class token that it has not, or to drop patches and has relative positions, which
+            are those of whole grids.
 
     Example:
         >>> from dataclasses import replace
@@ -158,6 +164,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if sizes.pool == "class" and not sizes.class_token:
             raise ConfigError("pool is class, but there is no class token", remedy="set pool to mean")
+        if sizes.patch_dropout and sizes.relative != "none":
+            raise ConfigError(
+                f"patch_dropout is {sizes.patch_dropout:g}, but relative positions ({sizes.relative}) are those of "
+                "whole grids",
+                place="patch_dropout",
+                remedy="use absolute positions (learned, sincos, row_column), or set patch_dropout to 0",
+            )
         self.sizes, self.batch_size, self.row = sizes, batch_size, row
         inner = sizes.transformer
         self.d_out = inner.d
@@ -195,9 +208,13 @@ class VisionTransformer(nn.Module):
         return self._packed(found.values, self.grid_out(media.grid)) if packed else found
 
     def grid_out(self, grid: Int[Tensor, "item 3"]) -> Int[Tensor, "item 3"]:
-        """One token a patch; begun patches count when they are filled up."""
+        """One token a patch; begun patches count when they are filled up. A row of the kept ones where some drop."""
         patch = grid.new_tensor([1, self.sizes.patch, self.sizes.patch])
-        return grid // patch if self.sizes.remainder == "crop" else -(-grid // patch)
+        cells = grid // patch if self.sizes.remainder == "crop" else -(-grid // patch)
+        if not self.drops:
+            return cells
+        kept = [self._kept(rows * columns) for rows, columns in cells[:, 1:].tolist()]
+        return torch.stack([cells[:, 0], torch.ones_like(cells[:, 0]), cells.new_tensor(kept)], dim=1)
 
     def features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """Patches of pictures of one size, without the tokens in front."""
@@ -220,6 +237,21 @@ class VisionTransformer(nn.Module):
         return self.classifier(self.pooled(pixels))
 
     @property
+    def drops(self) -> bool:
+        """Whether patches are left out now."""
+        return self.training and self.sizes.patch_dropout > 0
+
+    def _kept(self, patches: int) -> int:
+        return max(1, round(patches * (1 - self.sizes.patch_dropout)))
+
+    def _some(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b k d"]:
+        """What stands in front, and of each picture's patches those that are kept, in order."""
+        front, patches = self.prefix, x.shape[1] - self.prefix
+        drawn = torch.rand(len(x), patches, device=x.device).argsort(dim=1)[:, : self._kept(patches)]
+        kept = drawn.sort(dim=1).values[..., None].expand(-1, -1, x.shape[2])
+        return torch.cat([x[:, :front], x[:, front:].gather(1, kept)], dim=1)
+
+    @property
     def prefix(self) -> int:
         """Tokens in front of the patches."""
         return self.sizes.class_token + self.sizes.registers
@@ -233,7 +265,7 @@ class VisionTransformer(nn.Module):
         masked: Bool[Tensor, "b n"] | None = None,
         mask: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """All tokens, those in front included: class token, registers, patches.
+        """All tokens, those in front included: class token, registers, patches (those that do not drop).
 
         Args:
             pixels: RGB in 0..1.
@@ -244,7 +276,7 @@ class VisionTransformer(nn.Module):
         """
         x = self.embedded(pixels, masked=masked, mask=mask)
         places = self._places(*self._cells_of(pixels), x)
-        return self.transformer(x, places, weights=weights, hidden=hidden)
+        return self.transformer(self._some(x) if self.drops else x, places, weights=weights, hidden=hidden)
 
     def embedded(
         self,
@@ -282,7 +314,7 @@ class VisionTransformer(nn.Module):
         """Whether these pictures are packed: they differ in size, and ``row`` is set."""
         if self.row is None or self.sizes.relative in ("grid_bias", "alibi"):
             return False
-        if self.training and self.sizes.transformer.drop_path:
+        if self.drops or (self.training and self.sizes.transformer.drop_path):
             return False
         return len(grid[:, 1:].unique(dim=0)) > 1
 

@@ -297,7 +297,7 @@ def _hardness(recipe: Recipe, judge: Judge) -> Any:
 
 
 def _drops(part: object) -> dict[str, Any]:
-    return {name: rate for name in ("dropout", "drop_path") if (rate := getattr(part, name, 0.0))}
+    return {name: rate for name in ("dropout", "drop_path", "patch_dropout") if (rate := getattr(part, name, 0.0))}
 
 
 MEASURES: tuple[Measure, ...] = (

@@ -1,6 +1,9 @@
 """The vision transformer: patches, positions, pictures of any size."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,10 @@ from hypothesis import strategies as st
 from plait.core.errors import ConfigError, DataError
 from plait.core.protocols import Encoder
 from plait.core.tensors import Patches
+from plait.models import specs
+from plait.models.build import build_encoder
+from plait.models.masked_images import MaskedAutoencoder, MaskedCells
+from plait.models.measure import account
 from plait.models.ragged import packed_rows
 from plait.models.towers.vit import (
     PatchEmbedding,
@@ -218,3 +225,67 @@ def test_packed_rows_give_every_token_back(lengths: list[int], row: int) -> None
         for s in range(1, int(packed.segment_ids[r].max()) + 1)
     }
     assert found == items
+
+
+# --- patches left out while training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["learned", "sincos", "row_column"])
+@pytest.mark.parametrize("front", [{}, {"registers": 2}, {"class_token": False, "pool": "mean"}])
+def test_dropped_patches_are_as_if_they_were_not_there(kind: str, front: dict[str, Any]) -> None:
+    model = tower(replace(KINDS[kind], patch_dropout=0.5, **front)).train()
+    pixels = torch.rand(3, 3, 12, 16)
+    torch.manual_seed(5)
+    found = model.tokens(pixels)
+    torch.manual_seed(5)
+    kept = torch.rand(3, 12).argsort(1)[:, :6].sort(1).values
+    whole = model.embedded(pixels)
+    for picture, places in enumerate(kept):
+        rows = torch.cat([torch.arange(model.prefix), model.prefix + places])
+        alone = model.transformer(whole[picture : picture + 1, rows])
+        torch.testing.assert_close(found[picture], alone[0], atol=1e-6, rtol=1e-5)
+    assert len({tuple(places.tolist()) for places in kept}) == 3, "each picture has its own"
+
+
+def test_a_tower_says_how_many_patches_it_keeps_and_keeps_all_once_it_has_learned() -> None:
+    model = tower(replace(TINY, patch_dropout=0.6), seed=1)
+    media = ragged(torch.rand(12, 12, 3), torch.rand(8, 20, 3), torch.rand(4, 4, 3))
+    whole = tower(TINY, seed=1)(media)
+    torch.testing.assert_close(model(media).values, whole.values)
+    found = model.train()(media)
+    assert found.grid.tolist() == [[1, 1, 4], [1, 1, 4], [1, 1, 1]]  # of 9, 10 and one; one is always left
+    assert torch.equal(found.grid, model.grid_out(media.grid))
+    assert len(found.values) == 9
+    rows = VisionTransformer(model.sizes, row=0).train()(media)  # not packed while patches drop
+    assert torch.equal(rows.grid, found.grid)
+
+
+@pytest.mark.parametrize("relative", ["rope", "grid_bias", "alibi"])
+def test_patches_are_not_dropped_under_relative_positions(relative: Any) -> None:
+    with pytest.raises(ConfigError, match="are those of whole grids") as error:
+        VisionTransformer(replace(TINY, position="none", relative=relative, patch_dropout=0.5))
+    assert error.value.place == "patch_dropout"
+
+
+def test_what_drops_out_costs_nothing_in_the_blocks() -> None:
+    """Counted operations: those of the embedding for all patches, those of the blocks for the kept ones."""
+    spec = specs.ViT(size=64, patch=4, d=32, depth=2, heads=2, class_token=False)
+    whole, half = (
+        account(lambda rate=rate: build_encoder(spec.model_copy(update={"patch_dropout": rate})), 64)
+        for rate in (0.0, 0.5)
+    )
+    d, patches = 32, 256
+
+    def flops(tokens: int) -> int:
+        blocks = 2 * (2 * tokens * 12 * d * d + 4 * tokens * tokens * d)
+        return 2 * patches * 48 * d + blocks
+
+    assert (whole.flops, half.flops) == (flops(256), flops(128))
+    assert half.kept_bytes < 0.6 * whole.kept_bytes
+    assert (whole.tokens, half.tokens) == (256, 128)
+
+
+@pytest.mark.parametrize("build", [MaskedAutoencoder, partial(MaskedCells, codes=5)])
+def test_a_tower_that_drops_patches_learns_from_no_hidden_ones(build: Callable[[VisionTransformer], object]) -> None:
+    with pytest.raises(ConfigError, match="hidden cells would be among what is dropped"):
+        build(VisionTransformer(replace(TINY, patch_dropout=0.5)))
