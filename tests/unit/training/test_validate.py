@@ -16,6 +16,7 @@ from torch import nn
 from plait.core.errors import ConfigError, DataError
 from plait.core.files import read_jsonl
 from plait.core.tensors import IGNORE, Batch
+from plait.data.sources import JUDGED_SEED
 from plait.objectives.contrastive import Contrastive
 from plait.objectives.matching import QueryTasks
 from plait.training.settings import Settings, Stopping, judged
@@ -151,5 +152,5 @@ def test_a_recipe_says_when_and_how_long() -> None:
     trainer = Trainer(validation=Validate(every=7, samples=9, patience=2, least_gain=0.1))
     found = Settings(steps=1, compute=CPU).with_trainer(trainer, lr=0.1)
     assert found.stopping == Stopping(every=7, patience=2, least_gain=0.1)
-    assert found.plain()["context"]["validation"] == {"samples": 9}
+    assert found.plain()["context"]["validation"] == {"samples": 9, "seed": JUDGED_SEED}
     assert Settings(steps=1, compute=CPU).with_trainer(Trainer(), lr=0.1).stopping is None
