@@ -31,7 +31,21 @@ from plait.training.trainer import Parallel
 WHOLE = Way(name="all learns", whole=True, kv_heads=4)
 TARGETS = {"none": ("q_proj", "o_proj", "down_proj"), "full": ("q_proj", "o_proj")}
 """Matrices that have adapters, where blocks are recomputed so."""
+PIECES: dict[str, Any] = {"tensor": 2, "sequence": True}
+BESIDE = [
+    Way(name="ZeRO-3, all kept", zero=3, grid=PIECES, whole=True, kv_heads=4),
+    Way(
+        name="pipeline 2, some recomputed",
+        grid=PIECES | {"pipeline": 2},
+        whole=True,
+        kv_heads=4,
+        more={"recompute": "selective"},
+    ),
+]
+"""Layouts beside those of the benchmark."""
 TRIED = {
+    "ZeRO-3, all kept": ((4, 2),),
+    "pipeline 2, some recomputed": ((4, 2),),
     "tensor 2, sequence, one conversation a row": ((4, 2),),
     "tensor 2, sequence, SGD, clipped": ((2, 2),),
     "tensor 2, sequence, ZeRO-3, all recomputed": ((4, 2),),
@@ -139,7 +153,7 @@ def sent(_: Path) -> dict[str, Any]:
 
 def equal(root: Path) -> dict[str, Any]:
     """How far several processes end from one."""
-    known = {way.name: way for way in ways()}
+    known = {way.name: way for way in [*ways(), *BESIDE]}
     return {
         f"{name}, {world} processes": compared(known[name], root / f"{name} {world}", world=world, pieces=pieces)
         for name, cases in TRIED.items()

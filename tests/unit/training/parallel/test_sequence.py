@@ -230,7 +230,7 @@ def test_processes_end_where_one_does(case: Case) -> None:
         assert all(isinstance(one, float) and one <= BOUNDS["float64"] for one in distances), (name, distances, log)
         assert max(distances) <= 1e-11, name
         assert len(set(distances)) == 1, f"{name}: processes end apart: {distances}"
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 @pytest.mark.row("S2-31")
