@@ -13,6 +13,7 @@ from PIL import Image
 
 from plait.assembly.dual import load_dual
 from plait.assembly.towers import load_image_tower
+from plait.core import mesh
 from plait.core.errors import CheckpointError, ConfigError
 from plait.core.estimate import Estimate, Machine
 from plait.core.events import Event, Events
@@ -20,6 +21,7 @@ from plait.core.files import read_done, read_json, read_jsonl
 from plait.core.tensors import Patches
 from plait.data.shards import ShardReader
 from plait.stages.pretrain import Pretrain
+from plait.stages.pretraining.outcome import say_pieces
 
 MACHINE = Machine(cores=2, memory_bytes=2**33, disk_bytes=2**35, gemm_fp32=1e11, gemm_bf16=1e11, measured=True)
 VIT = {"kind": "vit", "size": 16, "patch": 8, "d": 16, "depth": 1, "heads": 2}
@@ -301,6 +303,16 @@ def test_batch_norm_in_micro_batches_is_warned_of(data_stage: Path, tmp_path: Pa
         data_stage, tmp_path / "run", settings | {"steps": 1}, image_tower=TOWERS["resnet"], trainer={"micro_batch": 4}
     )
     assert any("batch norms take their statistics from 4 pairs at a time" in text for text in said)
+
+
+@pytest.mark.parametrize("what", ["pairs", "pictures"])
+def test_batch_norm_in_several_processes_is_warned_of(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "world", lambda: 3)
+    said: list[str] = []
+    for model in (torch.nn.BatchNorm2d(2), torch.nn.LayerNorm(2)):
+        say_pieces(model, 8, 0, events=Events(listeners=(lambda event: said.append(event.text),)), what=what)
+    (warning,) = said
+    assert warning.startswith(f"1 batch norms take their statistics from the {what} of each of 3 processes")
 
 
 def test_a_stopped_run_may_go_on_in_smaller_pieces(data_stage: Path, tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from plait.core import mesh
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.files import write_json
@@ -53,15 +54,21 @@ def say_pieces(model: nn.Module, batch: int, micro: int, *, events: Events, what
         events: Told.
         what: Is in a batch.
     """
-    if not 0 < micro < batch:
-        return
-    pieces = -(-batch // micro)
-    events.note(f"each batch of {batch:,} {what} is embedded {micro:,} at a time, in {pieces:,} micro-batches")
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    if norms := sum(isinstance(module, kinds) for module in model.modules()):
+    norms = sum(isinstance(module, kinds) for module in model.modules())
+    like = "as it is of a tower with layer norms (vit, swin)"
+    if 0 < micro < batch:
+        pieces = -(-batch // micro)
+        events.note(f"each batch of {batch:,} {what} is embedded {micro:,} at a time, in {pieces:,} micro-batches")
+        if norms:
+            events.warning(
+                f"{norms} batch norms take their statistics from {micro:,} {what} at a time: the gradient is not that "
+                f"of {batch:,} at once, {like}"
+            )
+    elif norms and mesh.world() > 1:
         events.warning(
-            f"{norms} batch norms take their statistics from {micro:,} {what} at a time: the gradient is not that of "
-            f"{batch:,} at once, as it is of a tower with layer norms (vit, swin)"
+            f"{norms} batch norms take their statistics from the {what} of each of {mesh.world()} processes: the "
+            f"gradient is not that of one process, {like}"
         )
 
 

@@ -27,7 +27,6 @@ from plait.data.pair_batches import StoredPixels
 from plait.data.view_batches import ShardPictures, ViewBatches
 from plait.evaluation.picture_neighbors import NeighborResult, NeighborTask, Shown, compare, neighbor_tasks, said
 from plait.objectives.build import OfViews, over_views
-from plait.objectives.momentum import batch_norms
 from plait.objectives.specs import MoCo, OverViews
 from plait.stages.fitting import fit_ahead
 from plait.stages.pretrain import TESTS, Pretrain
@@ -141,11 +140,6 @@ def learn_views(spec: Pretrain, data: Path, *, folder: Path, events: Events) -> 
     if isinstance(objective, nn.Module):
         objective.to(compute.device)
     outcome.say_pieces(model, batches.batch_size, batches.micro_batch, events=events, what="pictures")
-    if mesh.world() > 1 and (norms := batch_norms(model)):
-        events.warning(
-            f"{len(norms)} batch norms take their statistics from the pictures of each of {mesh.world()} processes: "
-            "the gradient is not that of one process, as it is of a tower with layer norms (vit, swin)"
-        )
     fitted = _fit(run, objective, batches, settings=settings)
     return mesh.first(partial(_summary, run, fitted, settings.steps))
 
