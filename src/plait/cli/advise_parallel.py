@@ -97,6 +97,12 @@ def _shape(folder: Path) -> DecoderShape:
     from plait.core.errors import ConfigError
     from plait.training.cost import DecoderShape
 
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "there is no config.json",
+            place=str(folder),
+            remedy="give the folder of a decoder in Hugging Face's layout, or leave --decoder out",
+        )
     if (shape := DecoderShape.of_folder(folder)) is None:
         raise ConfigError(
             "no decoder of LLaMA's kin: sizes have other names",

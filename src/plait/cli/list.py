@@ -7,7 +7,17 @@ from typing import Any, get_args
 
 from plait.cli.output import Out
 
-KINDS = ("encoders", "connectors", "decoders", "fusions", "positions", "objectives", "optimizers", "schedules")
+KINDS = (
+    "encoders",
+    "connectors",
+    "decoders",
+    "fusions",
+    "positions",
+    "objectives",
+    "optimizers",
+    "schedules",
+    "recipes",
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +35,8 @@ def main(args: argparse.Namespace, out: Out) -> int:
             width = max(len(part["name"]) for part in group)
             for part in group:
                 where = f"  [{part['where']}]" if "where" in part else ""
-                out.line(f"  {part['name']:<{width}}  {part['about']}  {part['source']}{where}")
+                source = f"  {part['source']}" if part["source"] else ""
+                out.line(f"  {part['name']:<{width}}  {part['about']}{source}{where}")
     out.result(found)
     return 0
 
@@ -63,7 +74,19 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         ],
         "optimizers": _parts(optim.Optimizer),
         "schedules": _parts(schedule.Schedule),
+        "recipes": _recipes(),
     }
+
+
+def _recipes() -> list[dict[str, Any]]:
+    """The shipped ones, by the comment that begins each."""
+    from plait.recipes.recipe import shipped
+
+    found: list[dict[str, Any]] = []
+    for name, path in sorted(shipped().items()):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        found.append({"name": name, "about": first.lstrip("# ").rstrip("."), "source": "", "made_by": str(path)})
+    return found
 
 
 def _parts(union: Any) -> list[dict[str, Any]]:

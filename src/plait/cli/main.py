@@ -6,9 +6,11 @@ import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from types import ModuleType
 from typing import NoReturn
 
@@ -30,7 +32,7 @@ VERBS: dict[str, str] = {
     "sweep": "search over a recipe's settings, trials ending early; then one run of the best, with test scores",
     "runs": "list runs, show one, or compare several",
     "track": "send the records of a run to its trackers, or to another",
-    "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions",
+    "list": "list what a model may be made of: encoders, connectors, decoders, fusions, positions, recipes",
     "advise": "say which encoder, or which layout of several processes: from costs counted or measured, with reasons",
     "config": "print the recipe schema, explain a setting, or show a resolved recipe",
     "study": "try claims of the field on small models: positions, fusion, attention, connectors, encoders",
@@ -50,7 +52,22 @@ class _Parser(argparse.ArgumentParser):
     """Faults of usage are reported like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, place=f"{self.prog} ...", remedy=f"see `{self.prog} --help`")
+        raise UsageError(message, place=f"{self.prog} ...", remedy=f"{_meant(message)}see `{self.prog} --help`")
+
+
+_ELSEWHERE = {"compare": "runs compare", "show": "runs show", "fetch": "data fetch", "train": "run", "eval": "run"}
+"""Verb that a person may try first → where it is."""
+
+
+def _meant(message: str) -> str:
+    """What an unknown verb or choice may have meant; "" if nothing is near."""
+    if (found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)) is None:
+        return ""
+    word, known = found[1], re.findall(r"'([^']*)'", found[2])
+    if "runs" in known and word in _ELSEWHERE:
+        return f"`plait {_ELSEWHERE[word]}`; "
+    near = get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def build_parser(verbs: Iterable[str] = VERBS) -> argparse.ArgumentParser:

@@ -47,7 +47,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=0,
         metavar="N",
         help="plan for N processes on this machine, which share the work as trainer.parallel says (default: 1, or as "
         "many as torchrun started)",
@@ -147,7 +146,7 @@ def _processes(args: argparse.Namespace) -> int:
     """
     from plait.core.errors import UsageError
 
-    if args.processes < 0:
+    if args.processes is not None and args.processes < 1:
         raise UsageError(f"--processes is {args.processes}", place="--processes", remedy="give 1 or more")
     count = args.processes or processes()
     if count > 1 and args.probe:

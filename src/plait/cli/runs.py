@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +92,32 @@ def _compare(names: list[str], root: Path, *, page: Path | None, out: Out) -> in
 
 
 def _list(root: Path, out: Out) -> int:
+    from plait.cli.run_tables import aligned
     from plait.core.errors import PlaitError
     from plait.recipes.run import summary
+    from plait.report.folder import RunFolder
 
     results: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    unreadable: list[str] = []
     for folder in sorted(p.parent for p in root.glob("*/recipe.yaml") if not p.parent.is_symlink()):
         try:
             result = summary(folder)
         except PlaitError as fault:  # one run that cannot be read does not hide the others
-            out.line(f"{folder.name:<24} unreadable: {fault}")
+            unreadable.append(f"{folder.name}: unreadable: {fault}")
             results.append({"name": folder.name, "error": fault.as_dict()})
             continue
+        run = RunFolder(folder)
+        begun = next((event["time"] for event in run.events if "time" in event), None)
+        result |= {"state": run.state, "begun": begun}
         done = sum(s["state"] == "done" for s in result["stages"])
-        out.line(f"{result['name']:<24} {done}/{len(result['stages'])} stages done")
+        when = "-" if begun is None else f"{datetime.fromtimestamp(begun):%Y-%m-%d %H:%M}"
+        rows.append([result["name"], result["recipe"], f"{done}/{len(result['stages'])} stages", run.state, when])
         results.append(result)
+    for line in aligned([["run", "recipe", "done", "state", "begun"], *rows]) if rows else []:
+        out.line(line)
+    for line in unreadable:
+        out.line(line)
     if not results:
         out.line(f"no runs in {root.absolute()}; start one with `plait run quickstart`")
     out.result(results)

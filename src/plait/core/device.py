@@ -277,9 +277,10 @@ def setup(*, device: str = "auto", dtype: str = "auto", threads: int = 0) -> Com
     chosen_dtype, why_dtype = choose_dtype(chosen_device, dtype)
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if threads:
-        count, why_threads = threads, f"{threads} threads, as asked for"
+        count, why_threads = threads, f"{_threads(threads)}, as asked for"
     elif wanted.isdigit() and int(wanted) > 0:
-        count, why_threads = int(wanted), f"{wanted} threads, as OMP_NUM_THREADS says"
+        count = int(wanted)
+        why_threads = f"{_threads(count)}, as OMP_NUM_THREADS says"
     else:
         probe = probe_threads(chosen_dtype if chosen_device == "cpu" else "float32", usable_cores())
         count, why_threads = probe.threads, probe.why
@@ -287,6 +288,10 @@ def setup(*, device: str = "auto", dtype: str = "auto", threads: int = 0) -> Com
     return Compute(
         device=chosen_device, dtype=chosen_dtype, threads=count, why=(f"{chosen_dtype}: {why_dtype}", why_threads)
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
 
 
 def machine(folder: Path, *, probe: bool = True) -> Machine:

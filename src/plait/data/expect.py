@@ -149,6 +149,8 @@ def expect_pairs(choice: PairsChoice) -> Expected:
             first = first or f"{line.image}: {fault.cause if isinstance(fault, DataError) else fault.strerror}"
             continue
         usable += 1
+    if not rows:
+        raise DataError("there are no rows", place=str(choice.path), remedy="write a line for each picture")
     if usable < max(choice.min_rows, 1):
         raise DataError(
             f"{usable:,} of {rows:,} rows name a picture that is there, at least {max(choice.min_rows, 1):,} are needed"

@@ -15,7 +15,7 @@ from plait.assembly.fit import SQUARE
 from plait.assembly.language import language_of
 from plait.assembly.multimodal import Multimodal, build_multimodal
 from plait.core.device import seed_everything
-from plait.core.errors import DataError
+from plait.core.errors import DataError, NumericsError
 from plait.core.events import Events
 from plait.core.files import write_json
 from plait.core.tensors import Patches
@@ -80,7 +80,8 @@ def show_answers(
 ) -> None:
     """Answer a few questions while a model trains: all go to ``samples/<step>.json``, and one of them is said.
 
-    The file is written as a whole, so that a step that is repeated after a resume repeats it.
+    The file is written as a whole, so that a step that is repeated after a resume repeats it. A model whose scores are
+    not numbers answers nothing, which is warned of: what to do about it is the training loop's to decide.
 
     Args:
         engine: Of the model as it is now.
@@ -93,6 +94,11 @@ def show_answers(
     """
     asked = [(split, sample) for split, samples in shown.items() for sample in samples]
     requests = [Request(id=sample.id, turns=sample.turns[:-1], max_new_tokens=longest) for _, sample in asked]
+    try:
+        answers = engine(requests) if requests else ()
+    except NumericsError as fault:
+        asked, answers = [], ()
+        events.warning(f"{phase}, step {step}: it answers nothing: {fault.cause}")
     records = [
         {
             "id": sample.id,
@@ -103,7 +109,7 @@ def show_answers(
             "target": sample.text("assistant"),
             "answer": answer.text.strip(),
         }
-        for (split, sample), answer in zip(asked, engine(requests) if requests else (), strict=True)
+        for (split, sample), answer in zip(asked, answers, strict=True)
     ]
     (folder / "samples").mkdir(exist_ok=True)
     write_json(folder / "samples" / f"{step:06d}.json", {"step": step, "phase": phase, "samples": records})

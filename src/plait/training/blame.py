@@ -20,6 +20,9 @@ from plait.training.contrast import join
 from plait.training.generators import rng_kept
 from plait.training.smaller import rows_apart, samples_of_rows
 
+_LARGE = 1e4
+"""A weight beyond this has run away: those of trained models stay below some hundreds."""
+
 _PARTED = 3
 """Rows whose samples are told apart, where a loss is looked into."""
 
@@ -34,15 +37,19 @@ class NotFinite:
         module: The first module with an output that is not finite; empty where none has (the loss itself is not).
         given: Whether it was given numbers that are not finite.
         samples: The samples whose part of a pass is not finite, as far as they can be told apart.
+        grown: A weight that learns and has grown out of all proportion, with its largest number; "" if none has.
     """
 
     module: str
     given: bool
     samples: tuple[str, ...]
+    grown: str = ""
 
     def __str__(self) -> str:
         if not self.module:
             return "every module's output is finite: the loss itself is not"
+        if self.grown:
+            return f"first in {self.module}; {self.grown}: lower the learning rate"
         return f"first in {self.module}" + (", which was given such numbers: look at the data" if self.given else "")
 
 
@@ -67,7 +74,7 @@ def not_finite(model: nn.Module, objective: Objective, micro: Sequence[Batch], *
                     first = first or next(iter(seen), None)
                     samples += part.sample_ids
     module, given = first or ("", False)
-    return NotFinite(module=module, given=given, samples=tuple(samples))
+    return NotFinite(module=module, given=given, samples=tuple(samples), grown=_grown(model))
 
 
 def losses(
@@ -148,6 +155,19 @@ def gradients(
                 if not _all_finite(grads):
                     samples += part.sample_ids
     return names, samples
+
+
+def _grown(model: nn.Module) -> str:
+    worst, where = _LARGE, ""
+    for name, weight in model.named_parameters():
+        held = dtensors.local(weight).detach()
+        if weight.requires_grad and held.numel():
+            largest = float(held.abs().max())
+            if not largest <= worst:  # also where it is no number
+                worst, where = largest, name
+                if largest != largest:
+                    break
+    return f"{where} has grown to {worst:.1e}" if where else ""
 
 
 def _all_finite(grads: Iterable[Tensor | None]) -> bool:

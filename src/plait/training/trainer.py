@@ -149,7 +149,8 @@ class Parallel(Spec):
                 raise ConfigError(
                     f"tensor is {self.tensor}, and the decoder has {count} {name}, which cannot be dealt out evenly",
                     place="trainer.parallel.tensor",
-                    remedy="set a divisor",
+                    remedy=f"set a divisor of {heads} heads and {kv_heads} heads of keys: "
+                    + ", ".join(str(n) for n in range(1, kv_heads + 1) if not (heads % n or kv_heads % n)),
                 )
         if self.context_attention == "ulysses" and self.context > 1 and heads % (self.context * self.tensor):
             raise ConfigError(

@@ -64,3 +64,10 @@ def test_what_a_model_may_be_trained_by(capsys: pytest.CaptureFixture[str], kind
 def test_an_unknown_kind_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "things"]) == 2
     assert "encoders" in capsys.readouterr().err
+
+
+def test_shipped_recipes_come_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "recipes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recipes"]
+    assert {"quickstart", "simclr", "compose-blip2"} <= {part["name"] for part in found}
+    assert all(part["about"] for part in found)

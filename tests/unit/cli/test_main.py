@@ -40,6 +40,21 @@ def test_usage_faults_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "usage"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "a", "b"], "`plait runs compare`"),
+        (["plann"], "did you mean 'plan'?"),
+        (["list", "encoder"], "did you mean 'encoders'?"),
+    ],
+)
+def test_what_an_unknown_verb_may_have_meant_is_said(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_typo_in_a_recipe_exits_3_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstat"]) == 3
     assert "did you mean 'quickstart'" in capsys.readouterr().err

@@ -237,6 +237,7 @@ def test_under_torchrun_the_first_process_plans_for_all(
     ("words", "said"),
     [
         (["--processes", "-1"], "--processes is -1"),
+        (["--processes", "0"], "--processes is 0"),
         (["--processes", "2", "--probe"], "--probe runs steps in one process, and 2 are planned"),
     ],
 )

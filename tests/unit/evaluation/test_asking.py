@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,10 +13,12 @@ from PIL import Image
 
 from plait.adapters.lora import Lora, attach
 from plait.assembly.multimodal import Multimodal, load_multimodal, save_multimodal
-from plait.core.errors import DataError
-from plait.core.types import Answer, MediaRef, Sample, Text, Turn
-from plait.evaluation.asking import blanked, collect, untuned, white_pictures
+from plait.core.errors import DataError, NumericsError
+from plait.core.events import Events
+from plait.core.types import Answer, Completion, MediaRef, Request, Sample, Text, Turn
+from plait.evaluation.asking import blanked, collect, show_answers, untuned, white_pictures
 from plait.inference.build import encode_pictures
+from plait.inference.engine import Engine
 
 
 def sample(*refs: MediaRef) -> Sample:
@@ -51,6 +55,22 @@ def test_a_white_picture_is_encoded_as_a_file_with_one_would_be(tiny_model: Mult
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.grid, expected.grid)
     assert white_pictures(tiny_model, dtype=torch.float16)([REF]).values.dtype == torch.float16
+
+
+def test_a_model_whose_scores_are_no_numbers_shows_no_answers_and_training_decides(tmp_path):
+    class Broken(Engine):
+        def __init__(self) -> None: ...
+
+        def __call__(self, requests: Sequence[Request]) -> list[Completion]:
+            raise NumericsError("the scores of token 1 of the answer are not numbers", place=requests[0].id)
+
+    said: list[tuple[str, str]] = []
+    events = Events(None)
+    events.emit = lambda kind, text, **_: said.append((kind, text))
+    show_answers(Broken(), {"train": [sample(REF)]}, step=3, phase="decoder", longest=4, folder=tmp_path, events=events)
+    assert [kind for kind, _ in said] == ["warning"]
+    assert "decoder, step 3: it answers nothing: the scores of token 1" in said[0][1]
+    assert json.loads((tmp_path / "samples" / "000003.json").read_text())["samples"] == []
 
 
 @pytest.fixture

@@ -161,6 +161,19 @@ def test_one_run_in_depth(two: list[Path], capsys: pytest.CaptureFixture[str]) -
     assert found["last"]["pretrain"]["loss"] == pytest.approx(2.996)
 
 
+def test_all_runs_with_their_state_and_beginning(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (two[0] / "recipe.yaml").write_text("extends: simclr\nname: tiny\n")
+    (two[1] / "recipe.yaml").write_text("[")
+    assert main(["runs", "--runs", str(two[0].parent)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "recipe", "done", "state", "begun"]
+    assert [line.split()[0] for line in lines[1:]] == ["tiny-0001", "tiny-0002:"]
+    assert main(["runs", "--runs", str(two[0].parent), "--json"]) == 0
+    found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
+    assert (found["tiny-0001"]["state"], found["tiny-0001"]["begun"]) == ("finished", 10.0)
+    assert "error" in found["tiny-0002"]
+
+
 def test_one_run_is_no_comparison(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "compare", str(two[0]), str(two[0])]) == 2
     assert "named twice" in capsys.readouterr().err

@@ -81,6 +81,16 @@ def test_media_that_are_not_finite_are_said_to_be_given():
     assert "look at the data" in str(found)
 
 
+def test_a_weight_that_ran_away_is_named_with_the_rate_as_the_reason():
+    built = model(by_document=True)
+    name, weight = next((n, w) for n, w in built.named_parameters() if w.requires_grad)
+    with torch.no_grad():
+        weight[0] = float("inf")
+    found = blame.not_finite(built, NextToken(), micro(), around=NOTHING)
+    assert found.grown == f"{name} has grown to inf"
+    assert "lower the learning rate" in str(found)
+
+
 def test_a_sound_step_blames_nobody_and_changes_nothing():
     built, batches = model(by_document=True), micro()
     before = torch.get_rng_state()

@@ -1,12 +1,15 @@
 """One of several processes that compute the steps of a rehearsed stage together.
 
 ``python -m plait.recipes.rehearsed.rank RUN STAGE OUT``, started by :func:`plait.recipes.rehearse.in_processes`. It
-runs the stage as training would, with its share of each batch and the recipe's `trainer.parallel`. Where a phase is
-about to train, it takes the weights that one process had there, and compares the summed gradient with that one's.
+runs the stage as training would, with its share of each batch and the recipe's `trainer.parallel`. What one process
+kept before it trained (the reference of preferences) is taken: computed over shares of a batch it is rounded otherwise,
+which is no fault of the sum. Where a phase is about to train, it takes the weights that one process had there, and
+compares the summed gradient with that one's.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +26,7 @@ from plait.core.files import write_json
 from plait.recipes.recipe import load_recipe
 from plait.recipes.rehearse import read_reference, reference_folder
 from plait.recipes.run import stages
+from plait.stages.align import REFERENCE
 from plait.training.gradient import check_batches
 from plait.training.held import compare, held
 from plait.training.parallel.twin import lay_out
@@ -104,6 +108,8 @@ def main(run: Path, name: str, out: Path, *, threads: int) -> None:
     seen: list[str] = []
     own = out / str(mesh.rank()) / folder.name
     own.mkdir(parents=True)
+    if (folder / REFERENCE).is_file():
+        shutil.copy(folder / REFERENCE, own)
     try:
         with rehearsing(instead):
             stage.run(before[-1], own, events=Events(None))
