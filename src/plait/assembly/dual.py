@@ -4,8 +4,9 @@ It may hear: a third head on a frozen audio tower puts sounds into the same spac
 
 A folder holds ``config.json`` and ``model.safetensors`` (heads and scale) and ``plait.json``: format, composition
 (which towers, with the digest of their weights and preprocessing) and media contract. The weights of frozen towers are
-not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A picture
-tower that learned lies in the folder: its weights with the heads', its spec in the composition.
+not copied: they are packages or folders on this machine, and loading refuses any whose digest is another. A tower that
+learned lies in the folder: its weights with the heads', its spec in the composition, a text tower's vocabulary in
+``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from plait.assembly.audio_towers import AudioTower, load_audio_tower
 from plait.assembly.local import load_weights
 from plait.assembly.record import PLAIT, read_fields, read_record, write_record
-from plait.assembly.scratch import SCRATCH, WEIGHTS, build_tower, contract_of, read_spec
-from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower, raw_pictures
+from plait.assembly.scratch import SCRATCH, WEIGHTS, build_tower, contract_of, read_part, read_spec
+from plait.assembly.text_scratch import TOKENIZER, RawTokens, build_text_tower, read_words
+from plait.assembly.towers import ImageTower, TextEncoder, load_image_tower, load_text_tower, raw_pictures, raw_texts
 from plait.core.errors import CheckpointError, DataError
 from plait.core.events import Events
-from plait.core.files import write_json
+from plait.core.files import write_atomic, write_json
 from plait.core.manifest import verify_model
 from plait.core.snapshot import later, save_tensors
 from plait.core.tensors import Patches
@@ -33,6 +35,7 @@ from plait.data.sounds import Sound
 from plait.models import specs
 from plait.models.dual import DualEncoder, rows
 from plait.models.heads import ProjectionHead
+from plait.models.text_specs import ScratchTextTower
 
 _CONFIG = "config.json"
 _BATCH = 16
@@ -60,7 +63,7 @@ class Dual:
     Attributes:
         model: Heads and scale, and the picture tower if it learns.
         image: Frozen picture tower; the pixels alone (:func:`~plait.assembly.towers.raw_pictures`) if it learns.
-        text: Frozen text tower.
+        text: Frozen text tower; the vocabulary alone if it learns.
         sizes: Of the heads.
         audio: Frozen audio tower, if it hears.
 
@@ -97,7 +100,10 @@ class Dual:
         """
         if not texts:
             return torch.zeros(0, self.sizes.d_shared)
-        return self.model.embed_text(rows(self.text.encoder(texts).float().to(self.model.log_scale.device)))
+        found, device = self.text.encoder(texts), self.model.log_scale.device
+        if isinstance(found, Tensor):
+            return self.model.embed_text(rows(found.float().to(device)))
+        return self.model.embed_text(Patches(values=found.values.to(device), grid=found.grid.to(device)))
 
     def check_hears(self, *, place: str) -> None:
         """See that the model embeds sounds.
@@ -151,7 +157,7 @@ def build_dual(
 
     Args:
         image: Frozen picture tower; or the spec of one that learns, drawn before the heads.
-        text: Text tower.
+        text: Frozen text tower; or what stands before one that learns, drawn behind the picture's.
         sizes: Of the heads.
         scale: Where the factor on the cosine starts.
         audio: Frozen audio tower; its head is drawn last.
@@ -163,9 +169,12 @@ def build_dual(
     if not isinstance(image, ImageTower):
         tower, spec = build_tower(image), image
         image = raw_pictures(contract_of(spec, tower), spec)
+    words = build_text_tower(text.encoder.spec) if isinstance(text.encoder, RawTokens) else None
     widths = [_width(image, tower), text.encoder.d_out, *([audio.encoder.d_out] if audio else [])]
     heads = [ProjectionHead(width, sizes.d_hidden, sizes.d_shared, dropout=sizes.dropout) for width in widths]
-    model = DualEncoder(heads[0], heads[1], scale=scale, tower=tower, audio=heads[2] if audio else None)
+    model = DualEncoder(
+        heads[0], heads[1], scale=scale, tower=tower, text_tower=words, audio=heads[2] if audio else None
+    )
     return Dual(model=model, image=image, text=text, sizes=sizes, audio=audio)
 
 
@@ -194,6 +203,9 @@ def save_dual(dual: Dual, folder: Path) -> None:
         media["audio"] = {"rate": dual.audio.rate}
     save_tensors(dual.model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
     later(lambda: write_json(folder / _CONFIG, config))
+    if isinstance(dual.text.encoder, RawTokens):
+        vocabulary = dual.text.encoder.words.written()
+        later(lambda: write_atomic(folder / TOKENIZER, vocabulary))
     later(lambda: write_record(folder, kind="dual", composition=composition, media=media))
 
 
@@ -221,7 +233,11 @@ def load_dual(folder: Path, *, events: Events | None = None) -> Dual:
         image = read_spec(settings["image"][SCRATCH], folder=folder)
     else:
         image = load_image_tower(settings["image"].pop("name"), **settings["image"], events=events)
-    text = load_text_tower(settings["text"].pop("name"), **settings["text"])
+    if SCRATCH in settings["text"]:
+        spec = read_part(ScratchTextTower, settings["text"][SCRATCH], folder=folder, what="text")
+        text = raw_texts(RawTokens(read_words(folder), spec, max_tokens=settings["text"]["max_tokens"]))
+    else:
+        text = load_text_tower(settings["text"].pop("name"), **settings["text"])
     audio = None
     if "audio" in settings:
         audio = load_audio_tower(settings["audio"].pop("name"), **settings["audio"], events=events)

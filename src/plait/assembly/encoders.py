@@ -33,7 +33,9 @@ def load_encoder(spec: specs.Part, *, events: Events | None = None) -> nn.Module
             assert isinstance(found, nn.Module)
             return found
         case text_specs.PretrainedText():
-            return load_text_tower(spec.name, max_tokens=spec.max_tokens, dtype=spec.dtype).encoder
+            encoder = load_text_tower(spec.name, max_tokens=spec.max_tokens, dtype=spec.dtype).encoder
+            assert isinstance(encoder, nn.Module)
+            return encoder
         case video_specs.FramesThenTime():
             pretrained = isinstance(spec.tower, specs.PretrainedImage)
             return build_video(spec, tower=load_encoder(spec.tower, events=events) if pretrained else None)

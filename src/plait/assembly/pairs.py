@@ -11,12 +11,13 @@ from torch import Tensor
 
 from plait.assembly.dual import Dual
 from plait.assembly.splits import splits_of
+from plait.assembly.text_scratch import RawTokens
 from plait.assembly.towers import ImageTower
 from plait.core.errors import DataError
 from plait.core.events import Events
 from plait.core.types import Sample
 from plait.data.features import FeatureStore, cached_features
-from plait.data.pair_batches import StoredPixels
+from plait.data.pair_batches import StoredPixels, StoredTokens
 from plait.data.shards import ShardReader
 from plait.models.dual import pool
 
@@ -47,7 +48,7 @@ class Pairs(Named):
 
     Attributes:
         image: Pooled features of the pictures; their pixels, read when asked for, where the tower learns.
-        text: Features of all texts of the split.
+        text: Features of all texts of the split; their token ids, where the tower learns.
         texts_of: Rows of ``text`` that may stand for each pair; the first is its name.
         classes: Number of the concept.
         audio: Features of names said aloud, where that was asked for.
@@ -55,7 +56,7 @@ class Pairs(Named):
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
-    text: Float[Tensor, "text e"]
+    text: Float[Tensor, "text e"] | StoredTokens
     texts_of: tuple[tuple[int, ...], ...]
     classes: Int[Tensor, " pair"]
     audio: Float[Tensor, "sound f"] | None = None
@@ -204,7 +205,7 @@ def _encode(samples: Sequence[Sample], store: FeatureStore, dual: Dual, *, keywo
         concepts=found.concepts,
         uris=found.uris,
         image=_pictures(store, found.sha256s, dual),
-        text=_texts(found.texts, dual, events).to(device),
+        text=_texts(found.texts, dual, events),
         texts_of=found.texts_of,
         classes=torch.tensor(found.classes, dtype=torch.long, device=device),
     )
@@ -226,14 +227,18 @@ def pooled(store: FeatureStore, sha256s: Sequence[str]) -> Float[Tensor, "item d
     return torch.cat(parts) if parts else torch.zeros(0, store.d_out)
 
 
-def _texts(texts: Sequence[str], dual: Dual, events: Events) -> Float[Tensor, "text e"]:
+def _texts(texts: Sequence[str], dual: Dual, events: Events) -> Float[Tensor, "text e"] | StoredTokens:
+    encoder, device = dual.text.encoder, dual.model.log_scale.device
+    if isinstance(encoder, RawTokens):
+        return StoredTokens(ids=encoder.words.ids(texts), device=device)
     parts: list[Tensor] = []
     for at in range(0, len(texts), _TEXTS):
         with torch.inference_mode():
-            parts.append(dual.text.encoder(texts[at : at + _TEXTS]).float().clone())
+            parts.append(encoder(texts[at : at + _TEXTS]).float().clone())
         events.progress("texts", min(at + _TEXTS, len(texts)), len(texts))
     # Cloned outside inference mode: inference tensors cannot be saved for backward.
-    return torch.cat(parts).clone() if parts else torch.zeros(0, dual.text.encoder.d_out)
+    found = torch.cat(parts).clone() if parts else torch.zeros(0, encoder.d_out)
+    return found.to(device)
 
 
 def _name(sample: Sample) -> str:

@@ -24,6 +24,7 @@ from plait.assembly.fit import fit_to_json
 from plait.assembly.local import IMAGE_TOWER, TEXT_TOWER, converted, digest, find_tower, fingerprint, quiet
 from plait.assembly.resolution import fitted, read_fit
 from plait.assembly.scratch import SCRATCH, build_tower, contract_of, holds_tower, load_learned
+from plait.assembly.text_scratch import RawTokens
 from plait.core.device import choose_dtype
 from plait.core.errors import ConfigError
 from plait.core.events import Events
@@ -81,15 +82,15 @@ class ImageTower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoder:
-    """A frozen text tower.
+    """A frozen text tower; or what stands before one that learns.
 
     Attributes:
-        encoder: Texts to unit vectors.
-        settings: Arguments of :func:`load_text_tower` that give this tower again.
-        key: Digest of weights, number format and the version of our code.
+        encoder: Texts to unit vectors; or to token ids.
+        settings: Arguments of :func:`load_text_tower` that give this tower again; of one that learns, its spec.
+        key: Digest of weights, number format and the version of our code; of one that learns, of its vocabulary.
     """
 
-    encoder: TextTower
+    encoder: TextTower | RawTokens
     settings: Mapping[str, Any]
     key: str
 
@@ -189,6 +190,12 @@ def scratch_tower(spec: specs.ScratchImage, *, dtype: str = "", key: str = "") -
         key=key or digest({"settings": settings} | _preprocessing(contract)),
         own=settings,
     )
+
+
+def raw_texts(encoder: RawTokens) -> TextEncoder:
+    """What stands before a text tower that learns: its vocabulary alone."""
+    settings = {SCRATCH: encoder.spec.model_dump(mode="json"), "max_tokens": encoder.max_tokens}
+    return TextEncoder(encoder=encoder, settings=settings, key=encoder.key)
 
 
 def load_text_tower(name: str, *, max_tokens: int = 128, dtype: str = "auto") -> TextEncoder:

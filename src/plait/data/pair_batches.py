@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +46,29 @@ class StoredPixels:
         return Patches(values=exact(kept.values).to(self.device), grid=kept.grid.to(self.device))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTokens:
+    """Token ids of texts, which a tower learns from.
+
+    Attributes:
+        ids: Of each text.
+        device: Where they go.
+    """
+
+    ids: Sequence[Sequence[int]]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __call__(self, texts: Sequence[int]) -> Patches:
+        """Ids of some texts as media: one channel, one column a token."""
+        listed = [self.ids[text] for text in texts]
+        values = torch.tensor([one for ids in listed for one in ids], dtype=torch.float32, device=self.device)
+        grid = torch.tensor([[1, 1, len(ids)] for ids in listed], dtype=torch.long, device=self.device)
+        return Patches(values=values.view(-1, 1), grid=grid.view(-1, 3))
+
+
 def exact(values: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
     """Pixels that were kept in 16 bits as the float32 they were: the nearest k/255.
 
@@ -68,7 +92,7 @@ class PairBatches:
 
     Attributes:
         image: Feature of each picture; or its pixels, where a tower learns.
-        text: Features of all texts.
+        text: Features of all texts; or their token ids, where a tower learns.
         texts_of: Which rows of ``text`` may stand for each pair. The first is taken half the time, else any.
         classes: Class of each pair; pairs of one class are positives of each other.
         ids: Sample ids.
@@ -85,7 +109,7 @@ class PairBatches:
     """
 
     image: Float[Tensor, "pair d"] | StoredPixels
-    text: Float[Tensor, "text e"]
+    text: Float[Tensor, "text e"] | StoredTokens
     texts_of: Sequence[Sequence[int]]
     classes: Int[Tensor, " pair"]
     ids: Sequence[str]
@@ -120,11 +144,11 @@ class PairBatches:
 
     def _batch(self, rows: Sequence[int], texts: Sequence[int], heard: Mapping[int, int], *, places: range) -> Batch:
         """Some places of the batch of a step."""
-        pairs, device = rows[places.start : places.stop], self.text.device
+        pairs, device = rows[places.start : places.stop], self.classes.device
         ones = torch.ones(len(pairs), 3, dtype=torch.long, device=device)
         place = torch.arange(len(pairs), device=device)
-        text = self.text[torch.tensor(texts[places.start : places.stop], device=device)]
-        media: dict[Modality, Patches] = {"image": picked(self.image, pairs), "text": Patches(values=text, grid=ones)}
+        text = picked(self.text, texts[places.start : places.stop])
+        media: dict[Modality, Patches] = {"image": picked(self.image, pairs), "text": text}
         item_row: dict[Modality, Tensor] = {"image": place, "text": place}
         if self.audio is not None and (here := {at - places.start: heard[at] for at in places if at in heard}):
             media["audio"] = picked(self.audio, list(here.values()))
@@ -140,11 +164,10 @@ class PairBatches:
 
     def to(self, device: torch.device) -> "PairBatches":
         """The same batches on a device."""
-        image = self.image
         return replace(
             self,
-            image=replace(image, device=device) if isinstance(image, StoredPixels) else image.to(device),
-            text=self.text.to(device),
+            image=_moved(self.image, device),
+            text=_moved(self.text, device),
             classes=self.classes.to(device),
             audio=None if self.audio is None else self.audio.to(device),
         )
@@ -187,17 +210,21 @@ def drawn_sounds(sounds_of: Sequence[Sequence[int]], rows: Sequence[int], *, see
     }
 
 
-def picked(image: Float[Tensor, "pair d"] | StoredPixels, pairs: Sequence[int]) -> Patches:
-    """Pictures of some pairs as media: features one row an item, or pixels.
+def picked(source: Float[Tensor, "all d"] | StoredPixels | StoredTokens, numbers: Sequence[int]) -> Patches:
+    """Some pictures or texts as media: features one row an item, pixels, or token ids.
 
     Args:
-        image: Of all pairs.
-        pairs: Numbers of those wanted.
+        source: Of all.
+        numbers: Of those wanted.
 
     Raises:
         DataError: A picture is not in the cache.
     """
-    if isinstance(image, StoredPixels):
-        return image(pairs)
-    values = image[torch.tensor(pairs, dtype=torch.long, device=image.device)]
-    return Patches(values=values, grid=torch.ones(len(pairs), 3, dtype=torch.long, device=image.device))
+    if not isinstance(source, Tensor):
+        return source(numbers)
+    values = source[torch.tensor(numbers, dtype=torch.long, device=source.device)]
+    return Patches(values=values, grid=torch.ones(len(numbers), 3, dtype=torch.long, device=source.device))
+
+
+def _moved(source: Tensor | StoredPixels | StoredTokens, device: torch.device) -> Any:
+    return source.to(device) if isinstance(source, Tensor) else replace(source, device=device)

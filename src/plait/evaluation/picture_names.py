@@ -1,5 +1,6 @@
 """A dual encoder on one split: every picture against every name of the split, both ways, and what it answered."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,15 @@ from jaxtyping import Float
 
 from plait.assembly.pairs import Named, Pairs
 from plait.core.errors import NumericsError
+from plait.core.tensors import Patches
 from plait.core.types import Score
-from plait.data.pair_batches import StoredPixels, picked
+from plait.data.pair_batches import StoredPixels, StoredTokens, picked
 from plait.evaluation.retrieval import Direction, Gallery, chance_scores, rank_scores
 from plait.evaluation.space import Vectors, space_scores
 from plait.evaluation.statistics import paired_difference
 from plait.models.dual import DualEncoder, rows
 
-_BATCH = 32  # pictures that a tower encodes together: their activations, not their pixels, take the memory
+_BATCH = 32  # pictures or texts that a tower encodes together: their activations, not their pixels, take the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class RetrievalTask(NamedTask):
         super().__init__(pairs, name=name, seed=seed)
         self.features = pairs
         row = {text: listed[0] for text, listed in zip(pairs.names, pairs.texts_of, strict=True)}
-        self._candidates = torch.tensor([row[text] for text in self.gallery.texts], device=pairs.text.device)
+        self._candidates = [row[text] for text in self.gallery.texts]
         sounds_of = pairs.sounds_of or ((),) * len(pairs.names)  # none at all where nothing was said
         said = {text: listed[0] for text, listed in zip(pairs.names, sounds_of, strict=True) if listed}
         self._said = [number for number, text in enumerate(self.gallery.texts) if text in said]
@@ -172,15 +174,19 @@ class RetrievalTask(NamedTask):
         """Unit vectors of all pictures and of all names of the gallery, in float64; the model's mode is put back."""
         training = model.training
         model.eval()
-        number, image_of = len(self.pairs.ids), self.features.image
-        step = _BATCH if isinstance(image_of, StoredPixels) else max(number, 1)  # features: all at once
-        parts = [
-            model.embed_image(picked(image_of, range(at, min(at + step, number))))
-            for at in range(0, max(number, 1), step)
-        ]
-        image, text = torch.cat(parts), model.embed_text(rows(self.features.text[self._candidates]))
+        pairs = self.features
+        image = _embedded(model.embed_image, pairs.image, range(len(pairs.ids)))
+        text = _embedded(model.embed_text, pairs.text, self._candidates)
         model.train(training)
         return image.double().cpu().numpy(), text.double().cpu().numpy()
+
+
+def _embedded(
+    embed: Callable[[Patches], torch.Tensor], source: torch.Tensor | StoredPixels | StoredTokens, numbers: Sequence[int]
+) -> torch.Tensor:
+    """Vectors of some items: features all at once, what a tower reads a few at a time."""
+    step = max(len(numbers), 1) if isinstance(source, torch.Tensor) else _BATCH
+    return torch.cat([embed(picked(source, numbers[at : at + step])) for at in range(0, max(len(numbers), 1), step)])
 
 
 def compare(task: NamedTask, trained: RetrievalResult, untrained: RetrievalResult) -> list[Score]:

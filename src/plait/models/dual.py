@@ -41,6 +41,8 @@ class DualEncoder(nn.Module):
         scale: Where the learned factor starts; 1 / 0.07 in CLIP.
         tower: Picture encoder that learns with the rest: pictures then come as raw pixels. Without one they come as
             features of a frozen tower.
+        text_tower: Text encoder that learns with the rest: texts then come as token ids
+            (:class:`plait.models.towers.token_tower.TokenTower`), else as features.
         audio: Maps pooled features of sounds, ``b d``, to the shared space; None: the model does not hear.
 
     Example:
@@ -56,10 +58,12 @@ class DualEncoder(nn.Module):
         *,
         scale: float = 1 / 0.07,
         tower: nn.Module | None = None,
+        text_tower: nn.Module | None = None,
         audio: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.tower = tower
+        self.text_tower = text_tower
         self.image = image
         self.text = text
         self.audio = audio
@@ -106,7 +110,9 @@ class DualEncoder(nn.Module):
         return functional.normalize(self.image(pool(media)), dim=-1)
 
     def embed_text(self, media: Patches) -> Float[Tensor, "item d"]:
-        """Unit vectors of texts."""
+        """Unit vectors of texts: of their token ids where there is a tower, else of their features."""
+        if self.text_tower is not None:
+            media = self.text_tower(media)
         return functional.normalize(self.text(pool(media)), dim=-1)
 
     def embed_audio(self, media: Patches) -> Float[Tensor, "item d"]:

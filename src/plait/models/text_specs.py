@@ -136,5 +136,8 @@ class T5(Part):
 ScratchText = Annotated[Bert | Gpt | Llama | T5, Field(discriminator="kind")]
 """Encoders of texts from scratch."""
 
+ScratchTextTower = Annotated[Bert | Gpt | Llama, Field(discriminator="kind")]
+"""Those that give a text one vector."""
+
 TextEncoder = Annotated[PretrainedText | Bert | Gpt | Llama | T5, Field(discriminator="kind")]
 """All encoders of texts."""

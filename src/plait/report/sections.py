@@ -69,9 +69,11 @@ def _made(run: RunFolder, stage: StageFolder) -> list[str]:
             return [f"Q-Former on {image} (kept as it is), words as {text} cuts them: {done}"]
         spoken = stage.spec.get("spoken")
         heard = f", names said aloud to {spoken.get('audio_tower')}" if is_mapping(spoken) else ""
-        if is_mapping(image):
-            return [f"{tower_name(image)}, from scratch, beside {text} (kept as it is){heard}: {done}"]
-        return [f"heads between {image} and {text} (both kept as they are){heard}: {done}"]
+        if not is_mapping(image) and not is_mapping(text):
+            return [f"heads between {image} and {text} (both kept as they are){heard}: {done}"]
+        learn, still = "from scratch", "kept as it is"
+        sides = " beside ".join(f"{tower_name(t)} ({learn if is_mapping(t) else still})" for t in (image, text))
+        return [f"{sides}{heard}: {done}"]
     return []
 
 

@@ -19,6 +19,7 @@ from plait.core.packages import home
 from plait.core.spec import Derived, defaults
 from plait.core.yamltext import Keys
 from plait.models.specs import EfficientNetLite, Part, QFormerShape, ResNet, ScratchImage
+from plait.models.text_specs import ScratchTextTower
 from plait.objectives.specs import OVER_VIEWS, Contrastive, Objective, OverViews
 from plait.report import names
 from plait.stages.fitting import fit_ahead
@@ -88,8 +89,10 @@ class Pretrain(Stage):
     tokenizer is used, of the settings of heads only `d_shared` and `scale`. See `stages.tune.connector.start`."""
     spoken: SpokenNames | None = None
     """Say the names aloud, and let a third head put the sounds into the same space; by default it does not hear."""
-    text_tower: str = "minilm"
-    """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder."""
+    text_tower: str | ScratchTextTower = "minilm"
+    """Frozen text tower: `minilm` (English), or a local Hugging Face folder with a BERT-like encoder. A mapping such as
+    `{kind: gpt, vocabulary: 2048, d: 128, depth: 4, heads: 4}` is a tower from scratch, which learns; its vocabulary of
+    bytes and pairs of them is learned from the texts of training."""
     max_tokens: int = Field(default=128, ge=8)
     """Longest text; a longer one is an error, never cut."""
     tower_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -121,9 +124,13 @@ class Pretrain(Stage):
 
     @classmethod
     def derive(cls, given: Mapping[str, Any]) -> Mapping[tuple[str, ...], Derived]:
-        """A tower from scratch has its own size; views are compared without dropout."""
+        """A tower from scratch has its own size, of pictures or of texts; views are compared without dropout."""
         scratch = isinstance(given.get("image_tower"), (Mapping, Part))
         found = {("resolution",): Derived(0, "image_tower.size")} if scratch else {}
+        words = given.get("text_tower")
+        own = words.get("max_tokens") if isinstance(words, Mapping) else getattr(words, "max_tokens", None)
+        if isinstance(own, int):
+            found |= {("max_tokens",): Derived(own, "text_tower.max_tokens")}
         objective = given.get("objective")
         kind = objective.get("kind") if isinstance(objective, Mapping) else getattr(objective, "kind", None)
         if kind in OVER_VIEWS:
@@ -138,6 +145,12 @@ class Pretrain(Stage):
                 f"resolution is {self.resolution}, image_tower.size is {tower.size}: pictures of a tower from scratch "
                 "have its own size; stages.pretrain.resolution=null takes the other away"
             )
+        words = self.text_tower
+        if not isinstance(words, str) and self.max_tokens > getattr(words, "max_tokens", self.max_tokens):
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, text_tower.max_tokens is {getattr(words, 'max_tokens', 0)}: "
+                "positions of a tower from scratch are its own; take max_tokens out, or raise the tower's"
+            )
         return self
 
     @model_validator(mode="after")
@@ -147,6 +160,11 @@ class Pretrain(Stage):
                 raise ValueError(
                     f"image_tower is a {self.image_tower.kind} from scratch: a Q-Former learns on a frozen tower; name "
                     "one, or train the tower in a pretrain stage of its own"
+                )
+            if not isinstance(self.text_tower, str):
+                raise ValueError(
+                    f"text_tower is a {self.text_tower.kind} from scratch: a Q-Former reads texts itself, and of "
+                    "text_tower only the tokenizer is used; name one (minilm)"
                 )
             if self.spoken is not None:
                 raise ValueError(
@@ -171,7 +189,8 @@ class Pretrain(Stage):
         self.trainer.check_no_head(stage="the pretrain stage")
         self.trainer.check_data_only(stage="the pretrain stage")
         tower = self.image_tower
-        if self.qformer is None and isinstance(tower, str | ResNet | EfficientNetLite):
+        learns = not isinstance(self.text_tower, str)
+        if self.qformer is None and not learns and isinstance(tower, str | ResNet | EfficientNetLite):
             heads = "a pair of heads on frozen towers" if isinstance(tower, str) else f"a {tower.kind}"
             self.trainer.check_no_blocks(learns=heads)
         return self
@@ -236,10 +255,15 @@ class Pretrain(Stage):
             check_views(self)
         if not isinstance(self.objective, OverViews):
             with named_setting(f"stages.{self.kind}.text_tower"):
-                find_tower(self.text_tower, TEXT_TOWER)
+                if isinstance(self.text_tower, str):
+                    find_tower(self.text_tower, TEXT_TOWER)
+                else:
+                    from plait.stages.pretraining.text_needs import text_account
+
+                    text_account(self.text_tower)
         if self.spoken is not None:
             from plait.data.speech import check_voice
-            from plait.stages.pretraining.needs import check_hearing
+            from plait.stages.pretraining.hearing_needs import check_hearing
 
             with named_setting(f"stages.{self.kind}.spoken.audio_tower"):
                 check_hearing(find_audio_tower(self.spoken.audio_tower), window_s=self.spoken.window_s)
@@ -305,7 +329,7 @@ class Pretrain(Stage):
         from plait.stages.pretraining.outcome import shapes, show, summarize
 
         compute = setup(device=self.device, dtype="float32")
-        dual = self._build(compute, events)
+        dual = self._build(data, compute, events)
         pairs = read_pairs(
             data / "shards",
             ("train", *judged_splits(self.trainer), *opened(TESTS)),
@@ -350,16 +374,20 @@ class Pretrain(Stage):
 
         return mesh.first(judge)
 
-    def _build(self, compute: Compute, events: Events) -> Dual:
+    def _build(self, data: Path, compute: Compute, events: Events) -> Dual:
         from plait.assembly.audio_towers import load_audio_tower
         from plait.assembly.dual import HeadSizes, build_dual
         from plait.assembly.towers import load_image_tower, load_text_tower
         from plait.core.device import seed_everything
+        from plait.stages.pretraining.words import learned_words
 
         image = self.image_tower
         if isinstance(image, str):
             image = load_image_tower(image, size=self.resolution, dtype=self.tower_dtype, events=events)
-        text = load_text_tower(self.text_tower, max_tokens=self.max_tokens, dtype=self.tower_dtype)
+        if isinstance(self.text_tower, str):
+            text = load_text_tower(self.text_tower, max_tokens=self.max_tokens, dtype=self.tower_dtype)
+        else:
+            text = learned_words(self, self.text_tower, data)
         seed_everything(self.seed)
         sizes = HeadSizes(d_hidden=self.d_hidden, d_shared=self.d_shared, dropout=self.dropout)
         audio = None
@@ -371,6 +399,10 @@ class Pretrain(Stage):
         if dual.model.tower is not None:
             weights = sum(weight.numel() for weight in dual.model.tower.parameters() if weight.requires_grad)
             events.note(f"picture tower from scratch: {self.tower_name}, {weights:,} weights learn")
+        if dual.model.text_tower is not None:
+            weights = sum(weight.numel() for weight in dual.model.text_tower.parameters())
+            ids = dual.text.settings["scratch"]["vocabulary"]
+            events.note(f"text tower from scratch: {weights:,} weights learn; a vocabulary of {ids:,} ids was learned")
         dual.model.to(compute.device)
         return dual
 

@@ -94,7 +94,7 @@ def multimodal_flops(model: MultimodalLM) -> Callable[[Batch], float] | None:
 
 
 def dual_flops(model: DualEncoder, *, pairs: int, width: int) -> Callable[[Batch], float]:
-    """What a batch costs a dual encoder: heads, the tower if it learns, and every picture beside every text.
+    """What a batch costs a dual encoder: heads, the towers that learn, and every picture beside every text.
 
     Args:
         model: With the weights that learn now.
@@ -102,7 +102,9 @@ def dual_flops(model: DualEncoder, *, pairs: int, width: int) -> Callable[[Batch
         width: Of the shared space.
     """
     picture = nn.Sequential(model.tower, _Pooled(model.image)) if model.tower is not None else _Pooled(model.image)
-    parts: dict[str, nn.Module] = {"image": picture, "text": _Pooled(model.text)}
+    words = _Pooled(model.text)
+    text = words if model.text_tower is None else nn.Sequential(model.text_tower, words)
+    parts: dict[str, nn.Module] = {"image": picture, "text": text}
     media = MediaFlops(parts | ({"audio": _Pooled(model.audio)} if model.audio is not None else {}))
 
     def flops(batch: Batch) -> float:

@@ -44,7 +44,7 @@ def test_more_of_anything_costs_more():
 
 def test_names_said_aloud_cost_a_head_and_their_sounds():
     from plait.models.heads import ProjectionHead
-    from plait.stages.pretraining import needs
+    from plait.stages.pretraining import hearing_needs as needs
 
     base = Pretrain().estimate(MACHINE, {"data": DATA})
     hearing = Pretrain(spoken=SpokenNames(takes=2)).estimate(MACHINE, {"data": DATA})
@@ -75,7 +75,7 @@ def test_the_audio_tower_has_the_size_of_whisper_tiny():
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    from plait.stages.pretraining import needs
+    from plait.stages.pretraining import hearing_needs as needs
 
     sizes = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
     with torch.device("meta"):
@@ -87,10 +87,13 @@ def test_the_audio_tower_has_the_size_of_whisper_tiny():
 def test_tower_sizes_are_the_real_ones(packages):
     from plait.assembly.towers import load_text_tower
     from plait.models.towers.convnet import EfficientNetLite
-    from plait.stages.pretraining import needs
+    from plait.stages.pretraining import needs, text_needs
 
     packages("minilm")
     encoder = load_text_tower("minilm").encoder
-    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (needs.TEXT_WIDTH, needs.TEXT_WEIGHTS)
+    assert (encoder.d_out, sum(p.numel() for p in encoder.parameters())) == (
+        text_needs.TEXT_WIDTH,
+        text_needs.TEXT_WEIGHTS,
+    )
     tower = EfficientNetLite()
     assert (tower.d_out, sum(p.numel() for p in tower.parameters())) == (needs.IMAGE_WIDTH, needs.IMAGE_WEIGHTS)

@@ -213,6 +213,7 @@ def _texts(recipe: Recipe, judge: Judge) -> Any:
     part = recipe.stages[judge.stage]
     if not isinstance(part, Pretrain) or part.qformer is None or not (judge.evaluates or judge.trains):
         return None
+    assert isinstance(part.text_tower, str)  # of a Q-Former
     writes = judge.term in ("", "generate")
     return _reads(part.text_tower, lambda name: find_tower(name, TEXT_TOWER)) if writes else None
 

@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.core.errors import ConfigError
-from plait.core.estimate import Estimate, Machine, Peak, Peaks, Share
-from plait.core.files import read_json
+from plait.core.estimate import Estimate, Machine, Peaks
 from plait.data.order import check_enough
 from plait.data.sources import VALIDATION
-from plait.data.speech import RATE
 from plait.objectives.specs import OverViews
+from plait.stages.pretraining.text_needs import TEXT_TOKENS, TEXT_WEIGHTS, Words
 from plait.stages.stage import named_setting
 from plait.stages.validating import judged_samples
 from plait.training.cost import BYTES, linear_flops, time_range
 from plait.training.parallel.messages import data_messages
 from plait.training.parallel.share import Held, Member, by_process
 from plait.training.peak import LEFT_BYTES, checkpoint_bytes, checkpoints_left, in_turn, peak_memory
-from plait.training.zero import zero_bytes
 
 if TYPE_CHECKING:
     from plait.models.measure import Account
     from plait.models.specs import QFormerShape, ScratchImage
-    from plait.stages.pretrain import Pretrain, SpokenNames
+    from plait.stages.pretrain import Pretrain
 
-_CONFIG, _EXTRACTOR = "config.json", "preprocessor_config.json"
 # Sizes of the default towers; tests compare them with the weights.
-IMAGE_WEIGHTS, TEXT_WEIGHTS = 4_652_008, 22_565_376
-IMAGE_WIDTH, TEXT_WIDTH = 1280, 384
+IMAGE_WEIGHTS, IMAGE_WIDTH = 4_652_008, 1280
 VOCABULARY = 30_523  # minilm's tokens, and the one that begins a text to be written
-AUDIO_WEIGHTS, AUDIO_WIDTH = 8_208_384, 384
-_AUDIO_HZ, _SAID_S = 50, 1.2  # tokens a second of sound; seconds of a name
-_SECONDS_PER_SOUND = ((0.02, 0.004), (0.06, 0.03))  # to say one twice, and to encode a second of window
 _IMAGE_FLOPS_224 = 0.77e9  # a picture of 224 pixels
-_TEXT_FLOPS = 2 * 10.6e6 * 8  # a name of 8 tokens, embeddings not counted
-_TEXT_TOKENS = 8
 _WRITTEN = 5  # of them trained where a text is written
-# Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second, 390 names a second.
+# Measured on one core, features in bfloat16 at 160 pixels: 61 to 92 pictures a second.
 _SECONDS_PER_PICTURE_160 = (0.010, 0.025)
-_SECONDS_PER_TEXT = (0.002, 0.006)
 SECONDS_START = (1.0, 15.0)  # imports and loading the towers
 _HEAD_EFFICIENCY = (0.15, 0.7)
 
@@ -67,34 +54,6 @@ def tower_account(spec: ScratchImage) -> Account:
 
     with named_setting("stages.pretrain.image_tower"):
         return account(lambda: build_tower(spec), spec.size)
-
-
-def check_hearing(folder: Path, *, window_s: float) -> None:
-    """See, from its files alone, that a tower hears what is said, and that a window fits it.
-
-    Args:
-        folder: Of the tower.
-        window_s: Seconds it is to hear at once; 0: its own.
-
-    Raises:
-        ConfigError: It takes another rate, or has no windows.
-    """
-    if not (folder / _CONFIG).is_file() or not (folder / _EXTRACTOR).is_file():
-        return  # the packaged one
-    kind, rate = (
-        read_json(folder / _CONFIG).get("model_type"),
-        read_json(folder / _EXTRACTOR).get("sampling_rate", RATE),
-    )
-    if rate != RATE:
-        raise ConfigError(
-            f"the tower takes {rate:,} samples a second, names are said at {RATE:,}",
-            remedy="take a tower for speech, such as whisper-tiny-en",
-        )
-    if window_s and kind != "whisper":
-        raise ConfigError(
-            f"window_s is {window_s:g}: a tower of kind {kind} hears sounds of any length",
-            remedy="leave spoken.window_s out",
-        )
 
 
 def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Estimate:
@@ -124,55 +83,11 @@ def estimate(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Es
     else:
         tower = tower_account(spec.image_tower)
         found = _learning(spec, machine, samples, tower=tower, pixels=3 * spec.image_tower.size**2)
-    return found if spec.spoken is None else _hearing(spec, spec.spoken, machine, found=found, samples=samples)
+    if spec.spoken is None:
+        return found
+    from plait.stages.pretraining.hearing_needs import with_sounds
 
-
-def _hearing(
-    spec: Pretrain, spoken: SpokenNames, machine: Machine, *, found: Estimate, samples: Mapping[str, int]
-) -> Estimate:
-    """The same with names said aloud: sounds are encoded once, and a third head learns from their means."""
-    train = samples.get("train", 0)
-    sounds = train * spoken.takes + sum(samples.values()) - train
-    head = (AUDIO_WIDTH + spec.d_shared) * spec.d_hidden + spec.d_hidden + spec.d_shared
-    window = spoken.window_s or 30.0
-    seen = min(spec.batch_size, max(train, 1)) * spec.steps_for(max(train, 1))
-    state = spec.trainer.state_bytes()
-
-    def with_head(memory: Mapping[str, int]) -> dict[str, int]:
-        """The encoder's weights stand beside those of the other towers; a sound's features and samples are small."""
-        states = zero_bytes(head, world=machine.processes, stage=spec.trainer.parallel.zero, bytes_state=state)
-        more = {**states, "caches": 4 * sounds * AUDIO_WIDTH}
-        more["weights"] += 4 * AUDIO_WEIGHTS
-        if spec.trainer.async_save:  # as in peak_memory
-            more["caches"] += round((4 + state) * head)
-        return {part: memory.get(part, 0) + more.get(part, 0) for part in {**memory, **more}}
-
-    def peaks(of: Estimate | Share) -> Peak:
-        memory = with_head(of.memory)
-        more = sum(memory.values()) - sum(of.memory.values())
-        return Peak(memory=memory, moments={name: size + more for name, size in of.moments.items()})
-
-    one = checkpoint_bytes(weights=4 * head, trainable=head, state=state)
-    features = round(sounds * _SAID_S * _AUDIO_HZ) * AUDIO_WIDTH * 2
-    flops = 2.0 * AUDIO_WEIGHTS * _AUDIO_HZ * window * sounds + linear_flops(head, seen, "full")
-    low, high = (sounds * (once + window * second) for once, second in _SECONDS_PER_SOUND)
-    return replace(
-        found,
-        params_trainable=found.params_trainable + head,
-        params_frozen=found.params_frozen + AUDIO_WEIGHTS,
-        flops=found.flops + flops,
-        **peaks(found),
-        shares=tuple(replace(share, **peaks(share)) for share in found.shares),
-        disk_bytes=found.disk_bytes + checkpoints_kept(spec, train) * one,
-        spare_bytes=found.spare_bytes + one,
-        home_bytes=found.home_bytes + features,
-        seconds=(found.seconds[0] + low, found.seconds[1] + high),
-        notes=(
-            *found.notes,
-            f"at most {sounds:,} sounds of names are encoded once, windows of {window:g} s, and kept in the cache "
-            f"({features / 2**20:,.0f} MiB); sizes and speeds are those of whisper-tiny-en",
-        ),
-    )
+    return with_sounds(spec, spec.spoken, machine, found=found, samples=samples)
 
 
 def checkpoints_kept(spec: Pretrain, train: int) -> int:
@@ -186,15 +101,16 @@ def _encoding(spec: Pretrain, machine: Machine, *, image: bool, encodes: bool = 
     Of several processes the first one encodes.
     """
     dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
+    text = TEXT_WEIGHTS if isinstance(spec.text_tower, str) else 0
     side = spec.resolution or 224
     maps = 3 * _AT_ONCE * _MAP * (side // 2) ** 2 * BYTES[dtype] if image and encodes else 0
     parts = peak_memory(
         machine,
-        frozen=TEXT_WEIGHTS + (IMAGE_WEIGHTS if image else 0),
+        frozen=text + (IMAGE_WEIGHTS if image else 0),
         frozen_dtype=dtype,
         activations=maps,
     )
-    file = 0 if dtype == "float32" else 4 * TEXT_WEIGHTS  # is given back before pictures are encoded
+    file = 0 if dtype == "float32" else 4 * text  # is given back before pictures are encoded
     more = max(0, file - parts["activations"])
     return parts | ({"files": more} if more else {})
 
@@ -228,9 +144,9 @@ def _queries(spec: Pretrain, shape: QFormerShape, machine: Machine, *, samples: 
     d, looks = shape.d, math.ceil(shape.depth / shape.every)
     weights = query_weights(spec, shape, d_image=IMAGE_WIDTH, vocabulary=VOCABULARY)
     # Forward passes of a pair: queries alone, text alone, three judgements, writing.
-    tokens = 5 * shape.queries + 5 * _TEXT_TOKENS
+    tokens = 5 * shape.queries + 5 * TEXT_TOKENS
     passes = 2.0 * (12 * shape.depth * d * d * tokens + 2 * looks * d * d * 5 * shape.queries)
-    passes += 2.0 * 2 * looks * IMAGE_WIDTH * d * 5 * cells + 2.0 * (_TEXT_TOKENS - 1) * d * VOCABULARY
+    passes += 2.0 * 2 * looks * IMAGE_WIDTH * d * 5 * cells + 2.0 * (TEXT_TOKENS - 1) * d * VOCABULARY
     tests = pictures - samples.get("train", 0)
     judged = 2 * _JUDGED * tests * passes  # each direction, in the end
     flops = 3.0 * passes * batch * steps + (_EVALUATIONS * tests * passes + judged) / 5
@@ -287,6 +203,12 @@ def _heads(spec: Pretrain, widths: int) -> int:
 def _head_flops(spec: Pretrain, heads: int, *, batch: int, steps: int) -> float:
     found = linear_flops(heads, batch * steps, "full") + 6.0 * batch * batch * spec.d_shared * steps
     return found + 2.0 * heads * again(spec, batch) * batch * steps
+
+
+def _looks(spec: Pretrain, samples: Mapping[str, int], *, steps: int) -> int:
+    """Pairs that are looked at beside training: test splits as often as answers are shown, and what judges."""
+    tests = _EVALUATIONS * sum(count for split, count in samples.items() if split not in ("train", VALIDATION))
+    return tests + judged_samples(spec.trainer, steps)
 
 
 def at_once(spec: Pretrain, batch: int) -> int:
@@ -363,54 +285,68 @@ def _frozen(spec: Pretrain, machine: Machine, samples: Mapping[str, int]) -> Est
     texts = pictures + 2 * train * spec.keywords
     batch, steps = min(spec.batch_size, train), spec.steps_for(train)
     side = (spec.resolution or 224) / 224
-    widths = IMAGE_WIDTH + TEXT_WIDTH
+    words = Words.of(spec.text_tower)
+    widths = IMAGE_WIDTH + words.d_out
     heads = _heads(spec, widths)
+    trained = heads + words.learn
+    tests = _looks(spec, samples, steps=steps)
+    word_flops = words.flops * ((3.0 + again(spec, batch)) * batch * steps + tests)
     head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
     low, high = time_range(head_flops, machine, dtype="float32", efficiency=_HEAD_EFFICIENCY)
+    slow, fast = time_range(word_flops, machine, dtype="float32", efficiency=TOWER_EFFICIENCY)
+    text_flops, *text_s = words.once(texts)
     area = side**2 / (160 / 224) ** 2
-    seconds = [
-        SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)
-    ]
+    seconds = [SECONDS_START[i] + pictures * _SECONDS_PER_PICTURE_160[i] * area + text_s[i] for i in (0, 1)]
     cells = math.ceil((spec.resolution or 224) / 32) ** 2
     features = pictures * cells * IMAGE_WIDTH * 2
     state = spec.trainer.state_bytes()
-    held = Held(blocks=0, rest=heads, still_blocks=0, still_rest=0, layers=0)
+    held = Held(blocks=words.blocks, rest=trained - words.blocks, still_blocks=0, still_rest=0, layers=words.layers)
 
     def moments(member: Member) -> dict[str, dict[str, int]]:
         memory = peak_memory(
             machine,
-            frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
+            frozen=IMAGE_WEIGHTS + words.frozen,
             frozen_dtype=machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype,
-            trainable=heads,
+            trainable=trained,
             state=state,
             async_save=spec.trainer.async_save,
-            activations=_head_activations(spec, widths, batch=batch, own=member.rows(batch)),
-            caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + 4 * texts * TEXT_WIDTH,
+            activations=words.kept_bytes * at_once(spec, member.rows(batch))
+            + _head_activations(spec, widths, batch=batch, own=member.rows(batch)),
+            caches=pictures * (2 * cells + 4) * IMAGE_WIDTH + words.cached(texts),
         )
         before = _encoding(spec, machine, image=True, encodes=not member.rank)
         before["caches"] += features
         return {"before": before, **moments_of(spec, member, memory, held=held)}
 
-    one = checkpoint_bytes(weights=4 * heads, trainable=heads, state=state)
+    one = checkpoint_bytes(weights=4 * trained, trainable=trained, state=state)
     return Estimate(
         stage=spec.kind,
         samples=samples,
-        params_trainable=heads,
-        params_frozen=IMAGE_WEIGHTS + TEXT_WEIGHTS,
-        tokens=pictures * cells + texts * _TEXT_TOKENS,
+        params_trainable=trained,
+        params_frozen=IMAGE_WEIGHTS + words.frozen,
+        tokens=pictures * cells + texts * TEXT_TOKENS,
         image_tokens=pictures * cells,
-        flops=pictures * _IMAGE_FLOPS_224 * side**2 + texts * _TEXT_FLOPS + head_flops,
+        flops=pictures * _IMAGE_FLOPS_224 * side**2 + text_flops + word_flops + head_flops,
         **by_member(spec, machine, moments, held=held, batch=batch),
         disk_bytes=checkpoints_kept(spec, train) * one + pictures * 600,
         spare_bytes=one,
         home_bytes=features + 4 * IMAGE_WEIGHTS,
-        seconds=(low + seconds[0], high + seconds[1]),
+        seconds=(low + slow + seconds[0], high + fast + seconds[1]),
         notes=(
             f"{steps:,} steps of {batch:,} pairs; picture features are made once and kept in the cache "
             f"({features / 2**20:,.0f} MiB outside the run folder)",
-            "sizes and speeds are those of efficientnet-lite0 and minilm",
+            "sizes and speeds are those of efficientnet-lite0",
+            words.note,
         ),
     )
+
+
+def _held(spec: Pretrain, tower: Account, words: Words, *, heads: int) -> Held:
+    """What ZeRO divides: towers that are Transformers block by block, the rest at once."""
+    depth = getattr(spec.image_tower, "depth", 0) if tower_has_blocks(spec) else 0
+    blocks = words.blocks + (tower.trainable if depth else 0)
+    learn = heads + tower.trainable + words.learn
+    return Held(blocks=blocks, rest=learn - blocks, still_blocks=0, still_rest=0, layers=depth + words.layers)
 
 
 def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, tower: Account, pixels: int) -> Estimate:
@@ -421,42 +357,37 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
     pictures, train = sum(samples.values()), max(samples.get("train", 0), 1)
     texts = pictures + 2 * train * spec.keywords
     batch, steps = min(spec.batch_size, train), spec.steps_for(train)
-    widths = tower.d_out + TEXT_WIDTH
+    words = Words.of(spec.text_tower)
+    widths = tower.d_out + words.d_out
     heads = _heads(spec, widths)
-    trained, still = heads + tower.trainable, tower.parameters - tower.trainable
-    tests = _EVALUATIONS * sum(count for split, count in samples.items() if split not in ("train", VALIDATION))
-    tests += judged_samples(spec.trainer, steps)
+    trained, still = heads + tower.trainable + words.learn, tower.parameters - tower.trainable
+    tests = _looks(spec, samples, steps=steps)
     passes = 3.0 + again(spec, batch)
-    tower_flops = tower.flops * (passes * batch * steps + tests)
+    tower_flops = (tower.flops + words.flops) * (passes * batch * steps + tests)
     head_flops = _head_flops(spec, heads, batch=batch, steps=steps)
     low, high = time_range(tower_flops + head_flops, machine, dtype="float32", efficiency=TOWER_EFFICIENCY)
-    seconds = [SECONDS_START[i] + pictures * SECONDS_PREPARED[i] + texts * _SECONDS_PER_TEXT[i] for i in (0, 1)]
+    text_flops, *text_s = words.once(texts)
+    seconds = [SECONDS_START[i] + pictures * SECONDS_PREPARED[i] + text_s[i] for i in (0, 1)]
     micro = at_once(spec, batch)
-    kept = tower.kept_bytes * micro
+    kept = (tower.kept_bytes + words.kept_bytes) * micro
     together = f"{micro:,} of which" if micro < batch else "all of which"
     text_dtype = machine.dtype if spec.tower_dtype == "auto" else spec.tower_dtype
     state = spec.trainer.state_bytes()
-    depth = getattr(spec.image_tower, "depth", 0) if tower_has_blocks(spec) else 0
-    held = Held(
-        blocks=tower.trainable if depth else 0,
-        rest=heads + (0 if depth else tower.trainable),
-        still_blocks=0,
-        still_rest=0,
-        layers=depth,
-    )
+    held = _held(spec, tower, words, heads=heads)
 
     def moments(member: Member) -> dict[str, dict[str, int]]:
         own = member.rows(batch)
         memory = peak_memory(
             machine,
-            frozen=TEXT_WEIGHTS,
+            frozen=words.frozen,
             frozen_dtype=text_dtype,
             trainable=trained,
             state=state,
             async_save=spec.trainer.async_save,
-            activations=tower.kept_bytes * at_once(spec, own) + _head_activations(spec, widths, batch=batch, own=own),
+            activations=(tower.kept_bytes + words.kept_bytes) * at_once(spec, own)
+            + _head_activations(spec, widths, batch=batch, own=own),
             # Pixels on disk are mapped, and a batch of them is there in 16 and in 32 bits.
-            caches=LEFT_BYTES + 2 * pixels * pictures + 6 * pixels * own + 4 * texts * TEXT_WIDTH,
+            caches=LEFT_BYTES + 2 * pixels * pictures + 6 * pixels * own + words.cached(texts),
         )
         memory["weights"] += 4 * still
         before = _encoding(spec, machine, image=False)
@@ -470,10 +401,10 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
         stage=spec.kind,
         samples=samples,
         params_trainable=trained,
-        params_frozen=TEXT_WEIGHTS + still,
-        tokens=seen * tower.tokens + texts * _TEXT_TOKENS,
+        params_frozen=words.frozen + still,
+        tokens=seen * tower.tokens + texts * TEXT_TOKENS,
         image_tokens=seen * tower.tokens,
-        flops=tower_flops + texts * _TEXT_FLOPS + head_flops,
+        flops=tower_flops + text_flops + head_flops,
         **by_member(spec, machine, moments, held=held, batch=batch),
         disk_bytes=checkpoints_kept(spec, train) * one + pictures * 600,
         spare_bytes=one,
@@ -489,6 +420,7 @@ def _learning(spec: Pretrain, machine: Machine, samples: Mapping[str, int], *, t
             f"{together} are held at once: {kept / 2**20:,.0f} MiB of activations; a smaller trainer.micro_batch takes "
             "less",
             f"pixels are made once and kept in the cache ({2 * pixels * pictures / 2**20:,.0f} MiB outside the run "
-            "folder); sizes and speeds of texts are those of minilm",
+            "folder)",
+            words.note,
         ),
     )

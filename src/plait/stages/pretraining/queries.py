@@ -49,6 +49,7 @@ def learn_queries(spec: Pretrain, shape: QFormerShape, data: Path, *, folder: Pa
     """
     compute = setup(device=spec.device, dtype="float32")
     assert isinstance(spec.image_tower, str)
+    assert isinstance(spec.text_tower, str)
     image = load_image_tower(spec.image_tower, size=spec.resolution, dtype=spec.tower_dtype, events=events)
     words = load_tokens(spec.text_tower)
     wanted = ("train", *judged_splits(spec.trainer), *opened(TESTS))
